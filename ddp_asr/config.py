@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,3 +181,254 @@ SHAPES_THE_RESULT = (
     *("vocabulary", "batch", "features", "augment", "model", "optim"),
     *("train.seed", "train.epochs", "train.precision", "train.init_from"),
 )
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key given twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Reads `path` (None: the defaults), lays `--section.key=value` overrides on top and checks every value.
+
+    Raises:
+        UserError: an unreadable file, an unknown key, a value of the wrong type or out of range.
+    """
+    tree = {} if path is None else _read_yaml(path)
+    for override in overrides:
+        name, separator, text = override.removeprefix("--").partition("=")
+        section, dot, key = name.partition(".")
+        if not (override.startswith("--") and separator and dot):
+            raise UserError(f"{override!r} is no setting: write --section.key=value, for instance --train.epochs=3")
+        tree.setdefault(section, {})[key] = _parse_yaml_value(text)
+    origin = "the command line" if path is None else str(path)
+    config = config_from_dict(tree, origin)
+    if not config.run.name:
+        named = dataclasses.replace(config.run, name="default" if path is None else path.stem)
+        config = dataclasses.replace(config, run=named)
+    return config
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf8"), Loader=_UniqueKeyLoader)
+    except OSError as error:
+        raise UserError(f"cannot read the settings {path}: {error.strerror}; --config takes a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict) or not all(isinstance(section, dict | None) for section in tree.values()):
+        raise UserError(f"{path} must hold sections of settings, such as 'train:' with 'epochs: 3' below it")
+    return {name: section or {} for name, section in tree.items()}
+
+
+def _parse_yaml_value(text: str) -> Any:
+    try:
+        return yaml.safe_load(text) if text[:1] == "[" else text
+    except yaml.YAMLError:
+        return text
+
+
+def config_from_dict(tree: dict[str, dict[str, Any]], origin: str) -> Config:
+    """The settings in a plain nested dict, as YAML files and checkpoints hold them; checked like a file's."""
+    sections = {section.name: _section_type(section.name) for section in dataclasses.fields(Config)}
+    values = {}
+    for name, settings in tree.items():
+        if name not in sections:
+            raise UserError(f"unknown section {name!r} in {origin}; {_nearest(name, sections)}")
+        values[name] = _build_section(name, sections[name], settings, origin)
+    config = Config(**values)
+    check(config)
+    return config
+
+
+def _section_type(name: str) -> Any:
+    return typing.get_type_hints(Config)[name]
+
+
+def _build_section(section: str, kind: Any, settings: dict[str, Any], origin: str) -> Any:
+    types = typing.get_type_hints(kind)
+    values = {}
+    for key, value in settings.items():
+        if key not in types:
+            names = [f"{section}.{name}" for name in types]
+            raise UserError(f"unknown setting {f'{section}.{key}'!r} in {origin}; {_nearest(f'{section}.{key}', names)}")
+        values[key] = _convert(value, types[key], f"{section}.{key}")
+    return kind(**values)
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(names)}"
+
+
+def _convert(value: Any, kind: Any, name: str) -> Any:
+    """`value` as `kind`; YAML's own guess at the type only decides what the user could have meant by it."""
+    wrong = UserError(f"{name} must be {_describe_type(kind)}, not {value!r}")
+    if typing.get_origin(kind) is list:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",")] if value else []
+        if not isinstance(value, list):
+            value = [value]
+        (item,) = typing.get_args(kind)
+        return [_convert(part, item, name) for part in value]
+    if kind is str:
+        # YAML 1.1 has read `off` and `no` as False and `on` and `yes` as True: a string setting means the word.
+        if isinstance(value, bool):
+            return "on" if value else "off"
+        if value is None:
+            return ""
+        if not isinstance(value, str | int | float):
+            raise wrong
+        return str(value)
+    if kind is bool:
+        words = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
+        if str(value).lower() not in words:
+            raise wrong
+        return words[str(value).lower()]
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise wrong
+    try:
+        number = float(value)
+        return number if kind is float else _whole(number)
+    except (ValueError, OverflowError):
+        raise wrong from None
+
+
+def _whole(number: float) -> int:
+    if number != int(number):
+        raise ValueError(number)
+    return int(number)
+
+
+def _describe_type(kind: Any) -> str:
+    if typing.get_origin(kind) is list:
+        return f"a list, each item {_describe_type(typing.get_args(kind)[0])}"
+    return {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}[kind]
+
+
+# What each number may be: (setting, test, what is allowed in words).
+_POSITIVE = (
+    *("batch.max_seconds", "batch.micro_batches", "batch.buckets", "features.mel_bands", "features.window_ms"),
+    *("features.hop_ms", "features.n_fft", "augment.speeds", "model.conv_channels", "model.time_strides"),
+    *("model.rnn_layers", "model.rnn_size", "optim.learning_rate", "optim.start_divisor", "optim.end_divisor"),
+    *("optim.clip_norm", "train.epochs", "train.keep_last", "distributed.timeout_s", "distributed.stop_grace_s"),
+    *("data.prefetch",),
+)
+_SHARES = ("augment.time_mask_share", "augment.noise_share", "model.dropout", "optim.warmup_share", "optim.ema_decay")
+_SHARES_BELOW_ONE = ("model.dropout", "optim.ema_decay", "optim.beta1", "optim.beta2")
+_NOT_NEGATIVE = (
+    *("data.workers", "data.max_bad_samples", "augment.frequency_masks", "augment.frequency_mask_bands"),
+    *("augment.time_masks", "model.residual_blocks", "optim.weight_decay", "train.seed", "train.eval_every_steps"),
+    *("train.save_every_steps", "train.save_every_min", "train.stop_at_step", "train.max_nonfinite_steps"),
+    *("tracking.samples", "optim.beta1", "optim.beta2"),
+)
+_CHOICES = {
+    "train.precision": ("auto", "bf16", "fp16", "tf32", "fp32"),
+    "optim.anneal": ("linear", "cosine"),
+    "tracking.mode": ("auto", "online", "offline", "off"),
+}
+
+
+def check(config: Config) -> None:
+    """Raises a UserError for the first value out of its range or at odds with another."""
+    values = dict(flatten(config))
+
+    def require(names: Iterable[str], allowed: Callable[[float], bool], words: str) -> None:
+        for name in names:
+            numbers = values[name] if isinstance(values[name], list) else [values[name]]
+            if not numbers or not all(allowed(number) for number in numbers):
+                raise UserError(f"{name} must be {words}, not {values[name]!r}")
+
+    require([n for n, v in values.items() if isinstance(v, float)], lambda x: abs(x) < float("inf"), "finite")
+    require(_POSITIVE, lambda x: x > 0, "above 0")
+    require(_SHARES, lambda x: 0 <= x <= 1, "between 0 and 1")
+    require(_SHARES_BELOW_ONE, lambda x: 0 <= x < 1, "at least 0 and below 1")
+    require(_NOT_NEGATIVE, lambda x: x >= 0, "0 or more")
+    for name, choices in _CHOICES.items():
+        if values[name] not in choices:
+            raise UserError(f"{name} must be one of {', '.join(choices)}, not {values[name]!r}")
+    _check_together(config)
+
+
+def _check_together(config: Config) -> None:
+    symbols, features, augment = config.vocabulary.symbols, config.features, config.augment
+    if not config.data.train:
+        raise UserError("data.train is empty: name at least one shard directory")
+    if not symbols or len(set(symbols)) != len(symbols):
+        raise UserError(f"vocabulary.symbols must hold each symbol once and at least one, not {symbols!r}")
+    window_samples = features.window_ms * 16
+    if window_samples != int(window_samples) or features.hop_ms * 16 != int(features.hop_ms * 16):
+        raise UserError("features.window_ms and features.hop_ms must be whole numbers of samples at 16 kHz (1/16 ms)")
+    if features.n_fft < window_samples:
+        raise UserError(f"features.n_fft = {features.n_fft} is shorter than the window of {window_samples:.0f} samples")
+    if features.mel_bands % 2 ** len(config.model.time_strides):
+        raise UserError(
+            f"features.mel_bands = {features.mel_bands} must be divisible by {2 ** len(config.model.time_strides)}, "
+            f"because each of the {len(config.model.time_strides)} strided convolutions halves the bands"
+        )
+    if augment.frequency_mask_bands >= features.mel_bands:
+        raise UserError(
+            f"augment.frequency_mask_bands = {augment.frequency_mask_bands} would hide all "
+            f"{features.mel_bands} mel bands: choose a smaller number"
+        )
+    if augment.noise_snr_db_min > augment.noise_snr_db_max:
+        raise UserError("augment.noise_snr_db_min is above augment.noise_snr_db_max")
+
+
+def flatten(config: Config) -> Iterator[tuple[str, Any]]:
+    """(`section.key`, value) of every setting, in order."""
+    for section in dataclasses.fields(config):
+        part = getattr(config, section.name)
+        for key in dataclasses.fields(part):
+            yield f"{section.name}.{key.name}", getattr(part, key.name)
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """The settings as plain containers, as YAML files and checkpoints hold them."""
+    return dataclasses.asdict(config)
+
+
+def describe(config: Config) -> str:
+    """The settings as YAML text."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes every setting, so that the file alone repeats the run."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(describe(config), encoding="utf8")
+    aside.replace(path)
+
+
+def differences(ours: Config, theirs: Config) -> list[tuple[str, Any, Any]]:
+    """(name, our value, their value) of every setting that shapes the result and differs."""
+    other = dict(flatten(theirs))
+    return [
+        (name, value, other[name])
+        for name, value in flatten(ours)
+        if (name in SHAPES_THE_RESULT or name.split(".")[0] in SHAPES_THE_RESULT) and value != other[name]
+    ]
+
+
+def settings_help() -> str:
+    """Every setting with its default and meaning, for an entry point's `--help`."""
+    lines = []
+    for section in dataclasses.fields(Config):
+        kind = _section_type(section.name)
+        lines.append(f"\n{section.name}: {kind.__doc__}")
+        for key in dataclasses.fields(kind):
+            default = key.default if key.default is not dataclasses.MISSING else key.default_factory()  # type: ignore[misc]
+            shown = ",".join(map(str, default)) if isinstance(default, list) else default
+            lines.append(f"  --{section.name}.{key.name}={shown}\n        {key.metadata['meaning']}")
+    return "\n".join(lines)
