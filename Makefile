@@ -1,0 +1,66 @@
+# `make demo` and `make test` need nothing but make, Python >= 3.10 and python3-venv; everything else goes into .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+# torchrun hands these on to its ranks, which checkpoint and stop; by itself it passes only SIGTERM and its like.
+SIGNALS := SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2
+DEMO_RUN := demo/runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast test-gpu lint types bench clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## */\1	/p' $(MAKEFILE_LIST) | expand -t 12
+
+install: $(STAMP)  ## .venv with the package (editable), the demo's voices and the development tools
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "error: $(PYTHON) is older than 3.10; name a newer one: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo "error: $(PYTHON) has no venv module; on Debian: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e '.[demo,dev]'
+	@touch $@
+
+demo: $(STAMP)  ## synthesise a corpus, shard, train with two processes, evaluate, transcribe
+	$(BIN)/python -m tests.corpus --out demo/corpus
+	$(BIN)/python -m ddp_asr.shard demo/corpus/train --out demo/shards/train
+	$(BIN)/python -m ddp_asr.shard demo/corpus/test --out demo/shards/test
+	$(BIN)/torchrun --standalone --nproc_per_node=2 --signals-to-handle=$(SIGNALS) \
+		-m ddp_asr.train --config configs/demo.yaml
+	$(BIN)/python -m ddp_asr.evaluate $(DEMO_RUN)/best.pt demo/shards/test
+	@set -- $$($(BIN)/python -m tests.corpus --out demo/corpus --show-test); \
+		echo "A sentence and a voice that training has not met:"; \
+		audio=$$1; shift; echo "reference   $$*"; \
+		printf 'transcript  '; $(BIN)/python -m ddp_asr.transcribe $(DEMO_RUN)/best.pt $$audio
+	@echo "The run       $(DEMO_RUN)"
+	@echo "Comet archive $$(ls $(DEMO_RUN)/comet/*.zip) (upload it with: $(BIN)/comet upload ARCHIVE)"
+	@echo "Curves        $(DEMO_RUN)/curves.png"
+
+test: $(STAMP)  ## every test this machine can run
+	$(BIN)/python -m pytest
+
+test-fast: $(STAMP)  ## the tests without the slow ones
+	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm"
+
+test-gpu: $(STAMP)  ## the tests that need a GPU
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+		then $(BIN)/python -m pytest -m gpu; \
+		else echo "no GPU here: the tests marked gpu were not run"; fi
+
+lint: $(STAMP)  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## mypy
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## speed of plan and loader
+	$(BIN)/python -m benchmarks.plan
+	$(BIN)/python -m benchmarks.loader
+
+clean:  ## everything that make made, .venv included
+	rm -rf .venv demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
