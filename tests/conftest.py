@@ -1,0 +1,65 @@
+"""What every test gets: no network mirror, one thread a process, speech to work on, skips with their reason."""
+
+import os
+import shutil
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+# Before torch is imported anywhere. Tests start many processes on few cores, and threads would fight over them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nobody's test run belongs into their Comet account; matplotlib must not look for a display.
+os.environ.pop("COMET_API_KEY", None)
+os.environ["COMET_CONFIG"] = os.devnull
+os.environ["MPLBACKEND"] = "agg"
+
+# The same examples on every machine and every run, however slow: a failure can be looked at again.
+hypothesis.settings.register_profile("ddp_asr", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ddp_asr")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items):
+    reasons = {"gpu": _why_no_gpu, "slurm": _why_no_slurm}
+    for marker, why_not in reasons.items():
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        reason = why_not() if marked else ""
+        for item in marked if reason else []:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _why_no_gpu() -> str:
+    import torch
+
+    return "" if torch.cuda.is_available() else "no CUDA GPU here"
+
+
+def _why_no_slurm() -> str:
+    return "" if shutil.which("sbatch") else "no sbatch here"
+
+
+@pytest.fixture(scope="session")
+def synthetic_corpus(tmp_path_factory) -> Path:
+    """A small synthesised corpus: directories `train` and `test` in LibriSpeech's layout."""
+    from tests.corpus import make_corpus
+
+    directory = tmp_path_factory.mktemp("synthetic")
+    make_corpus(directory, train_utterances=48, test_utterances=12)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def train_speech(request) -> Path:
+    """A LibriSpeech-layout directory: real speech where it lies beside the checkout, else synthesised."""
+    real = SHARED_DATA / "LibriSpeech" / "train-mini"
+    return real if real.is_dir() else request.getfixturevalue("synthetic_corpus") / "train"
+
+
+@pytest.fixture(scope="session")
+def test_speech(request) -> Path:
+    """Like `train_speech`, with other speakers."""
+    real = SHARED_DATA / "LibriSpeech" / "dev-mini"
+    return real if real.is_dir() else request.getfixturevalue("synthetic_corpus") / "test"
