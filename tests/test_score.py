@@ -1,0 +1,104 @@
+"""Counts against an independent edit distance, their sums, and the bootstrap against a plain loop."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ddp_asr import score
+from ddp_asr.score import Counts
+
+
+def edit_distance(reference: list[str] | str, hypothesis: list[str] | str) -> int:
+    """Levenshtein by the textbook's recurrence."""
+    row = list(range(len(hypothesis) + 1))
+    for i, r in enumerate(reference, start=1):
+        diagonal, row[0] = row[0], i
+        for j, h in enumerate(hypothesis, start=1):
+            diagonal, row[j] = row[j], min(diagonal + (r != h), row[j] + 1, row[j - 1] + 1)
+    return row[-1]
+
+
+texts = st.text(alphabet="ab ", max_size=12)
+corpora = st.lists(st.tuples(texts, texts), max_size=6)
+
+
+@given(corpora)
+def test_rates_are_those_of_the_edit_distance(pairs: list[tuple[str, str]]) -> None:
+    references, hypotheses = [r for r, _ in pairs], [h for _, h in pairs]
+    counts = score.count(references, hypotheses)
+    assert counts.word_errors == sum(edit_distance(r.split(), h.split()) for r, h in pairs)
+    assert counts.words == sum(len(r.split()) for r in references)
+    tidy = [(" ".join(r.split()), " ".join(h.split())) for r, h in pairs]
+    assert counts.char_errors == sum(edit_distance(r, h) for r, h in tidy)
+    assert counts.chars == sum(len(r) for r, _ in tidy)
+    # What was added less what was lost is the difference of the lengths, whichever alignment is chosen.
+    assert counts.word_insertions - counts.word_deletions == sum(len(h.split()) - len(r.split()) for r, h in pairs)
+
+
+@given(corpora, corpora)
+def test_counts_add_up(first: list[tuple[str, str]], second: list[tuple[str, str]]) -> None:
+    def count(pairs: list[tuple[str, str]]) -> Counts:
+        return score.count([r for r, _ in pairs], [h for _, h in pairs])
+
+    assert count(first) + count(second) == count(first + second)
+    assert Counts.from_array(count(first).array() + count(second).array()) == count(first + second)
+
+
+def test_the_three_kinds_of_error() -> None:
+    counts = score.count(["the cat sat", "on it"], ["the hat sat", "now on it"])
+    assert (counts.word_substitutions, counts.word_deletions, counts.word_insertions, counts.words) == (1, 0, 1, 5)
+    assert counts.wer == pytest.approx(2 / 5)
+    assert score.count(["the cat sat"], ["the sat"]).word_deletions == 1
+
+
+def test_the_rate_is_the_corpus_and_not_the_mean_of_utterances() -> None:
+    assert score.count(["a", "a b c d e f g h i"], ["b", "a b c d e f g h i"]).wer == pytest.approx(0.1)
+
+
+def test_empty_hypothesis_and_empty_reference() -> None:
+    lost = score.count(["two words"], [""])
+    assert (lost.word_deletions, lost.wer, lost.char_deletions, lost.cer) == (2, 1.0, 9, 1.0)
+    made_up = score.count([""], ["two words"])
+    assert (made_up.word_insertions, made_up.words, made_up.wer) == (2, 0, float("inf"))
+    assert score.count(["", "one"], ["x", "one"]).wer == 1.0
+    assert score.count([""], [""]).wer == 0.0
+    assert score.count([], []) == Counts()
+
+
+def test_unequal_lists_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 references but 1 hypotheses"):
+        score.count(["a", "b"], ["a"])
+
+
+def test_intervals_are_those_of_a_plain_bootstrap() -> None:
+    random = np.random.default_rng(1)
+    references = ["a b c d e f g h"] * 60
+    hypotheses = [" ".join(w if random.random() > 0.2 else "x" for w in r.split()) for r in references]
+    each = score.count_each(references, hypotheses)
+    wer, cer = score.intervals(each, resamples=2000)
+
+    draws = np.random.default_rng(2)
+    plain = []
+    for _ in range(2000):
+        drawn = each[draws.integers(0, 60, size=60)]
+        plain.append(drawn[:, 0:3].sum() / drawn[:, 3].sum())
+    assert wer.low == pytest.approx(np.percentile(plain, 2.5), abs=0.01)
+    assert wer.high == pytest.approx(np.percentile(plain, 97.5), abs=0.01)
+    assert wer.low < score.count(references, hypotheses).wer < wer.high
+    assert 0 < cer.low < cer.high < wer.high
+    assert score.intervals(each, resamples=2000) == (wer, cer)  # a fixed seed
+
+
+def test_intervals_in_blocks_and_of_nothing() -> None:
+    each = np.zeros((5_000_000 // 2, 8), dtype=np.int64)  # one resample a block
+    each[:, 3] = each[:, 0] = 1
+    wer, cer = score.intervals(each, resamples=2)
+    assert (wer.low, wer.high, cer.high) == (1.0, 1.0, 0.0)
+    assert score.intervals(np.zeros((0, 8), dtype=np.int64))[0].high == 0.0
+
+
+def test_the_worst_utterances_come_first_and_right_ones_not_at_all() -> None:
+    each = score.count_each(["a b c", "a", "a b c", "good"], ["x y c", "b", "x y z", "good"])
+    assert score.worst(each).tolist() == [2, 0, 1]
+    assert score.worst(each, most=1).tolist() == [2]
