@@ -1,0 +1,37 @@
+"""Random numbers as a function of what they are for: (seed, epoch, utterance, purpose) and never of who asks, or when.
+
+    uniform(seed=0, epoch=3, key_hash=index.key_hash, purpose="speed")           # (B, 1) numbers in [0, 1)
+
+No generator, no state: an utterance gets the same masks, speed and noise whichever rank, worker or attempt reads it.
+The mix is SplitMix64's finaliser (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", 2014), applied
+once for each part of the address; vectorised, because a plan draws for 281,241 utterances at once.
+"""
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    state = state + _GOLDEN
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+def seed_of(*address: int | str) -> int:
+    """A 63-bit seed for a generator that serves one purpose: `seed_of("dropout", seed, epoch, step, micro_batch)`."""
+    text = "/".join(map(str, address)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def uniform(seed: int, epoch: int, key_hash: NDArray[np.uint64], purpose: str, count: int = 1) -> NDArray[np.float64]:
+    """(B, count) numbers in [0, 1) for the B utterances of `key_hash`."""
+    base = np.uint64(seed_of(purpose, seed, epoch))
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is the point
+        utterance = _mix(np.asarray(key_hash, np.uint64) ^ _mix(np.asarray([base])))
+        numbers = _mix(utterance[:, None] + np.arange(count, dtype=np.uint64) * _GOLDEN)
+    return (numbers >> np.uint64(11)).astype(np.float64) * 2.0**-53
