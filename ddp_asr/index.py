@@ -1,0 +1,210 @@
+"""The table of a shard directory, a row an utterance: who plans reads it, never audio; who loads needs no tar header.
+
+    index = read_index(["shards/train-clean-100", "shards/mine"])      # several corpora, mixed
+    index.samples                                                      # int64 (N,): lengths at 16 kHz
+    with open(index.shards[index.shard[row]], "rb") as shard:          # the FLAC of one row is a byte range
+        shard.seek(index.offset[row]); flac = shard.read(index.bytes[row])
+
+On disk it is `index.parquet` beside `shard-000000.tar` ..., and `dataset.json`, written last, which makes the
+directory complete: format version, counts, hours, checksums, what was dropped and why. In memory it is flat arrays:
+a list of 281,241 Python objects would be copied into every loader process, page by page, as reference counts change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+
+from ddp_asr import SAMPLE_RATE_HZ
+from ddp_asr.errors import UserError
+
+FORMAT = "ddp_asr shards"
+FORMAT_VERSION = 1
+COLUMNS = pyarrow.schema(
+    [
+        ("key", pyarrow.string()),
+        ("shard", pyarrow.int32()),
+        ("offset", pyarrow.int64()),
+        ("bytes", pyarrow.int64()),
+        ("samples", pyarrow.int64()),
+        ("text", pyarrow.string()),
+        ("speaker", pyarrow.string()),
+    ]
+)
+_LIBRISPEECH_SPLIT = re.compile(r"(dev|test)-(clean|other)|train-(clean-100|clean-360|other-500)")
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """N utterances of one or more shard directories; every array is (N,)."""
+
+    shards: tuple[Path, ...]
+    """Every shard file of every directory."""
+    checksums: tuple[str, ...]
+    """SHA-256 of every shard file, in hexadecimal."""
+    shard: np.ndarray
+    """int32: number into `shards`."""
+    offset: np.ndarray
+    """int64: where the FLAC starts in its shard."""
+    bytes: np.ndarray
+    """int64: length of the FLAC."""
+    samples: np.ndarray
+    """int64: length of the audio, at 16 kHz."""
+    keys: pyarrow.Array
+    texts: pyarrow.Array
+    speakers: pyarrow.Array
+    key_hash: np.ndarray
+    """uint64: the utterance's identity for every random draw, independent of its row."""
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def hours(self) -> float:
+        """Hours of audio."""
+        return float(self.samples.sum()) / SAMPLE_RATE_HZ / 3600
+
+    def key(self, row: int) -> str:
+        """The utterance's key."""
+        return str(self.keys[int(row)].as_py())
+
+    def text(self, row: int) -> str:
+        """The utterance's transcript, as given."""
+        return str(self.texts[int(row)].as_py())
+
+    def take(self, rows: np.ndarray | Sequence[int]) -> Index:
+        """The given rows in the given order; a boolean mask is taken too. Shards keep their numbers."""
+        numbers = np.asarray(rows)
+        numbers = np.flatnonzero(numbers) if numbers.dtype == bool else numbers.astype(np.int64)
+        flat = {name: getattr(self, name)[numbers] for name in ("shard", "offset", "bytes", "samples", "key_hash")}
+        strings = {name: getattr(self, name).take(pyarrow.array(numbers)) for name in ("keys", "texts", "speakers")}
+        return Index(shards=self.shards, checksums=self.checksums, **flat, **strings)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over (key, samples, text) sorted by key: the same for other paths, other shard cuts, another order."""
+        order = pyarrow.compute.sort_indices(self.keys)
+        columns = (self.keys.take(order), pyarrow.array(self.samples).take(order), self.texts.take(order))
+        digest = hashlib.sha256()
+        for row in zip(*(column.to_pylist() for column in columns), strict=True):
+            digest.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        return digest.hexdigest()
+
+
+def key_hash(key: str) -> int:
+    """The first 8 bytes of BLAKE2b over the key, little endian."""
+    return int.from_bytes(hashlib.blake2b(key.encode()).digest()[:8], "little")
+
+
+def read_index(directories: Sequence[str | Path]) -> Index:
+    """The rows of all directories, in the order given; `UserError` where one is missing, incomplete or overlaps another."""
+    if not directories:
+        raise UserError("no shard directory given: name at least one, such as shards/train-clean-100")
+    tables: list[pyarrow.Table] = []
+    shards: list[Path] = []
+    checksums: list[str] = []
+    for directory in map(Path, directories):
+        dataset = read_dataset_json(directory)
+        tables.append(_read_table(directory, dataset, first_shard=len(shards)))
+        shards += [_whole_shard(directory, shard) for shard in dataset["shards"]]
+        checksums += [shard["sha256"] for shard in dataset["shards"]]
+    table = pyarrow.concat_tables(tables)
+    _refuse_duplicates(directories, tables, table)
+    keys = _flat(table, "key")
+    return Index(
+        shards=tuple(shards),
+        checksums=tuple(checksums),
+        shard=_flat(table, "shard").to_numpy(),
+        offset=_flat(table, "offset").to_numpy(),
+        bytes=_flat(table, "bytes").to_numpy(),
+        samples=_flat(table, "samples").to_numpy(),
+        keys=keys,
+        texts=_flat(table, "text"),
+        speakers=_flat(table, "speaker"),
+        key_hash=np.fromiter(map(key_hash, keys.to_pylist()), dtype=np.uint64, count=len(keys)),
+    )
+
+
+def read_dataset_json(directory: str | Path) -> dict[str, Any]:
+    """What `dataset.json` says; its absence means that sharding has not been finished."""
+    directory = Path(directory)
+    split = directory.name if _LIBRISPEECH_SPLIT.fullmatch(directory.name) else "SOURCE"
+    remedy = f"python -m ddp_asr.shard {split} --out {directory}"
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such shard directory; this command makes it: {remedy}")
+    try:
+        dataset = json.loads((directory / "dataset.json").read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{directory}: no dataset.json in it, so its shards are not finished; run: {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory}/dataset.json cannot be read ({error}); delete {directory} and run: {remedy}") from None
+    if not isinstance(dataset, dict) or dataset.get("format") != FORMAT:
+        raise UserError(f"{directory}/dataset.json is not a description of shards; make some with: {remedy}")
+    if dataset.get("version") != FORMAT_VERSION:
+        raise UserError(
+            f"{directory}: shards of format version {dataset.get('version')}, this program reads {FORMAT_VERSION}; "
+            f"make them again with: {remedy}"
+        )
+    return dataset
+
+
+def write_index(path: Path, columns: dict[str, Sequence[Any]]) -> None:
+    """Writes `index.parquet`; the same columns give the same bytes."""
+    pyarrow.parquet.write_table(pyarrow.table(columns, schema=COLUMNS), path)
+
+
+def _read_table(directory: Path, dataset: dict[str, Any], first_shard: int) -> pyarrow.Table:
+    """The directory's rows, their shards numbered from `first_shard`."""
+    path = directory / "index.parquet"
+    try:
+        table = pyarrow.parquet.read_table(path, columns=COLUMNS.names)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path} cannot be read ({_one_line(error)}); delete {directory} and shard it again") from None
+    if table.schema.names != COLUMNS.names or len(table) != dataset["utterances"]:
+        raise UserError(
+            f"{path} has {len(table)} rows and {directory}/dataset.json says {dataset['utterances']} utterances: "
+            f"they do not belong together; delete {directory} and shard it again"
+        )
+    table = table.cast(COLUMNS)
+    numbers = pyarrow.compute.add(table["shard"], pyarrow.scalar(first_shard, pyarrow.int32()))
+    return table.set_column(COLUMNS.get_field_index("shard"), COLUMNS.field("shard"), numbers)
+
+
+def _whole_shard(directory: Path, shard: dict[str, Any]) -> Path:
+    """The shard's path, if the file is there in its full size (checksums take minutes: `shard --verify`)."""
+    path = directory / shard["name"]
+    size = path.stat().st_size if path.is_file() else None
+    if size != shard["bytes"]:
+        found = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
+        raise UserError(f"{path} {found}; delete {directory} and shard it again")
+    return path
+
+
+def _refuse_duplicates(directories: Sequence[str | Path], tables: list[pyarrow.Table], table: pyarrow.Table) -> None:
+    counts = pyarrow.compute.value_counts(table["key"])
+    repeated = counts.filter(pyarrow.compute.greater(counts.field("counts"), 1))
+    if len(repeated):
+        key = repeated.field("values")[0].as_py()
+        holders = [str(d) for d, t in zip(directories, tables, strict=True) if key in t["key"].to_pylist()]
+        raise UserError(
+            f"{len(repeated)} utterances are there more than once, such as {key!r} in {' and '.join(holders)}: "
+            "every key may be trained once an epoch; name each shard directory once and leave out overlapping ones"
+        )
+
+
+def _flat(table: pyarrow.Table, name: str) -> pyarrow.Array:
+    column = table[name].combine_chunks()
+    return column.chunk(0) if isinstance(column, pyarrow.ChunkedArray) else column
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
