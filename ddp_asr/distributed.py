@@ -1,0 +1,205 @@
+"""The only module that talks to torch.distributed: who this process is, and the few collectives that a run needs.
+
+    world = join(config.distributed)         # from RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, or alone
+    totals = world.sum(vector)               # the one small all-reduce of a step
+    state = world.from_rank_zero(function)   # rank 0 runs it, all get the result, or all raise its UserError
+    world.together(function)                 # all run it; if any raises a UserError, all raise that one
+
+With a single process there is no process group and every collective is the identity. NCCL and CUDA where there are
+GPUs, gloo and the CPU otherwise. A peer that is gone surfaces as `PeerLost`, one sentence, on every rank that waits.
+"""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ddp_asr import config
+from ddp_asr.errors import UserError
+
+Result = TypeVar("Result")
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class PeerLost(UserError):
+    """A collective failed because another rank is gone, or did not come within the timeout."""
+
+
+class RaisedElsewhere(UserError):
+    """The same user's mistake, seen on another rank, which reports it."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the W of a run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    def sum(self, vector: Tensor) -> Tensor:
+        """The element-wise sum over all ranks of a small float64 vector; returned on the CPU, the same everywhere."""
+        if self.world_size == 1:
+            return vector
+        on_device = vector.to(self.device)
+        with naming_lost_peers(self):
+            dist.all_reduce(on_device)
+        return on_device.cpu()
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on at least one rank."""
+        return bool(self.sum(torch.tensor([float(flag)], dtype=torch.float64))[0] > 0)
+
+    def gather_objects(self, item: Any) -> list[Any] | None:
+        """Every rank's picklable `item`, in rank order, on rank 0; None on the others."""
+        everyones = self._all_objects(item)
+        return everyones if self.rank == 0 else None
+
+    def _all_objects(self, item: Any) -> list[Any]:
+        if self.world_size == 1:
+            return [item]
+        everyones: list[Any] = [None] * self.world_size
+        with naming_lost_peers(self):
+            dist.all_gather_object(everyones, item)
+        return everyones
+
+    def together(self, function: Callable[[], Result]) -> Result:
+        """Runs `function` on every rank; where any raises a UserError, every rank raises that of the lowest rank."""
+        result, message = None, None
+        try:
+            result = function()
+        except UserError as error:
+            message = str(error)
+        messages = self._all_objects(message)
+        for rank, text in enumerate(messages):
+            if text is not None:
+                raise UserError(text) if rank == self.rank else RaisedElsewhere(text)
+        return result  # type: ignore[return-value]
+
+    def from_rank_zero(self, function: Callable[[], Result]) -> Result:
+        """Runs `function` on rank 0 only; every rank gets its (picklable) result, or raises its UserError."""
+        result, message = None, None
+        if self.rank == 0:
+            try:
+                result = function()
+            except UserError as error:
+                message = str(error)
+        if self.world_size > 1:
+            carried = [(result, message)]
+            with naming_lost_peers(self):
+                dist.broadcast_object_list(carried, src=0)
+            result, message = carried[0]
+        if message is not None:
+            raise UserError(message) if self.rank == 0 else RaisedElsewhere(message)
+        return result  # type: ignore[return-value]
+
+    def share_tensors(self, tensors: list[Tensor]) -> None:
+        """Overwrites the tensors of every rank with rank 0's."""
+        if self.world_size > 1:
+            with naming_lost_peers(self):
+                for tensor in tensors:
+                    on_device = tensor.to(self.device)
+                    dist.broadcast(on_device, src=0)
+                    tensor.copy_(on_device)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model under DDP, whose gradients are the mean over ranks; as it is when alone."""
+        if self.world_size == 1:
+            return model
+        return nn.parallel.DistributedDataParallel(
+            model, device_ids=[self.device] if self.device.type == "cuda" else None, gradient_as_bucket_view=True
+        )
+
+    def leave(self) -> None:
+        """Ends the process group. Not called after an error: a lost peer would be waited for."""
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
+def without_sync(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """The context in which a backward pass only adds to this rank's own gradients."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def naming_lost_peers(world: World) -> Iterator[None]:
+    """Turns a failed collective into a PeerLost; other errors pass."""
+    try:
+        yield
+    except RuntimeError as error:
+        lines = str(error).strip().splitlines() or [""]
+        if not isinstance(error, dist.DistError) and not any(word in str(error) for word in ("gloo", "NCCL", "timed out")):
+            raise
+        raise PeerLost(
+            f"rank {world.rank} of {world.world_size} lost the others ({lines[0][:160]}): look at the first rank that "
+            "ended in the logs; started again, the run resumes from its newest checkpoint"
+        ) from error
+
+
+def join(settings: config.Distributed) -> World:
+    """This process's place, from the environment that torchrun, srun or a shell has set; alone where none is set.
+
+    Raises:
+        UserError: an incomplete environment, an unusable address or port, peers that do not come in time.
+    """
+    rank, world_size, local_rank = _place(os.environ)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"LOCAL_RANK = {local_rank}, but this host has {torch.cuda.device_count()} GPU(s): start at most that "
+                "many processes a host (torchrun --nproc_per_node)"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        _rendezvous(rank, world_size, device, settings.timeout_s)
+    return World(rank, world_size, local_rank, device)
+
+
+def _place(environment: Any) -> tuple[int, int, int]:
+    """(rank, world size, local rank) of the environment."""
+    missing = [name for name in _VARIABLES if not environment.get(name)]
+    if "RANK" in missing and "WORLD_SIZE" in missing:
+        return 0, 1, 0
+    if missing:
+        raise UserError(
+            f"{', '.join(missing)} not set beside RANK/WORLD_SIZE: set all of {', '.join(_VARIABLES)}, or start with torchrun"
+        )
+    try:
+        rank, world_size, local_rank = (int(environment[name]) for name in _VARIABLES[:3])
+    except ValueError:
+        shown = ", ".join(f"{name}={environment[name]}" for name in _VARIABLES[:3])
+        raise UserError(f"{shown} must be whole numbers") from None
+    if not 0 <= rank < world_size or local_rank < 0:
+        raise UserError(f"RANK = {rank} must lie between 0 and WORLD_SIZE - 1 = {world_size - 1}")
+    return rank, world_size, local_rank
+
+
+def _rendezvous(rank: int, world_size: int, device: torch.device, timeout_s: float) -> None:
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=timeout_s),
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise UserError(f"{address} is in use by another program: choose another MASTER_PORT") from None
+        raise UserError(
+            f"rank {rank} could not meet the other {world_size - 1} rank(s) at {address} ({reason[:200]}): check "
+            "MASTER_ADDR, MASTER_PORT and that all ranks were started"
+        ) from None

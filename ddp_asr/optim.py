@@ -1,0 +1,72 @@
+"""AdamW, its one-cycle learning rate, and the moving average of the weights.
+
+The rate is a pure function of the step, so a resumed run needs no scheduler state, and it cannot be stepped past its end:
+the plan knows the number of steps before training, and the cycle ends exactly there.
+Smith and Topin, "Super-convergence" (2018); the arithmetic of `torch.optim.lr_scheduler.OneCycleLR` with two phases.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ddp_asr import config
+
+
+def learning_rate(step: int, total_steps: int, settings: config.Optim) -> float:
+    """The rate of `step` (from 1 to `total_steps`)."""
+    lowest_first = settings.learning_rate / settings.start_divisor
+    lowest_last = lowest_first / settings.end_divisor
+    top = settings.warmup_share * total_steps - 1
+    place = step - 1
+    if place <= top:
+        return _between(lowest_first, settings.learning_rate, place / top if top > 0 else 1.0, settings.anneal)
+    share = (place - top) / max(total_steps - 1 - top, 1e-9)
+    return _between(settings.learning_rate, lowest_last, min(share, 1.0), settings.anneal)
+
+
+def _between(start: float, end: float, share: float, anneal: str) -> float:
+    if anneal == "cosine":
+        return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
+    return start + (end - start) * share
+
+
+def make_optimizer(model: nn.Module, settings: config.Optim) -> torch.optim.AdamW:
+    """AdamW with decay on matrices and kernels only: on biases and norms it only pulls towards a worse scale.
+
+    Its state is allocated at once, exactly as the first step would: the rehearsal needs it in memory (DESIGN 2.6).
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(settings.beta1, settings.beta2))
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.tensor(0.0),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+class WeightAverage:
+    """Exponential moving average of a model's weights, started at the first update (Polyak averaging).
+
+    The decay rises with the updates, (1 + n) / (10 + n), until it reaches its setting, so that the first weights,
+    which are noise, are forgotten soon.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.weights = [parameter.detach().clone() for parameter in parameters]
+
+    @torch.no_grad()
+    def update(self, parameters: Iterable[Tensor]) -> None:
+        """Moves the average towards the weights after a step."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self.weights, [parameter.detach() for parameter in parameters], 1.0 - decay)
