@@ -1,0 +1,627 @@
+"""Comet, as a mirror of a run's own files: a reader of them, in a process of its own, that training never waits for.
+
+    run directory --metrics.jsonl, samples.jsonl, config.yaml ...--> follower --online--> Comet
+                                                                              --offline--> comet/KEY.zip
+
+Rank 0 starts the follower (`start`) and tells it when the run ends (`Follower.close`); it also ends by itself, after
+sending what is left, once its parent is gone. Whatever Comet does, late answers, errors or none at all, happens there
+and is counted in `tracking.json`; the run's files stand on disk first and lack nothing.
+
+*One experiment.* The key is made once and kept in `comet.json`, so every attempt of a run continues the same one.
+
+*Each step once.* Metrics go out in batches that Comet has to acknowledge; `tracking.json` then remembers the last step
+of each kind. A resumed run trains the steps after its checkpoint again, to the same values, so those that Comet has
+already are passed over. Only an answer lost after Comet took the batch can send a batch again, with the same values.
+
+*The archive is made anew.* `comet_ml` writes its offline archive when the experiment ends, so a killed run has none.
+Here it is always made from the run's files, the moments of the steps included: at the end, on resume, or on demand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import json
+import logging
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ddp_asr.errors import UserError, run_entry_point
+
+MODES = ("auto", "online", "offline", "off")
+TRAIN_METRICS = ("loss", "learning_rate", "gradient_norm", "audio_s_per_s", "data_wait", "padding", "skipped")
+TEST_METRICS = ("loss", "wer", "cer")
+
+POLL_S = 1.0  # between two looks at the files
+BACK_OFF_S = (2.0, 60.0)  # first and longest pause after a failure; it doubles
+CLOSE_S = 45.0  # from the end of the run to the end of the follower, whatever Comet does
+BATCH_LINES = 200  # of metrics.jsonl in one request, seven values each
+
+# comet_ml reads these when it is imported. Its own retries are off, so that a failure is seen, counted and repeated
+# here; its patience is an hour for messages and three for files; its console talk goes to a file in the run.
+COMET_SETTINGS = {
+    "COMET_DISABLE_AUTO_LOGGING": "1",
+    "COMET_LOGGING_CONSOLE": "CRITICAL",
+    "COMET_DISPLAY_SUMMARY_LEVEL": "0",
+    "COMET_DISABLE_ANNOUNCEMENT": "1",
+    "COMET_ERROR_TRACKING_ENABLE": "0",
+    "COMET_INTERNAL_REPORTING": "0",
+    "COMET_TIMEOUT_HTTP": "20",
+    "COMET_TIMEOUT_CLEANING": "20",
+    "COMET_TIMEOUT_UPLOAD": "20",
+    "COMET_TIMEOUT_FILE_UPLOAD": "20",
+    "COMET_HTTP_SESSION_RETRY_TOTAL": "0",
+    "COMET_GET_OR_ADD_EXPERIMENT_RETRY_TOTAL": "0",
+    # Without a connection comet_ml would leave an archive of its own, of this attempt's last messages only.
+    "COMET_FALLBACK_STREAMER_FALLBACK_TO_OFFLINE_MIN_BACKEND_VERSION": "9999.0.0",
+}
+
+
+# ---- the run's files -----------------------------------------------------------------------------------------------
+
+
+def resolve_mode(mode: str) -> str:
+    """Returns online, offline or off; auto is online where an API key is set."""
+    if mode not in MODES:
+        raise UserError(f"tracking.mode is {mode!r}; it must be one of {', '.join(MODES)}")
+    if mode == "auto":
+        return "online" if os.environ.get("COMET_API_KEY") else "offline"
+    return mode
+
+
+def experiment_key(run_directory: Path, known: str | None = None) -> str:
+    """Returns the run's one experiment key, made on first use (or `known`, a checkpoint's) and kept in comet.json."""
+    path = run_directory / "comet.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads(path.read_text())["experiment_key"])
+    key = known or uuid.uuid4().hex  # Comet wants 32 to 50 letters and digits
+    _write_json(path, {"experiment_key": key})
+    return key
+
+
+class LineReader:
+    """The complete lines of a growing JSONL file; begins again when the file was cut back or replaced.
+
+    A cut is seen by the length, and one that has grown over since by the bytes before the position.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offset = 0
+        self._tail = b""
+
+    def new(self) -> list[dict[str, Any]]:
+        """Returns the objects of all lines that were completed since the last call."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._offset - len(self._tail))
+                if file.read(len(self._tail)) != self._tail:
+                    self._offset, self._tail = 0, b""
+                    file.seek(0)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        data = data[: data.rfind(b"\n") + 1]  # a line still being written stays for the next call
+        self._offset += len(data)
+        self._tail = (self._tail + data)[-256:]
+        return [line for line in map(_parse, data.splitlines()) if line is not None]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Returns the object of one line, None for a line that a crash left torn."""
+    with contextlib.suppress(ValueError):
+        value = json.loads(line)
+        if isinstance(value, dict) and isinstance(value.get("step"), int):
+            return value
+    return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        value = json.loads(path.read_text())
+        if isinstance(value, dict):
+            return value
+    return {}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(aside, path)
+
+
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns `{"section.key": value}`; lists become text, which is what Comet would make of them."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + str(key)] = json.dumps(value) if isinstance(value, list) else value
+    return flat
+
+
+def _settings(run_directory: Path) -> dict[str, Any]:
+    import yaml
+
+    with contextlib.suppress(OSError, yaml.YAMLError):
+        value = yaml.safe_load((run_directory / "config.yaml").read_text())
+        if isinstance(value, dict):
+            return value
+    return {}
+
+
+# ---- what Comet has, and what went wrong ---------------------------------------------------------------------------
+
+
+@dataclass
+class Report:
+    """tracking.json: what Comet has of the run, and what went wrong on the way."""
+
+    mode: str = "offline"
+    experiment_key: str = ""
+    created: bool = False  # the experiment exists at Comet
+    sent: dict[str, int] = field(default_factory=lambda: {"train": 0, "test": 0, "samples": 0})  # last step of each
+    sent_once: list[str] = field(default_factory=list)  # code, environment, spectrogram
+    failures: int = 0  # over all attempts of the run
+    last_error: str = ""
+    finished: bool = False  # everything that the run's files hold is at Comet, or in the archive
+    archive: str = ""
+
+    @classmethod
+    def load(cls, run_directory: Path) -> Report:
+        known = {each.name for each in dataclasses.fields(cls)}
+        return cls(
+            **{name: value for name, value in _read_json(run_directory / "tracking.json").items() if name in known}
+        )
+
+    def save(self, run_directory: Path) -> None:
+        with contextlib.suppress(OSError):  # a full disk is the run's business; tracking goes on
+            _write_json(run_directory / "tracking.json", dataclasses.asdict(self))
+
+    def failed(self, error: object) -> None:
+        self.failures += 1
+        self.last_error = str(error)[:500]
+
+
+class _CountErrors(logging.Handler):
+    """comet_ml logs what it could not deliver instead of raising it: here it is counted."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__(logging.ERROR)
+        self.report = report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.report.failed(record.getMessage())
+
+
+def _import_comet(run_directory: Path, report: Report) -> Any:
+    """Returns comet_ml, imported only now that its settings stand, its talk in comet/comet.log, its errors counted."""
+    folder = run_directory / "comet"
+    folder.mkdir(exist_ok=True)
+    os.environ.update(COMET_SETTINGS)
+    os.environ["COMET_LOGGING_FILE"] = str(folder / "comet.log")
+    import comet_ml
+
+    logging.getLogger("comet_ml").addHandler(_CountErrors(report))
+    return comet_ml
+
+
+# What comet_ml would find out by itself is this process's surroundings, not the run's: all of it is off.
+NOTHING_OF_ITS_OWN = dict.fromkeys(
+    (
+        *("log_code", "log_graph", "auto_param_logging", "auto_metric_logging", "parse_args", "auto_output_logging"),
+        *("log_env_details", "log_git_metadata", "log_git_patch", "auto_log_co2"),
+    ),
+    False,
+)
+
+
+def _comet_project(run_directory: Path) -> dict[str, Any]:
+    tracking = _settings(run_directory).get("tracking") or {}
+    return {"project_name": tracking.get("project") or None, "workspace": tracking.get("workspace") or None}
+
+
+# ---- what an experiment holds, online and offline alike ------------------------------------------------------------
+
+
+def metric_messages(lines: Sequence[dict[str, Any]]) -> Iterator[Any]:
+    """Yields one comet_ml message a value, each with its context and the moment at which it was measured."""
+    from comet_ml.messages import MetricMessage
+
+    for line in lines:
+        kind = line["kind"]
+        for name in TRAIN_METRICS if kind == "train" else TEST_METRICS:
+            if isinstance(line.get(name), (int, float)):
+                message = MetricMessage(context=kind, timestamp=int(float(line.get("time_s", 0)) * 1000) or None)
+                message.set_metric(name, line[name], step=line["step"], epoch=line.get("epoch"))
+                yield message
+
+
+def log_settings(experiment: Any, run_directory: Path) -> None:
+    experiment.log_parameters(flatten(_settings(run_directory)))
+    experiment.log_other("run", run_directory.resolve().name)
+
+
+def log_environment(experiment: Any, run_directory: Path) -> None:
+    for key, value in flatten(_read_json(run_directory / "environment.json")).items():
+        experiment.log_system_info(key, value)
+    for name in ("environment.json", "config.yaml"):
+        if (run_directory / name).exists():
+            experiment.log_asset(str(run_directory / name), file_name=name)
+
+
+def log_code(experiment: Any, run_directory: Path) -> None:
+    experiment.log_code(folder=str(Path(__file__).parent))
+
+
+def log_spectrogram(experiment: Any, run_directory: Path) -> None:
+    experiment.log_image(str(run_directory / "spectrogram.png"), name="spectrogram before and after SpecAugment")
+
+
+def log_samples(experiment: Any, line: dict[str, Any]) -> None:
+    rows = [[each.get(name, "") for name in ("key", "reference", "hypothesis")] for each in line.get("samples", [])]
+    with experiment.context_manager("test"):
+        experiment.set_step(line["step"])
+        experiment.log_table(f"samples-{line['step']:08d}.csv", rows, headers=["key", "reference", "hypothesis"])
+
+
+ONCE: dict[str, Callable[[Any, Path], None]] = {
+    "environment": log_environment,
+    "code": log_code,
+    "spectrogram": log_spectrogram,
+}
+
+
+def _ready(name: str, run_directory: Path) -> bool:
+    """True when the file that this part is made from has been written."""
+    needs = {"environment": "environment.json", "spectrogram": "spectrogram.png"}.get(name)
+    return needs is None or (run_directory / needs).exists()
+
+
+# ---- offline -------------------------------------------------------------------------------------------------------
+
+
+def each_step_once(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the lines in order, the last one of each (kind, step): a run that was cut back may repeat some."""
+    return list({(line.get("kind"), line["step"]): line for line in lines}.values())
+
+
+def write_archive(run_directory: Path, report: Report) -> Path:
+    """Makes comet/KEY.zip from the run's files, for `comet upload`; replaces the one before only when it is whole."""
+    comet_ml = _import_comet(run_directory, report)
+    key = experiment_key(run_directory)
+    lines = [line for line in each_step_once(LineReader(run_directory / "metrics.jsonl").new())]
+    aside = run_directory / "comet" / f".making-{os.getpid()}"
+    try:
+        experiment = comet_ml.OfflineExperiment(
+            experiment_key=key, offline_directory=str(aside), **_comet_project(run_directory), **NOTHING_OF_ITS_OWN
+        )
+        if lines and "time_s" in lines[0]:
+            experiment.start_time = int(lines[0]["time_s"] * 1000)
+        log_settings(experiment, run_directory)
+        for name, log in ONCE.items():
+            if _ready(name, run_directory):
+                log(experiment, run_directory)
+        for message in metric_messages([line for line in lines if line.get("kind") in ("train", "test")]):
+            experiment._enqueue_message(message)  # log_metric would stamp every step with this moment
+        for line in each_step_once(LineReader(run_directory / "samples.jsonl").new()):
+            log_samples(experiment, line)
+        experiment.end()
+        archive = run_directory / "comet" / f"{key}.zip"
+        os.replace(aside / archive.name, archive)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    report.archive = str(archive.relative_to(run_directory))
+    return archive
+
+
+# ---- online --------------------------------------------------------------------------------------------------------
+
+
+class Mirror:
+    """Keeps Comet at what the run's files hold. `advance` sends what is new and answers whether anything is left."""
+
+    def __init__(self, run_directory: Path, report: Report) -> None:
+        self.run_directory = run_directory
+        self.report = report
+        self.metrics = LineReader(run_directory / "metrics.jsonl")
+        self.samples = LineReader(run_directory / "samples.jsonl")
+        self.unsent: list[dict[str, Any]] = []
+        self.unsent_samples: list[dict[str, Any]] = []
+        self.experiment: Any = None
+        self.not_before = 0.0  # monotonic: no attempt until then, after a failure
+        self._pause_s = BACK_OFF_S[0]
+
+    def advance(self, *, patient: bool = True) -> bool:
+        """Returns True when Comet has everything. Never raises: what goes wrong is counted and tried again later."""
+        self._read()
+        if patient and time.monotonic() < self.not_before:
+            return False
+        try:
+            if self.experiment is None:
+                self._connect()
+            self._send_metrics()
+            self._send_the_rest()
+            self._pause_s = BACK_OFF_S[0]
+        except Exception as error:
+            self.report.failed(f"{type(error).__name__}: {error}")
+            self.not_before = time.monotonic() + self._pause_s
+            self._pause_s = min(2 * self._pause_s, BACK_OFF_S[1])
+        self.report.save(self.run_directory)
+        return self.experiment is not None and not self.unsent and not self.unsent_samples
+
+    def _read(self) -> None:
+        sent = self.report.sent
+        lines = [line for line in self.metrics.new() if line.get("kind") in ("train", "test")]
+        self.unsent = [line for line in each_step_once(self.unsent + lines) if line["step"] > sent[line["kind"]]]
+        samples = each_step_once(self.unsent_samples + self.samples.new())
+        self.unsent_samples = [line for line in samples if line["step"] > sent["samples"]]
+
+    def _connect(self) -> None:
+        comet_ml = _import_comet(self.run_directory, self.report)
+        arguments = {"experiment_key": experiment_key(self.run_directory), **NOTHING_OF_ITS_OWN}
+        makers = [comet_ml.Experiment, comet_ml.ExistingExperiment]
+        # The record that it was created can be lost with a killed follower: whichever of the two fails, try the other.
+        for make in reversed(makers) if self.report.created else makers:
+            experiment = make(**arguments, **_comet_project(self.run_directory))
+            if experiment.alive:
+                break
+        else:
+            raise ConnectionError("Comet did not take up the experiment (see comet/comet.log)")
+        self.experiment = experiment
+        self.report.created = True
+        log_settings(experiment, self.run_directory)
+
+    def _send_metrics(self) -> None:
+        """Sends in the order of the file, a batch at a time; a batch counts once Comet has acknowledged it."""
+        from comet_ml.batch_utils import MessageBatchItem
+
+        while self.unsent:
+            batch = self.unsent[:BATCH_LINES]
+            items = [MessageBatchItem(message) for message in metric_messages(batch)]
+            if items:
+                self.experiment.connection.log_metrics_batch(items)
+            self.unsent = self.unsent[len(batch) :]
+            for line in batch:
+                self.report.sent[line["kind"]] = max(self.report.sent[line["kind"]], line["step"])
+            self.report.save(self.run_directory)
+
+    def _send_the_rest(self) -> None:
+        """Hands tables, images and code to comet_ml's own sender, which repeats and, failing that, logs an error."""
+        for name, log in ONCE.items():
+            if name not in self.report.sent_once and _ready(name, self.run_directory):
+                log(self.experiment, self.run_directory)
+                self.report.sent_once.append(name)
+        while self.unsent_samples:
+            line = self.unsent_samples.pop(0)
+            log_samples(self.experiment, line)
+            self.report.sent["samples"] = line["step"]
+
+    def close(self) -> None:
+        if self.experiment is not None:
+            self.experiment.end()
+
+
+# ---- the follower --------------------------------------------------------------------------------------------------
+
+
+class RunEnd:
+    """Says when the run ends: its parent's word or death, or, without a parent, what status.json says."""
+
+    def __init__(self, run_directory: Path, parent: int | None) -> None:
+        self.run_directory = run_directory
+        self.parent = parent
+
+    def wait(self, timeout_s: float) -> bool:
+        """Waits up to `timeout_s`; True at once when the run has ended."""
+        if self.parent is None:
+            time.sleep(timeout_s)
+            return _read_json(self.run_directory / "status.json").get("state") not in (None, "running")
+        # The parent writes a word or, dying, closes the pipe. Its own forked children may hold the pipe open for a
+        # while longer, hence the second question.
+        readable, _, _ = select.select([sys.stdin], [], [], timeout_s)
+        return bool(readable) or os.getppid() != self.parent
+
+
+@contextlib.contextmanager
+def _alone(run_directory: Path, wait_s: float) -> Iterator[None]:
+    """Lets one follower at a time work on a run: the one of the attempt before may still be sending its last steps."""
+    with (run_directory / ".tracking.lock").open("w") as file:
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"{run_directory} is being tracked by another process for {wait_s:.0f} s; wait for its end"
+                    ) from None
+                time.sleep(0.1)
+            except OSError:
+                break  # a file system without locks: better two followers than none
+        yield
+
+
+def _end_after(close_s: float, run_directory: Path, report: Report) -> None:
+    """Ends this process after `close_s`, whatever comet_ml's threads wait for, with the failure on record."""
+
+    def end() -> None:
+        report.failed(f"Comet did not take everything within {close_s:.0f} s of the run's end")
+        report.finished = False
+        report.save(run_directory)
+        os._exit(1)
+
+    timer = threading.Timer(close_s, end)
+    timer.daemon = True
+    timer.start()
+
+
+def track(
+    run_directory: Path, mode: str, *, follow: bool, parent: int | None = None, close_s: float = CLOSE_S
+) -> Report:
+    """Mirrors the run to Comet or into its archive; with `follow` until the run ends, otherwise as it stands."""
+    with _alone(run_directory, wait_s=2 * CLOSE_S):
+        report = Report.load(run_directory)
+        report.mode, report.experiment_key, report.finished = mode, experiment_key(run_directory), False
+        report.save(run_directory)
+        end = RunEnd(run_directory, parent)
+        if mode == "online":
+            _track_online(run_directory, report, end if follow else None, close_s)
+        else:
+            _track_offline(run_directory, report, end if follow else None, close_s)
+        report.save(run_directory)
+        return report
+
+
+def _track_offline(run_directory: Path, report: Report, end: RunEnd | None, close_s: float) -> None:
+    if end is not None:
+        if (run_directory / "metrics.jsonl").exists():  # a resumed run: what was killed gets its archive now
+            write_archive(run_directory, report)
+            report.save(run_directory)
+        while not end.wait(POLL_S):
+            pass
+    _end_after(close_s, run_directory, report)
+    write_archive(run_directory, report)
+    report.finished = True
+
+
+def _track_online(run_directory: Path, report: Report, end: RunEnd | None, close_s: float) -> None:
+    mirror = Mirror(run_directory, report)
+    while end is not None and not end.wait(POLL_S):
+        mirror.advance()
+    _end_after(close_s, run_directory, report)
+    while not mirror.advance():
+        time.sleep(0.1)
+    mirror.close()
+    report.finished = True
+
+
+# ---- the trainer's side --------------------------------------------------------------------------------------------
+
+
+class Follower:
+    """The follower as its parent sees it. Nothing here raises or waits, except `close` for as long as it is told to."""
+
+    def __init__(
+        self, run_directory: Path, mode: str, process: subprocess.Popen[bytes] | None, error: str = ""
+    ) -> None:
+        self.run_directory = run_directory
+        self.mode = mode
+        self.process = process
+        self.error = error
+
+    def close(self, timeout_s: float = CLOSE_S + 5) -> Report:
+        """Says that the run has ended, waits up to `timeout_s`, and returns what became of it (see tracking.json).
+
+        A follower that needs longer goes on by itself until its own deadline.
+        """
+        if self.process is None:
+            return Report(mode=self.mode, failures=int(bool(self.error)), last_error=self.error)
+        with contextlib.suppress(OSError, ValueError):
+            assert self.process.stdin is not None
+            self.process.stdin.write(b"end\n")
+            self.process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout_s)
+        return Report.load(self.run_directory)
+
+
+def start(run_directory: Path, mode: str) -> Follower:
+    """Starts the follower of a run and returns at once; what stops it from starting is in the handle, not raised."""
+    run_directory = Path(run_directory)
+    mode = resolve_mode(mode)
+    if mode == "off":
+        return Follower(run_directory, mode, None)
+    command = [sys.executable, "-m", "ddp_asr.tracking", str(run_directory.resolve()), "--follow", "--mode", mode]
+    root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    try:
+        experiment_key(run_directory)
+        with (run_directory / "tracking.log").open("ab") as log:
+            process = subprocess.Popen(
+                [*command, "--parent", str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONPATH": path},
+                start_new_session=True,  # out of reach of the signals that stop the ranks
+            )
+    except OSError as error:
+        return Follower(run_directory, mode, None, f"the follower could not be started: {error}")
+    return Follower(run_directory, mode, process)
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ddp_asr.tracking",
+        description="Mirrors a run to Comet, or makes its offline archive anew, from the run's own files.",
+        epilog="examples:\n"
+        "  python -m ddp_asr.tracking runs/an4                 the archive of a run, a killed one too\n"
+        "  comet upload runs/an4/comet/*.zip                   and its upload\n"
+        "  python -m ddp_asr.tracking runs/an4 --mode online   send what Comet does not have yet",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
+    parser.add_argument("--follow", action="store_true", help="go on until the run ends")
+    parser.add_argument(
+        "--mode",
+        choices=("auto", "online", "offline"),
+        default="offline",
+        help="auto: online when COMET_API_KEY is set",
+    )
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # the trainer that started this process
+    parser.add_argument("--close-s", type=float, default=CLOSE_S, help="longest time to close (default: %(default)s)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    run_directory: Path = arguments.run
+    if not (run_directory / "config.yaml").exists():
+        raise UserError(f"{run_directory} is not a run: it has no config.yaml; give a directory such as runs/an4")
+    mode = resolve_mode(arguments.mode)
+    if mode == "online" and not os.environ.get("COMET_API_KEY"):
+        raise UserError("online tracking needs COMET_API_KEY in the environment; set it, or use --mode offline")
+    if arguments.parent is not None:
+        _stay_out_of_the_way()
+    report = track(run_directory, mode, follow=arguments.follow, parent=arguments.parent, close_s=arguments.close_s)
+    print(_summary(run_directory, report), flush=True)
+    return 0
+
+
+def _stay_out_of_the_way() -> None:
+    """A scheduler signals every process of a job: this one ends with its parent and gives way to it until then."""
+    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(each, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        os.nice(10)
+
+
+def _summary(run_directory: Path, report: Report) -> str:
+    if report.mode == "online":
+        text = f"Comet has train steps to {report.sent['train']}, tests to {report.sent['test']}"
+    else:
+        text = f"made {run_directory / report.archive}; upload it with: comet upload {run_directory / report.archive}"
+    return text + (f" ({report.failures} failures, the last: {report.last_error})" if report.failures else "")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_entry_point(main))
