@@ -1,0 +1,273 @@
+"""Checkpoints: what exists is complete, what is read is undamaged.
+
+    state on the device --snapshot--> CPU copy --BackgroundWriter--> temp file --fsync, may_write, rename--> step-*.pt
+    step-*.pt --newest_good--> every CRC checked --> state on the CPU
+
+    runs/NAME/checkpoints/step-00001234.pt
+    runs/NAME/best.pt
+
+A state is nested dicts, lists and tuples of tensors, numbers, strings and None, nothing else, so that it is read with
+`weights_only=True` and runs no code. `write` refuses anything else, because the reader would find out hours later.
+
+A file is written beside its place, synced and renamed. `may_write` (the lease's `check`) is called before anything is
+touched and once more just before the rename. `read` checks the zip's CRCs, which `torch.load` does not: there a
+flipped bit loads silently as another weight.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import re
+import secrets
+import shutil
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from ddp_asr.errors import UserError
+
+# A process's own temporary files; all others in the directory are of a writer that no longer has the lease.
+_WRITER = secrets.token_hex(8)
+_STEP_FILE = re.compile(r"step-(\d{8,})\.pt")
+_DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, KeyError, RuntimeError, OSError)
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that cannot be trusted; `reason` says what is wrong with it."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"checkpoint {path} is damaged: {reason}; take an earlier one with --resume PATH")
+        self.path = path
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that was read whole."""
+
+    path: Path
+    step: int
+    state: dict[str, Any]
+
+
+def step_path(run_directory: Path, step: int) -> Path:
+    return run_directory / "checkpoints" / f"step-{step:08d}.pt"
+
+
+def snapshot(state: Any) -> Any:
+    """A deep copy on the CPU, in plain containers, that training no longer changes."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, Mapping):  # a module's state is an OrderedDict
+        return {key: snapshot(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(snapshot(value) for value in state)
+    return state
+
+
+def check_plain(state: Any, where: str = "state") -> None:
+    """Raises TypeError naming the first value that `weights_only=True` would not read back as it is."""
+    if isinstance(state, torch.Tensor) or type(state) in (int, float, bool, str, type(None)):
+        return
+    if type(state) is dict:
+        for key, value in state.items():
+            if type(key) not in (int, str):
+                raise TypeError(f"{where} has the key {key!r} of type {type(key).__name__}: keys are str or int")
+            check_plain(value, f"{where}[{key!r}]")
+    elif type(state) in (list, tuple):
+        for number, value in enumerate(state):
+            check_plain(value, f"{where}[{number}]")
+    else:
+        # exactly these types: numpy.float64 is a float, yet its pickle is refused when read
+        raise TypeError(
+            f"{where} is a {type(state).__module__}.{type(state).__qualname__}: a checkpoint holds dict, list, tuple, "
+            "int, float, bool, str, None and tensors; convert it first"
+        )
+
+
+def write(path: Path, state: dict[str, Any], may_write: Callable[[], None]) -> None:
+    """Writes a checkpoint so that under its name there is always a complete one.
+
+    Raises what `may_write` raises, and UserError when the disk is full or the directory unwritable; nothing is left.
+    """
+    check_plain(state)
+    # Listed before may_write: whoever took the run over since then has no file in this list.
+    strangers = [temp for temp in path.parent.glob(".*.tmp") if _WRITER not in temp.name]
+    may_write()
+    for temp in strangers:
+        temp.unlink(missing_ok=True)
+    temp = path.with_name(f".{path.name}.{_WRITER}-{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_synced(temp, state)
+        may_write()
+        os.replace(temp, path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The state, on the CPU, after every byte of it was checked. Raises DamagedCheckpoint, UserError without a file."""
+    try:
+        with path.open("rb") as file:  # opened once, so that what was checked is what is loaded
+            return _read_checked(path, file)
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise UserError(f"checkpoint {path} cannot be read: {error.strerror}; give the path of a .pt file") from error
+
+
+def newest_good(run_directory: Path, on_damage: Callable[[Path, str], None]) -> Found | None:
+    """The newest undamaged checkpoint of a run; None where there are none at all.
+
+    `on_damage` is told each damaged one on the way. Raises DamagedCheckpoint where all are: a run must not begin anew
+    over weeks of training because of one bad disk.
+    """
+    damage: DamagedCheckpoint | None = None
+    for step, path in reversed(_checkpoints(run_directory)):
+        try:
+            return Found(path, step, read(path))
+        except DamagedCheckpoint as error:
+            on_damage(path, error.reason)
+            damage = damage or error
+    if damage is not None:
+        raise UserError(
+            f"every checkpoint in {run_directory / 'checkpoints'} is damaged (the newest: {damage.reason}): go on from "
+            f"{run_directory / 'best.pt'} with --resume PATH, or remove the directory to begin anew"
+        ) from damage
+    return None
+
+
+def set_aside_beyond(run_directory: Path, step: int, may_write: Callable[[], None]) -> list[Path]:
+    """Renames the checkpoints beyond `step` to `.aside`; returns them.
+
+    Called when a run goes on at `step`: a damaged or abandoned later one would otherwise be chosen by the next resume,
+    and kept by `prune` in place of the good ones.
+    """
+    beyond = [path for number, path in _checkpoints(run_directory) if number > step]
+    for path in beyond:
+        may_write()
+        os.replace(path, path.with_name(path.name + ".aside"))
+    return beyond
+
+
+def prune(run_directory: Path, keep_last: int) -> None:
+    """Removes all but the newest `keep_last` (at least one) checkpoints."""
+    for _, path in _checkpoints(run_directory)[: -max(1, keep_last)]:
+        path.unlink(missing_ok=True)
+
+
+class BackgroundWriter:
+    """Writes one checkpoint at a time in a thread, while training goes on."""
+
+    def __init__(self, may_write: Callable[[], None]) -> None:
+        self._may_write = may_write
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def submit(self, path: Path, state: dict[str, Any], then: Callable[[], None] | None = None) -> None:
+        """Begins to write a snapshot, then calls `then` (to prune, say) in the same thread.
+
+        Waits for the previous one first and raises its error.
+        """
+        self.wait()
+        self._pending = self._thread.submit(self._write, path, state, then)
+
+    def _write(self, path: Path, state: dict[str, Any], then: Callable[[], None] | None) -> None:
+        write(path, state, self._may_write)
+        if then is not None:
+            then()
+
+    def raise_if_failed(self) -> None:
+        """Raises the error of a write that has already failed; waits for none."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when everything submitted is on the disk; raises its error, once."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+
+def _checkpoints(run_directory: Path) -> list[tuple[int, Path]]:
+    """(step, path) of every checkpoint, the newest last."""
+    matches = ((_STEP_FILE.fullmatch(path.name), path) for path in (run_directory / "checkpoints").glob("step-*.pt"))
+    return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def _write_synced(temp: Path, state: dict[str, Any]) -> None:
+    with _Watched(io.FileIO(temp, "x")) as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            # torch's zip writer answers a failed write with its own complaint about positions.
+            raise file.error or error from error
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class _Watched(io.BufferedWriter):
+    """A file that remembers why writing failed."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+
+def _read_checked(path: Path, file: IO[bytes]) -> dict[str, Any]:
+    try:
+        with zipfile.ZipFile(file) as members:
+            damaged = members.testzip()
+        if damaged is not None:
+            raise DamagedCheckpoint(path, f"the checksum of its member {damaged} does not match")
+        file.seek(0)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise DamagedCheckpoint(path, "it holds more than tensors and plain containers, so it is not ours") from error
+    except _DAMAGE as error:
+        raise DamagedCheckpoint(path, f"{str(error) or type(error).__name__} (truncated or overwritten)") from error
+    if not isinstance(state, dict):
+        raise DamagedCheckpoint(path, f"it holds a {type(state).__name__} and not a dict, so it is not ours")
+    return state
+
+
+def _sync_directory(directory: Path) -> None:
+    """Makes a rename outlive a power failure."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    try:
+        room = f", {shutil.disk_usage(path.parent).free // 2**20} MB free"
+    except OSError:
+        room = ""
+    return UserError(
+        f"checkpoint {path} cannot be written ({error.strerror or error}{room}): free space or mend the directory, "
+        "then start again; the run goes on from the newest checkpoint"
+    )
