@@ -13,19 +13,11 @@ enough to jump to a word or to cut subtitles, not to measure phones.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
-
-class Symbols(Protocol):
-    """What decoding needs of a vocabulary."""
-
-    @property
-    def blank(self) -> int: ...
-
-    def decode(self, ids: np.ndarray) -> str: ...
+from ddp_asr.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -42,12 +34,12 @@ def seconds_per_frame(hop_ms: float, time_strides: Sequence[int]) -> float:
     return hop_ms / 1000 * math.prod(time_strides)
 
 
-def greedy(logits: Tensor, frames: Tensor, vocabulary: Symbols) -> list[str]:
+def greedy(logits: Tensor, frames: Tensor, vocabulary: Vocabulary) -> list[str]:
     """The text of each utterance; `logits` (B, T', V), `frames` (B,) valid frames of each."""
     return [tidy(vocabulary.decode(symbols)) for symbols, _, _ in emissions(logits, frames, vocabulary.blank)]
 
 
-def word_times(logits: Tensor, frames: Tensor, vocabulary: Symbols, frame_s: float) -> list[list[Word]]:
+def word_times(logits: Tensor, frames: Tensor, vocabulary: Vocabulary, frame_s: float) -> list[list[Word]]:
     """The words of each utterance with their times; their texts are those of `greedy`."""
     return [
         _words([vocabulary.decode(np.array([symbol])) for symbol in symbols], start * frame_s, end * frame_s)

@@ -2,23 +2,17 @@
 
 from itertools import groupby
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ddp_asr import decode
+from ddp_asr.vocabulary import Vocabulary
 
 SYMBOLS = " ab'"
 BLANK = len(SYMBOLS)
-
-
-class Letters:
-    blank = BLANK
-
-    def decode(self, ids: np.ndarray) -> str:
-        return "".join(SYMBOLS[i] for i in ids)
+VOCABULARY = Vocabulary(SYMBOLS)
 
 
 def logits_of(paths: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,14 +35,14 @@ paths_of_a_batch = st.lists(st.lists(st.integers(0, BLANK), max_size=12), min_si
 @given(paths_of_a_batch)
 def test_greedy_is_the_brute_force_collapse(paths: list[list[int]]) -> None:
     expected = [" ".join(brute_force(path).split()) for path in paths]
-    assert decode.greedy(*logits_of(paths), Letters()) == expected
+    assert decode.greedy(*logits_of(paths), VOCABULARY) == expected
 
 
 @given(paths_of_a_batch)
 def test_words_with_times_are_the_words_of_the_text(paths: list[list[int]]) -> None:
     logits, frames = logits_of(paths)
-    texts = decode.greedy(logits, frames, Letters())
-    timed = decode.word_times(logits, frames, Letters(), 0.5)
+    texts = decode.greedy(logits, frames, VOCABULARY)
+    timed = decode.word_times(logits, frames, VOCABULARY, 0.5)
     for text, words, path in zip(texts, timed, paths, strict=True):
         assert [word.text for word in words] == text.split()
         edges = [edge for word in words for edge in (word.start_s, word.end_s)]
@@ -59,7 +53,7 @@ def test_words_with_times_are_the_words_of_the_text(paths: list[list[int]]) -> N
 def test_word_times_are_the_frames_of_the_first_and_last_symbol() -> None:
     a, b, space, blank = SYMBOLS.index("a"), SYMBOLS.index("b"), SYMBOLS.index(" "), BLANK
     path = [blank, a, a, blank, a, b, b, blank, space, blank, b, blank]
-    (words,) = decode.word_times(*logits_of([path]), Letters(), frame_s=0.025)
+    (words,) = decode.word_times(*logits_of([path]), VOCABULARY, frame_s=0.025)
     assert [word.text for word in words] == ["aab", "b"]
     assert [(word.start_s, word.end_s) for word in words] == [
         (pytest.approx(0.025), pytest.approx(0.175)),
@@ -74,5 +68,5 @@ def test_a_frame_is_the_hop_times_all_strides() -> None:
 
 def test_no_frames_say_nothing() -> None:
     logits = torch.zeros(2, 0, BLANK + 1)
-    assert decode.greedy(logits, torch.tensor([0, 0]), Letters()) == ["", ""]
-    assert decode.word_times(logits, torch.tensor([0, 0]), Letters(), 0.02) == [[], []]
+    assert decode.greedy(logits, torch.tensor([0, 0]), VOCABULARY) == ["", ""]
+    assert decode.word_times(logits, torch.tensor([0, 0]), VOCABULARY, 0.02) == [[], []]
