@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -34,6 +35,8 @@ import sys
 import threading
 import time
 import uuid
+import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,11 +50,14 @@ TEST_METRICS = ("loss", "wer", "cer")
 
 POLL_S = 1.0  # between two looks at the files
 BACK_OFF_S = (2.0, 60.0)  # first and longest pause after a failure; it doubles
-CLOSE_S = 45.0  # from the end of the run to the end of the follower, whatever Comet does
+CLOSE_S = 20.0  # from the end of the run to the end of an online follower, whatever Comet does
+ARCHIVE_S = 900.0  # the longest that an archive may take: nothing in it waits for a network (0.4 ms a step measured)
 BATCH_LINES = 200  # of metrics.jsonl in one request, seven values each
+TRIES = 3  # for a table, an image or the code, each handed to comet_ml's own sender, which repeats as well
 
-# comet_ml reads these when it is imported. Its own retries are off, so that a failure is seen, counted and repeated
-# here; its patience is an hour for messages and three for files; its console talk goes to a file in the run.
+# comet_ml reads these when it is imported; what the user has set himself wins. Its retries are off, so that a failure
+# is seen, counted and repeated here. A minute for an answer, since a batch whose answer is lost has to go out again.
+# Its own patience at the end is an hour for messages and three for files.
 COMET_SETTINGS = {
     "COMET_DISABLE_AUTO_LOGGING": "1",
     "COMET_LOGGING_CONSOLE": "CRITICAL",
@@ -59,7 +65,7 @@ COMET_SETTINGS = {
     "COMET_DISABLE_ANNOUNCEMENT": "1",
     "COMET_ERROR_TRACKING_ENABLE": "0",
     "COMET_INTERNAL_REPORTING": "0",
-    "COMET_TIMEOUT_HTTP": "20",
+    "COMET_TIMEOUT_HTTP": "60",
     "COMET_TIMEOUT_CLEANING": "20",
     "COMET_TIMEOUT_UPLOAD": "20",
     "COMET_TIMEOUT_FILE_UPLOAD": "20",
@@ -175,11 +181,13 @@ class Report:
     experiment_key: str = ""
     created: bool = False  # the experiment exists at Comet
     sent: dict[str, int] = field(default_factory=lambda: {"train": 0, "test": 0, "samples": 0})  # last step of each
-    sent_once: list[str] = field(default_factory=list)  # code, environment, spectrogram
+    sent_once: list[str] = field(default_factory=list)  # environment, code, spectrogram
+    lost: list[str] = field(default_factory=list)  # what Comet refused each time it was offered
     failures: int = 0  # over all attempts of the run
     last_error: str = ""
     finished: bool = False  # everything that the run's files hold is at Comet, or in the archive
     archive: str = ""
+    url: str = ""
 
     @classmethod
     def load(cls, run_directory: Path) -> Report:
@@ -212,11 +220,13 @@ def _import_comet(run_directory: Path, report: Report) -> Any:
     """Returns comet_ml, imported only now that its settings stand, its talk in comet/comet.log, its errors counted."""
     folder = run_directory / "comet"
     folder.mkdir(exist_ok=True)
-    os.environ.update(COMET_SETTINGS)
-    os.environ["COMET_LOGGING_FILE"] = str(folder / "comet.log")
+    for name, value in {**COMET_SETTINGS, "COMET_LOGGING_FILE": str(folder / "comet.log")}.items():
+        os.environ.setdefault(name, value)
     import comet_ml
 
-    logging.getLogger("comet_ml").addHandler(_CountErrors(report))
+    logger = logging.getLogger("comet_ml")
+    if not any(isinstance(handler, _CountErrors) for handler in logger.handlers):
+        logger.addHandler(_CountErrors(report))
     return comet_ml
 
 
@@ -253,7 +263,7 @@ def metric_messages(lines: Sequence[dict[str, Any]]) -> Iterator[Any]:
 
 def log_settings(experiment: Any, run_directory: Path) -> None:
     experiment.log_parameters(flatten(_settings(run_directory)))
-    experiment.log_other("run", run_directory.resolve().name)
+    experiment.set_name(run_directory.resolve().name)
 
 
 def log_environment(experiment: Any, run_directory: Path) -> None:
@@ -272,11 +282,13 @@ def log_spectrogram(experiment: Any, run_directory: Path) -> None:
     experiment.log_image(str(run_directory / "spectrogram.png"), name="spectrogram before and after SpecAugment")
 
 
-def log_samples(experiment: Any, line: dict[str, Any]) -> None:
-    rows = [[each.get(name, "") for name in ("key", "reference", "hypothesis")] for each in line.get("samples", [])]
+def log_samples(experiment: Any, *lines: dict[str, Any]) -> None:
+    columns = ["key", "reference", "hypothesis"]
     with experiment.context_manager("test"):
-        experiment.set_step(line["step"])
-        experiment.log_table(f"samples-{line['step']:08d}.csv", rows, headers=["key", "reference", "hypothesis"])
+        for line in lines:
+            rows = [[each.get(name, "") for name in columns] for each in line.get("samples", [])]
+            experiment.set_step(line["step"])
+            experiment.log_table(f"samples-{line['step']:08d}.csv", rows, headers=columns)
 
 
 ONCE: dict[str, Callable[[Any, Path], None]] = {
@@ -304,29 +316,51 @@ def write_archive(run_directory: Path, report: Report) -> Path:
     """Makes comet/KEY.zip from the run's files, for `comet upload`; replaces the one before only when it is whole."""
     comet_ml = _import_comet(run_directory, report)
     key = experiment_key(run_directory)
-    lines = [line for line in each_step_once(LineReader(run_directory / "metrics.jsonl").new())]
-    aside = run_directory / "comet" / f".making-{os.getpid()}"
+    lines = each_step_once(LineReader(run_directory / "metrics.jsonl").new())
+    lines = [line for line in lines if line.get("kind") in ("train", "test")]
+    archive = run_directory / "comet" / f"{key}.zip"
+    aside = archive.with_name(f".making-{os.getpid()}")
     try:
         experiment = comet_ml.OfflineExperiment(
             experiment_key=key, offline_directory=str(aside), **_comet_project(run_directory), **NOTHING_OF_ITS_OWN
         )
-        if lines and "time_s" in lines[0]:
-            experiment.start_time = int(lines[0]["time_s"] * 1000)
         log_settings(experiment, run_directory)
         for name, log in ONCE.items():
             if _ready(name, run_directory):
                 log(experiment, run_directory)
-        for message in metric_messages([line for line in lines if line.get("kind") in ("train", "test")]):
+        values = 0
+        for values, message in enumerate(metric_messages(lines), start=1):
             experiment._enqueue_message(message)  # log_metric would stamp every step with this moment
-        for line in each_step_once(LineReader(run_directory / "samples.jsonl").new()):
-            log_samples(experiment, line)
+            while values % 10_000 == 0 and experiment.streamer.messages.qsize() > 10_000:
+                time.sleep(0.01)  # its end gives what still waits in memory a minute, and drops the rest
+        log_samples(experiment, *each_step_once(LineReader(run_directory / "samples.jsonl").new()))
         experiment.end()
-        archive = run_directory / "comet" / f"{key}.zip"
-        os.replace(aside / archive.name, archive)
+        times = [int(line["time_s"] * 1000) for line in (lines[:1] + lines[-1:]) if "time_s" in line]
+        os.replace(_finish_archive(aside / archive.name, values, times), archive)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     report.archive = str(archive.relative_to(run_directory))
     return archive
+
+
+def _finish_archive(made: Path, values: int, times_ms: Sequence[int]) -> Path:
+    """Returns a copy of comet_ml's archive: checked for all values, compressed, dated as the run and not as today."""
+    finished = made.with_suffix(".finished")
+    with zipfile.ZipFile(made) as source, zipfile.ZipFile(finished, "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            data = source.read(name)
+            if name == "experiment.json" and times_ms:
+                dates = {"start_time": times_ms[0], "stop_time": times_ms[-1]}
+                data = json.dumps({**json.loads(data), **dates}).encode()
+            if name == "messages.json":
+                # Beside the steps' values there is one of comet_ml's own, how long this process took.
+                found = sum(b'"metric_msg"' in line and b'"process duration"' not in line for line in data.splitlines())
+                if found != values:
+                    raise OSError(f"comet_ml wrote {found} of {values} values into its archive")
+            target.writestr(name, data)
+    with finished.open("rb") as file:
+        os.fsync(file.fileno())
+    return finished
 
 
 # ---- online --------------------------------------------------------------------------------------------------------
@@ -342,27 +376,34 @@ class Mirror:
         self.samples = LineReader(run_directory / "samples.jsonl")
         self.unsent: list[dict[str, Any]] = []
         self.unsent_samples: list[dict[str, Any]] = []
+        self.tries: Counter[str] = Counter()
         self.experiment: Any = None
-        self.not_before = 0.0  # monotonic: no attempt until then, after a failure
+        self._not_before = 0.0  # monotonic: no attempt until then, after a failure
         self._pause_s = BACK_OFF_S[0]
 
-    def advance(self, *, patient: bool = True) -> bool:
+    def advance(self) -> bool:
         """Returns True when Comet has everything. Never raises: what goes wrong is counted and tried again later."""
         self._read()
-        if patient and time.monotonic() < self.not_before:
+        if time.monotonic() < self._not_before:
             return False
+        done = False
         try:
             if self.experiment is None:
                 self._connect()
             self._send_metrics()
             self._send_the_rest()
             self._pause_s = BACK_OFF_S[0]
+            done = True
         except Exception as error:
             self.report.failed(f"{type(error).__name__}: {error}")
-            self.not_before = time.monotonic() + self._pause_s
+            self._not_before = time.monotonic() + self._pause_s
             self._pause_s = min(2 * self._pause_s, BACK_OFF_S[1])
         self.report.save(self.run_directory)
-        return self.experiment is not None and not self.unsent and not self.unsent_samples
+        return done
+
+    def hurry(self) -> None:
+        """The run has ended: from now on try again soon."""
+        self._not_before, self._pause_s = 0.0, BACK_OFF_S[0]
 
     def _read(self) -> None:
         sent = self.report.sent
@@ -383,7 +424,8 @@ class Mirror:
         else:
             raise ConnectionError("Comet did not take up the experiment (see comet/comet.log)")
         self.experiment = experiment
-        self.report.created = True
+        self.report.created, self.report.url = True, str(experiment.url or "")
+        self.report.save(self.run_directory)
         log_settings(experiment, self.run_directory)
 
     def _send_metrics(self) -> None:
@@ -401,15 +443,27 @@ class Mirror:
             self.report.save(self.run_directory)
 
     def _send_the_rest(self) -> None:
-        """Hands tables, images and code to comet_ml's own sender, which repeats and, failing that, logs an error."""
         for name, log in ONCE.items():
             if name not in self.report.sent_once and _ready(name, self.run_directory):
-                log(self.experiment, self.run_directory)
+                self._hand_over(name, functools.partial(log, self.experiment, self.run_directory))
                 self.report.sent_once.append(name)
-        while self.unsent_samples:
-            line = self.unsent_samples.pop(0)
-            log_samples(self.experiment, line)
-            self.report.sent["samples"] = line["step"]
+        if self.unsent_samples:
+            last = self.unsent_samples[-1]["step"]
+            log_all = functools.partial(log_samples, self.experiment, *self.unsent_samples)
+            self._hand_over(f"samples to step {last}", log_all)
+            self.report.sent["samples"] = last
+            self.unsent_samples = []
+
+    def _hand_over(self, name: str, log: Callable[[], object]) -> None:
+        """Gives something to comet_ml's own sender and waits for it; raises when it was not taken, a few times."""
+        before = self.report.failures
+        log()
+        if self.experiment.flush(timeout=int(COMET_SETTINGS["COMET_TIMEOUT_HTTP"])) and self.report.failures == before:
+            return
+        self.tries[name] += 1
+        if self.tries[name] < TRIES:
+            raise ConnectionError(f"Comet did not take {name}: {self.report.last_error}")
+        self.report.lost.append(name)
 
     def close(self) -> None:
         if self.experiment is not None:
@@ -429,7 +483,10 @@ class RunEnd:
     def wait(self, timeout_s: float) -> bool:
         """Waits up to `timeout_s`; True at once when the run has ended."""
         if self.parent is None:
-            time.sleep(timeout_s)
+            try:
+                time.sleep(timeout_s)
+            except KeyboardInterrupt:
+                return True
             return _read_json(self.run_directory / "status.json").get("state") not in (None, "running")
         # The parent writes a word or, dying, closes the pipe. Its own forked children may hold the pipe open for a
         # while longer, hence the second question.
@@ -461,54 +518,56 @@ def _end_after(close_s: float, run_directory: Path, report: Report) -> None:
     """Ends this process after `close_s`, whatever comet_ml's threads wait for, with the failure on record."""
 
     def end() -> None:
-        report.failed(f"Comet did not take everything within {close_s:.0f} s of the run's end")
-        report.finished = False
-        report.save(run_directory)
-        os._exit(1)
+        if not report.finished:
+            report.failed(f"not everything was taken within {close_s:.0f} s of the run's end; {report.last_error}")
+            report.save(run_directory)
+            print(_summary(run_directory, report), flush=True)
+        os._exit(0 if report.finished else 1)
 
     timer = threading.Timer(close_s, end)
     timer.daemon = True
     timer.start()
 
 
-def track(
-    run_directory: Path, mode: str, *, follow: bool, parent: int | None = None, close_s: float = CLOSE_S
-) -> Report:
+def track(run_directory: Path, mode: str, *, follow: bool, parent: int | None = None) -> Report:
     """Mirrors the run to Comet or into its archive; with `follow` until the run ends, otherwise as it stands."""
-    with _alone(run_directory, wait_s=2 * CLOSE_S):
+    with _alone(run_directory, wait_s=CLOSE_S + 10 if parent is None else ARCHIVE_S):
         report = Report.load(run_directory)
         report.mode, report.experiment_key, report.finished = mode, experiment_key(run_directory), False
         report.save(run_directory)
-        end = RunEnd(run_directory, parent)
+        end = RunEnd(run_directory, parent) if follow else None
         if mode == "online":
-            _track_online(run_directory, report, end if follow else None, close_s)
+            _track_online(run_directory, report, end)
         else:
-            _track_offline(run_directory, report, end if follow else None, close_s)
+            _track_offline(run_directory, report, end)
         report.save(run_directory)
         return report
 
 
-def _track_offline(run_directory: Path, report: Report, end: RunEnd | None, close_s: float) -> None:
+def _track_offline(run_directory: Path, report: Report, end: RunEnd | None) -> None:
     if end is not None:
         if (run_directory / "metrics.jsonl").exists():  # a resumed run: what was killed gets its archive now
-            write_archive(run_directory, report)
+            with contextlib.suppress(OSError):
+                write_archive(run_directory, report)
             report.save(run_directory)
         while not end.wait(POLL_S):
             pass
-    _end_after(close_s, run_directory, report)
+    _end_after(ARCHIVE_S, run_directory, report)
     write_archive(run_directory, report)
     report.finished = True
 
 
-def _track_online(run_directory: Path, report: Report, end: RunEnd | None, close_s: float) -> None:
+def _track_online(run_directory: Path, report: Report, end: RunEnd | None) -> None:
     mirror = Mirror(run_directory, report)
     while end is not None and not end.wait(POLL_S):
         mirror.advance()
-    _end_after(close_s, run_directory, report)
+    _end_after(CLOSE_S, run_directory, report)
+    mirror.hurry()
     while not mirror.advance():
         time.sleep(0.1)
-    mirror.close()
     report.finished = True
+    report.save(run_directory)
+    mirror.close()
 
 
 # ---- the trainer's side --------------------------------------------------------------------------------------------
@@ -588,7 +647,6 @@ def _parser() -> argparse.ArgumentParser:
         help="auto: online when COMET_API_KEY is set",
     )
     parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # the trainer that started this process
-    parser.add_argument("--close-s", type=float, default=CLOSE_S, help="longest time to close (default: %(default)s)")
     return parser
 
 
@@ -602,7 +660,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("online tracking needs COMET_API_KEY in the environment; set it, or use --mode offline")
     if arguments.parent is not None:
         _stay_out_of_the_way()
-    report = track(run_directory, mode, follow=arguments.follow, parent=arguments.parent, close_s=arguments.close_s)
+    report = track(run_directory, mode, follow=arguments.follow, parent=arguments.parent)
     print(_summary(run_directory, report), flush=True)
     return 0
 
@@ -616,11 +674,13 @@ def _stay_out_of_the_way() -> None:
 
 
 def _summary(run_directory: Path, report: Report) -> str:
-    if report.mode == "online":
-        text = f"Comet has train steps to {report.sent['train']}, tests to {report.sent['test']}"
-    else:
-        text = f"made {run_directory / report.archive}; upload it with: comet upload {run_directory / report.archive}"
-    return text + (f" ({report.failures} failures, the last: {report.last_error})" if report.failures else "")
+    failures = f" ({report.failures} failures, the last: {report.last_error})" if report.failures else ""
+    if report.mode == "offline":
+        return f"the run's archive is made; upload it with: comet upload {run_directory / report.archive}{failures}"
+    text = f"Comet has train steps to {report.sent['train']}, tests to {report.sent['test']} {report.url}"
+    if not report.finished:
+        text += f"; send the rest with: python -m ddp_asr.tracking {run_directory} --mode online"
+    return text + failures
 
 
 if __name__ == "__main__":
