@@ -31,7 +31,7 @@ demo: $(STAMP)  ## synthesise a corpus, shard, train with two processes, evaluat
 	$(BIN)/torchrun --standalone --nproc_per_node=2 --signals-to-handle=$(SIGNALS) \
 		-m ddp_asr.train --config configs/demo.yaml
 	$(BIN)/python -m ddp_asr.evaluate $(DEMO_RUN)/best.pt demo/shards/test
-	@set -- $$($(BIN)/python -m tests.corpus --out demo/corpus --show-test); \
+	@set -- $$($(BIN)/python -m tests.corpus --out demo/corpus --example); \
 		echo "A sentence and a voice that training has not met:"; \
 		audio=$$1; shift; echo "reference   $$*"; \
 		printf 'transcript  '; $(BIN)/python -m ddp_asr.transcribe $(DEMO_RUN)/best.pt $$audio

@@ -59,7 +59,7 @@ def train_speech(request) -> Path:
 
 
 @pytest.fixture(scope="session")
-def test_speech(request) -> Path:
+def dev_speech(request) -> Path:
     """Like `train_speech`, with other speakers."""
     real = SHARED_DATA / "LibriSpeech" / "dev-mini"
     return real if real.is_dir() else request.getfixturevalue("synthetic_corpus") / "test"
