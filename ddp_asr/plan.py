@@ -209,9 +209,7 @@ def _mend(samples: np.ndarray, settings: config.Batch) -> list[Bucket]:
     """Feasible buckets, ascending, over lengths at the slowest speed, ascending (rules in the module docstring)."""
     k, max_samples = settings.micro_batches, int(settings.max_seconds * SAMPLE_RATE_HZ)
     if len(samples) < k:
-        remedy = (
-            f"set batch.micro_batches to at most {len(samples)}" if len(samples) else "see what was left out and why"
-        )
+        remedy = f"set batch.micro_batches={len(samples)} or less" if len(samples) else "see what was left out and why"
         raise UserError(f"{len(samples)} usable utterances cannot fill the {k} micro-batches of a step: {remedy}")
     if samples[-1] > max_samples:
         raise ValueError(f"an utterance of {samples[-1]} samples exceeds {max_samples}: leave it out first (`fits`)")
@@ -244,7 +242,7 @@ def _refuse(samples: np.ndarray, settings: config.Batch) -> None:
     raise UserError(
         f"batch.max_seconds {settings.max_seconds:g} holds only one of the longest utterances "
         f"({samples[-1] / SAMPLE_RATE_HZ:.1f} s), and {len(samples)} utterances do not come out even over the "
-        f"{settings.micro_batches} micro-batches of a step: set batch.max_seconds={suffices:g}, or lower batch.micro_batches"
+        f"{settings.micro_batches} micro-batches of a step: set batch.max_seconds={suffices:g} or lower micro_batches"
     )
 
 
