@@ -146,7 +146,9 @@ def read_dataset_json(directory: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{directory}: no dataset.json in it, so its shards are not finished; run: {remedy}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{directory}/dataset.json cannot be read ({error}); delete {directory} and run: {remedy}") from None
+        raise UserError(
+            f"{directory}/dataset.json cannot be read ({error}); delete {directory} and run: {remedy}"
+        ) from None
     if not isinstance(dataset, dict) or dataset.get("format") != FORMAT:
         raise UserError(f"{directory}/dataset.json is not a description of shards; make some with: {remedy}")
     if dataset.get("version") != FORMAT_VERSION:
