@@ -219,7 +219,13 @@ class Lease:
                 clock=clock,
                 sleep=sleep,
             )
-            lease.renew()
+            try:
+                lease.renew()
+            except OSError:  # a full disk: an empty lease would make the next starter wait
+                path.unlink(missing_ok=True)
+                os.close(descriptor)
+                raise
+        lease.check()  # a slower starter may have taken it away between the two
         return lease
 
     def renew(self) -> None:
