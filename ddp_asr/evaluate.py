@@ -1,0 +1,348 @@
+"""A recogniser against references: `python -m ddp_asr.evaluate CHECKPOINT SHARDS...`, alone or under torchrun.
+
+    checkpoint --> Recogniser
+    shards --eval_loader--> this rank's micro-batches --rounds--> Heard, one an utterance --gather--> Summary on rank 0
+
+Training evaluates along the way through the same `rounds` and `gather`. A round is one micro-batch on every rank, and
+all ranks see the same number of rounds, so that between two of them they can agree on a stop.
+
+Micro-batches depend on neither rank nor number of processes, padding is invisible and counts are integers, so the
+result is the same for any number of processes. References are scored as normalised text, characters outside the
+alphabet and all: leaving such utterances out would flatter the recogniser. Only the loss must do without them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddp_asr import SAMPLE_RATE_HZ
+from ddp_asr.errors import UserError, run_entry_point
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ddp_asr.config import Config
+    from ddp_asr.distributed import World
+    from ddp_asr.index import Index
+    from ddp_asr.loader import MicroBatch
+    from ddp_asr.recogniser import Recogniser, Trained
+    from ddp_asr.score import Counts, Interval
+
+EXAMPLES = """
+examples:
+  python -m ddp_asr.evaluate runs/librispeech_100 shards/test-clean
+  python -m ddp_asr.evaluate runs/an4/best.pt shards/an4-dev --out hyps.jsonl --json
+  torchrun --nproc_per_node=8 -m ddp_asr.evaluate runs/librispeech_960 shards/test-clean shards/test-other
+"""
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m ddp_asr.evaluate",
+        description="Word and character error rates of a checkpoint, with confidence intervals.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", help="a checkpoint, or a run directory: its best.pt, else its newest")
+    parser.add_argument("shards", nargs="+", help="shard directories, scored as one corpus")
+    parser.add_argument("--out", type=Path, help="write key, texts and error counts of every utterance (JSON lines)")
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    parser.add_argument(
+        "--precision",
+        default="fp32",
+        choices=("auto", "bf16", "fp16", "tf32", "fp32"),
+        help="fp32, the default, gives the same result for any batch size; bf16 and fp16 are faster on a GPU",
+    )
+    parser.add_argument(
+        "--max-seconds", type=float, help="audio in a batch (default: the training's batch.max_seconds)"
+    )
+    parser.add_argument("--workers", type=int, help="loader processes a rank (default: the training's data.workers)")
+    parser.add_argument("--worst", type=int, default=5, help="worst utterances to show (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    if arguments.max_seconds is not None and not 0 < arguments.max_seconds < math.inf:
+        raise UserError(f"--max-seconds must be above 0, not {arguments.max_seconds}")
+    for name in ("workers", "worst"):
+        if (getattr(arguments, name) or 0) < 0:
+            raise UserError(f"--{name} must be 0 or more, not {getattr(arguments, name)}")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when the corpus was scored; only rank 0 prints."""
+    arguments = parse_arguments(argv)
+    from ddp_asr.config import Distributed
+    from ddp_asr.distributed import join
+
+    world = join(Distributed())
+    evaluate(arguments, world)
+    world.leave()
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace, world: World) -> None:
+    """Scores the corpus over all ranks; every rank raises the UserError of any."""
+    from ddp_asr.index import read_index
+    from ddp_asr.loader import eval_loader
+    from ddp_asr.recogniser import build_recogniser
+
+    # Rank 0 alone reads, because a training run may put a better best.pt in place between two ranks' looks.
+    trained = world.from_rank_zero(lambda: _prepare(arguments))
+    recogniser = world.together(lambda: build_recogniser(trained, world.device, arguments.precision))
+    index = world.together(lambda: read_index(arguments.shards))
+    config = _with_overrides(recogniser.config, arguments)
+    batches = eval_loader(index, recogniser.vocabulary, config, rank=world.rank, world_size=world.world_size)
+    started = time.monotonic()
+    heard: list[Heard] = []
+    bad: list[tuple[str, str]] = []
+    for more_heard, more_bad in rounds(recogniser, index, batches):
+        heard += more_heard
+        bad += more_bad
+    summary = gather(world, heard, bad)
+    wall_s = time.monotonic() - started  # of all ranks, since rank 0 has just waited for the last
+    world.from_rank_zero(lambda: _report(arguments, trained, summary, index, wall_s, config.data.max_bad_samples))
+
+
+def _prepare(arguments: argparse.Namespace) -> Trained:
+    """The checkpoint, once it is sure that the result can be written."""
+    if arguments.out is not None:
+        try:
+            _aside(arguments.out).touch()
+        except OSError as error:
+            raise UserError(f"--out {arguments.out} cannot be written: {error.strerror}; name another place") from None
+    from ddp_asr.recogniser import read_trained
+
+    return read_trained(arguments.checkpoint)
+
+
+def _with_overrides(config: Config, arguments: argparse.Namespace) -> Config:
+    data, batch = config.data, config.batch
+    if arguments.workers is not None:
+        data = replace(data, workers=arguments.workers)
+    if arguments.max_seconds is not None:
+        batch = replace(batch, max_seconds=arguments.max_seconds)
+    return replace(config, data=data, batch=batch)
+
+
+def _report(
+    arguments: argparse.Namespace,
+    trained: Trained,
+    summary: Summary | None,
+    index: Index,
+    wall_s: float,
+    max_bad_samples: int,
+) -> None:
+    """Rank 0's files and prints."""
+    assert summary is not None
+    if summary.bad:
+        named = ", ".join(f"{key} ({reason})" for key, reason in summary.bad[:10])
+        _warn(f"{len(summary.bad)} utterances no longer decode and are not scored: {named}")
+    if len(summary.bad) > max_bad_samples or not summary.heard:
+        raise UserError(
+            f"only {len(summary.heard)} of {len(index)} utterances could be scored (data.max_bad_samples = "
+            f"{max_bad_samples}): look at the shards with python -m ddp_asr.shard SOURCE --out DIR --verify"
+        )
+    if arguments.out is not None:
+        _write_utterances(arguments.out, summary)
+    facts = _facts(trained, summary, index, wall_s)
+    print(json.dumps(facts) if arguments.json else _table(facts, summary, arguments.worst))
+
+
+def _facts(trained: Trained, summary: Summary, index: Index, wall_s: float) -> dict[str, Any]:
+    """The summary as one JSON object; rates are fractions, what is not finite is null."""
+    audio_s = float(index.samples[[u.row for u in summary.heard]].sum()) / SAMPLE_RATE_HZ
+
+    def finite(number: float) -> float | None:
+        return number if math.isfinite(number) else None
+
+    return {
+        "checkpoint": trained.path,
+        "step": trained.step,
+        "epoch": trained.epoch,
+        "utterances": len(summary.heard),
+        "hours": audio_s / 3600,
+        "wer": finite(summary.wer),
+        "wer_interval": [summary.wer_interval.low, summary.wer_interval.high],
+        "cer": finite(summary.cer),
+        "cer_interval": [summary.cer_interval.low, summary.cer_interval.high],
+        **asdict(summary.counts),
+        "loss": finite(summary.loss),
+        "without_loss": summary.without_loss,
+        "bad_samples": len(summary.bad),
+        "real_time_factor": wall_s / audio_s,
+        "wall_s": wall_s,
+    }
+
+
+def _table(facts: dict[str, Any], summary: Summary, worst_shown: int) -> str:
+    """The summary for people."""
+    from ddp_asr.score import worst
+
+    counts = summary.counts
+    lines = [f"{facts['checkpoint']} (step {facts['step']}, epoch {facts['epoch']})"]
+    lines += [f"{facts['utterances']} utterances, {facts['hours']:.2f} h", ""]
+    kinds = [
+        ("WER", "words", summary.wer, summary.wer_interval, counts.words),
+        ("CER", "characters", summary.cer, summary.cer_interval, counts.chars),
+    ]
+    for (name, unit, value, interval, total), errors in zip(kinds, _errors(counts), strict=True):
+        lines.append(
+            f"{name}  {100 * value:6.2f} %   95 % interval {100 * interval.low:.2f} to {100 * interval.high:.2f} %   "
+            f"{total} {unit}: {errors[0]} substituted, {errors[1]} deleted, {errors[2]} inserted"
+        )
+    without = f" ({summary.without_loss} utterances have none)" if summary.without_loss else ""
+    lines.append(f"loss {summary.loss:7.4f}{without}")
+    lines.append(f"real-time factor {facts['real_time_factor']:.4f} ({facts['wall_s']:.1f} s, loading included)")
+    rows = worst(summary.each, worst_shown).tolist()
+    lines += ["", "the utterances with the most wrong words:"] if rows else []
+    for row in rows:
+        heard, errors_of = summary.heard[row], int(summary.each[row, 0:3].sum())
+        lines.append(f"  {heard.key}: {errors_of} of {int(summary.each[row, 3])} words")
+        lines += [f"    said   {heard.reference}", f"    heard  {heard.hypothesis}"]
+    return "\n".join(lines)
+
+
+def _errors(counts: Counts) -> list[tuple[int, int, int]]:
+    """(substituted, deleted, inserted) words, and characters."""
+    return [
+        (counts.word_substitutions, counts.word_deletions, counts.word_insertions),
+        (counts.char_substitutions, counts.char_deletions, counts.char_insertions),
+    ]
+
+
+def _write_utterances(path: Path, summary: Summary) -> None:
+    """A JSON object an utterance, in the corpus's order; the file is there whole or not at all."""
+    from ddp_asr.score import Counts
+
+    try:
+        with _aside(path).open("w", encoding="utf8") as file:
+            for heard, counts in zip(summary.heard, summary.each, strict=True):
+                texts = {"key": heard.key, "reference": heard.reference, "hypothesis": heard.hypothesis}
+                line = {**texts, **asdict(Counts.from_array(counts))}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        _aside(path).replace(path)
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be written: {error.strerror}; free space or name another place") from None
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What was recognised in one utterance."""
+
+    row: int
+    key: str
+    reference: str
+    hypothesis: str
+    loss: float
+    """CTC loss / target length; infinite where the alphabet cannot spell the reference, or not in so few frames."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The result over a corpus."""
+
+    heard: list[Heard]
+    """In the corpus's order."""
+    bad: list[tuple[str, str]]
+    """(key, reason) of utterances that no longer decode; they are in no number."""
+    each: np.ndarray
+    """int64 (N, 8): counts of each utterance, aligned with `heard`."""
+    counts: Counts
+    wer_interval: Interval
+    cer_interval: Interval
+    loss: float
+    """The mean over the utterances that have one."""
+    without_loss: int
+
+    @property
+    def wer(self) -> float:
+        return self.counts.wer
+
+    @property
+    def cer(self) -> float:
+        return self.counts.cer
+
+
+def rounds(
+    recogniser: Recogniser, index: Index, batches: Iterable[MicroBatch | None]
+) -> Iterator[tuple[list[Heard], list[tuple[str, str]]]]:
+    """What this rank heard in each round, and (key, reason) of what no longer decodes.
+
+    `batches` is the rank's EvalLoader, which has equally many rounds on every rank; where it has None for this one, two
+    empty lists come. The model is in evaluation mode until the last round, and as it was after that or after `close()`.
+    """
+    was_training = recogniser.model.training
+    recogniser.model.eval()
+    try:
+        for batch in batches:
+            yield ([], []) if batch is None else (hear(recogniser, index, batch), batch.bad)
+    finally:
+        recogniser.model.train(was_training)
+
+
+def hear(recogniser: Recogniser, index: Index, batch: MicroBatch) -> list[Heard]:
+    """What is recognised in each utterance of a micro-batch; none for the silent dummy of an empty one."""
+    from ddp_asr.decode import greedy
+    from ddp_asr.loss import ctc_loss
+
+    vocabulary = recogniser.vocabulary
+    logits, frames = recogniser.logits(batch.waveforms, batch.samples)
+    hypotheses = greedy(logits, frames, vocabulary)
+    targets, target_lengths = batch.targets.to(logits.device), batch.target_lengths.to(logits.device)
+    losses = ctc_loss(logits, frames, targets, target_lengths).tolist()
+    heard = []
+    for row, key, hypothesis, loss, weight in zip(
+        batch.rows.tolist(), batch.keys, hypotheses, losses, batch.weight.tolist(), strict=True
+    ):
+        if weight:
+            reference = vocabulary.normalise(index.text(row))
+            spelt = bool(reference) and bool((vocabulary.classes(reference) >= 0).all())
+            heard.append(Heard(row, key, reference, hypothesis, loss if spelt else math.inf))
+    return heard
+
+
+def summarise(heard: Iterable[Heard], bad: Iterable[tuple[str, str]] = ()) -> Summary:
+    """The numbers of what all ranks heard, whoever heard it and in whichever order."""
+    from ddp_asr.score import Counts, count_each, intervals
+
+    in_order = sorted(heard, key=lambda utterance: utterance.row)
+    each = count_each([u.reference for u in in_order], [u.hypothesis for u in in_order])
+    losses = [u.loss for u in in_order if u.loss != math.inf]
+    wer_interval, cer_interval = intervals(each)
+    return Summary(
+        heard=in_order,
+        bad=sorted(bad),
+        each=each,
+        counts=Counts.from_array(each.sum(axis=0)),
+        wer_interval=wer_interval,
+        cer_interval=cer_interval,
+        loss=math.fsum(losses) / len(losses) if losses else math.nan,
+        without_loss=len(in_order) - len(losses),
+    )
+
+
+def gather(world: World, heard: list[Heard], bad: list[tuple[str, str]]) -> Summary | None:
+    """The summary over all ranks, on rank 0; None on the others."""
+    everyones = world.gather_objects((heard, bad))
+    if everyones is None:
+        return None
+    return summarise([u for theirs, _ in everyones for u in theirs], [b for _, theirs in everyones for b in theirs])
+
+
+def _warn(sentence: str) -> None:
+    print(f"warning: {sentence}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_entry_point(main))

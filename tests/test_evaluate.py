@@ -1,0 +1,287 @@
+"""Evaluation of a tiny model with random weights over real shards, alone and in several processes."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from ddp_asr import checkpoint, evaluate, shard
+from ddp_asr.errors import UserError
+from ddp_asr.evaluate import Heard, summarise
+from ddp_asr.index import read_index
+from ddp_asr.recogniser import load_recogniser, read_trained
+from tests.tiny_recogniser import noises, tiny_state, write_checkpoint
+
+UTTERANCES = 23
+FOREIGN, CRAMMED = "utt-03", "utt-04"  # outside the alphabet; more symbols than frames
+TIMES = ("wall_s", "real_time_factor")
+
+
+def make_shards(directory: Path) -> Path:
+    """Noises of 0.3 to 3 s with texts that have nothing to do with them."""
+    random = np.random.default_rng(5)
+    source = directory / "source"
+    source.mkdir()
+    lines = []
+    for number in range(UTTERANCES):
+        key = f"utt-{number:02d}"
+        soundfile.write(source / f"{key}.flac", noises(float(random.uniform(0.3, 3.0)), seed=number), 16_000)
+        text = " ".join("".join(random.choice(list("ab'"), size=random.integers(1, 5))) for _ in range(3))
+        text = {FOREIGN: "A. ba xyz", CRAMMED: "ab " * 200}.get(key, text)
+        lines.append(json.dumps({"audio_filepath": f"{key}.flac", "text": text, "id": key}))
+    (source / "all.jsonl").write_text("\n".join(lines) + "\n")
+    assert shard.main([str(source / "all.jsonl"), "--out", str(directory / "shards"), "--workers", "1"]) == 0
+    return directory / "shards"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return make_shards(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def best(tmp_path_factory):
+    state = tiny_state(batch={"max_seconds": 8.0}, data={"workers": 0})
+    return write_checkpoint(tmp_path_factory.mktemp("run") / "best.pt", state)
+
+
+@pytest.fixture(scope="module")
+def alone(best, shards):
+    """What a recogniser hears in each utterance, one at a time, without any of the code under test."""
+    from ddp_asr import decode
+    from ddp_asr.loss import ctc_loss
+
+    recogniser = load_recogniser(best)
+    index = read_index([shards])
+    heard = {}
+    for row in range(len(index)):
+        waveform, _ = soundfile.read(shards.parent / "source" / f"{index.key(row)}.flac", dtype="int16")
+        logits, frames = recogniser.logits(torch.from_numpy(waveform)[None], torch.tensor([len(waveform)]))
+        reference = recogniser.vocabulary.normalise(index.text(row))
+        loss = math.inf
+        if index.key(row) not in (FOREIGN, CRAMMED):
+            targets = torch.from_numpy(recogniser.vocabulary.encode(reference))[None]
+            loss = float(ctc_loss(logits, frames, targets, torch.tensor([targets.shape[1]])))
+        hypothesis = decode.greedy(logits, frames, recogniser.vocabulary)[0]
+        heard[index.key(row)] = Heard(row, index.key(row), reference, hypothesis, loss)
+    return heard
+
+
+def result(capsys, *arguments) -> dict:
+    assert evaluate.main([*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def numbers(facts: dict) -> dict:
+    """All but what a clock says."""
+    return {name: value for name, value in facts.items() if name not in TIMES}
+
+
+def test_the_summary_is_that_of_utterances_heard_alone(best, shards, alone, capsys):
+    facts = result(capsys, best, shards)
+    expected = summarise(alone.values())
+    assert len({utterance.hypothesis for utterance in alone.values()}) > UTTERANCES / 2  # a test of something
+    assert facts["utterances"] == UTTERANCES
+    assert facts["wer"] == expected.wer and facts["cer"] == expected.cer
+    assert facts["words"] == sum(len(utterance.reference.split()) for utterance in alone.values())
+    assert (
+        facts["wer"]
+        == (facts["word_substitutions"] + facts["word_deletions"] + facts["word_insertions"]) / (facts["words"])
+    )
+    assert facts["wer_interval"][0] < facts["wer"] < facts["wer_interval"][1]
+    assert facts["loss"] == pytest.approx(expected.loss, rel=1e-5)
+    assert facts["without_loss"] == 2
+    assert (facts["step"], facts["epoch"], facts["bad_samples"]) == (7, 2, 0)
+    assert facts["real_time_factor"] == pytest.approx(facts["wall_s"] / 3600 / facts["hours"])
+
+
+def test_out_has_every_utterance_once_with_its_counts(best, shards, alone, tmp_path, capsys):
+    facts = result(capsys, best, shards, "--out", tmp_path / "hyps.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "hyps.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in lines] == [utterance.key for utterance in alone.values()]
+    for line in lines:
+        assert line["hypothesis"] == alone[line["key"]].hypothesis
+        assert line["reference"] == alone[line["key"]].reference
+    for name in ("words", "word_deletions", "char_substitutions"):
+        assert sum(line[name] for line in lines) == facts[name]
+    assert next(line["reference"] for line in lines if line["key"] == FOREIGN) == "a ba xyz"
+    assert list(tmp_path.iterdir()) == [tmp_path / "hyps.jsonl"]
+
+
+def test_batch_size_and_workers_change_nothing(best, shards, capsys):
+    reference = numbers(result(capsys, best, shards))
+    for options in (["--max-seconds", "3.1"], ["--max-seconds", "1000", "--workers", "1"]):
+        other = numbers(result(capsys, best, shards, *options))
+        assert other.pop("loss") == pytest.approx(reference["loss"], rel=1e-5)
+        assert other == {name: value for name, value in reference.items() if name != "loss"}
+
+
+def test_for_people(best, shards, alone, capsys):
+    assert evaluate.main([str(best), str(shards), "--worst", "2"]) == 0
+    shown = capsys.readouterr().out
+    summary = summarise(alone.values())
+    assert f"WER  {100 * summary.wer:6.2f} %" in shown
+    assert f"{summary.counts.words} words: {summary.counts.word_substitutions} substituted" in shown
+    assert "(2 utterances have none)" in shown
+    assert "real-time factor" in shown
+    assert f"  {CRAMMED}: " in shown  # 200 words, all wrong
+    assert shown.count("    said ") == 2
+
+
+def torchrun(processes: int, *arguments) -> subprocess.CompletedProcess:
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m", "ddp_asr.evaluate"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, *command, *map(str, arguments)], capture_output=True, text=True, env=environment, check=False
+    )
+
+
+@pytest.mark.slow
+def test_the_number_of_processes_changes_nothing(best, shards, tmp_path):
+    results, files = [], []
+    for processes in (1, 2, 3):
+        out = tmp_path / f"{processes}.jsonl"
+        done = torchrun(processes, best.parent, shards, "--json", "--out", out)
+        assert done.returncode == 0, done.stderr
+        results.append(numbers(json.loads(done.stdout)))
+        files.append(out.read_bytes())
+    assert results[0] == results[1] == results[2]
+    assert files[0] == files[1] == files[2]
+
+
+@pytest.mark.slow
+def test_more_processes_than_batches(best, shards, tmp_path):
+    few = torchrun(3, best, shards, "--json", "--max-seconds", "1000")
+    assert few.returncode == 0, few.stderr
+    assert json.loads(few.stdout)["utterances"] == UTTERANCES
+
+
+@pytest.mark.slow
+def test_a_mistake_ends_every_process_with_one_sentence(best, tmp_path):
+    done = torchrun(2, best, tmp_path / "nowhere")
+    assert done.returncode != 0
+    assert done.stdout == ""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert 1 <= len(errors) <= 2 and all("nowhere: no such shard directory" in line for line in errors)
+    assert not any("ddp_asr/evaluate.py" in line for line in done.stderr.splitlines())  # no traceback of ours
+
+
+def test_rounds_are_as_many_on_every_rank_and_can_be_left_early(best, shards):
+    from ddp_asr.loader import eval_loader
+
+    recogniser = load_recogniser(best)
+    index = read_index([shards])
+    everyones: list[list[list[Heard]]] = []
+    for rank in range(4):
+        batches = eval_loader(index, recogniser.vocabulary, recogniser.config, rank=rank, world_size=4)
+        everyones.append([heard for heard, _ in evaluate.rounds(recogniser, index, batches)])
+    assert len({len(rounds) for rounds in everyones}) == 1
+    rows = [utterance.row for rounds in everyones for heard in rounds for utterance in heard]
+    assert sorted(rows) == list(range(UTTERANCES))
+
+    recogniser.model.train()
+    batches = eval_loader(index, recogniser.vocabulary, recogniser.config)
+    rounds = evaluate.rounds(recogniser, index, batches)
+    next(rounds)
+    assert not recogniser.model.training
+    rounds.close()
+    assert recogniser.model.training
+
+
+def test_the_moving_average_is_evaluated_where_there_is_one(best, shards, tmp_path, capsys):
+    other = tiny_state(seed=8, batch={"max_seconds": 8.0}, data={"workers": 0})
+    averaged = {**checkpoint.read(best), "averages": {"updates": 3, "weights": other["model"]}}
+    facts = result(capsys, write_checkpoint(tmp_path / "averaged.pt", averaged), shards)
+    expected = result(capsys, write_checkpoint(tmp_path / "other.pt", other), shards)
+    assert facts["wer"] == expected["wer"] != result(capsys, best, shards)["wer"]
+
+
+def test_a_run_directory_is_its_best_else_its_newest_good_checkpoint(tmp_path, capsys):
+    run = tmp_path / "run"
+    for step in (5, 9):
+        write_checkpoint(checkpoint.step_path(run, step), {**tiny_state(), "step": step})
+    assert read_trained(run).step == 9
+    newest = checkpoint.step_path(run, 9)
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert read_trained(run).step == 5
+    assert "step-00000009.pt is damaged" in capsys.readouterr().err
+    write_checkpoint(run / "best.pt", {**tiny_state(), "step": 7})
+    assert read_trained(run).step == 7
+    (run / "best.pt").write_bytes(b"nothing")
+    assert read_trained(run).step == 5
+
+
+def test_checkpoints_that_cannot_be_used_are_named(tmp_path):
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "none.pt"))):
+        read_trained(tmp_path / "none.pt")
+    (tmp_path / "damaged.pt").write_bytes(b"PK nothing")
+    with pytest.raises(UserError, match=r"damaged\.pt is damaged .*: name another one"):
+        read_trained(tmp_path / "damaged.pt")
+    with pytest.raises(UserError, match="holds no good checkpoint"):
+        read_trained(tmp_path)
+    strange = write_checkpoint(tmp_path / "strange.pt", {"weights": torch.zeros(3)})
+    with pytest.raises(UserError, match=r"strange\.pt is no checkpoint of a training run"):
+        read_trained(strange)
+    state = tiny_state()
+    del state["model"]["bridge.bias"]
+    with pytest.raises(UserError, match=r"not those of the model .*bridge\.bias"):
+        load_recogniser(write_checkpoint(tmp_path / "other.pt", state))
+
+
+def test_utterances_that_no_longer_decode_are_named_and_not_scored(best, tmp_path, capsys):
+    shards = make_shards(tmp_path)
+    index = read_index([shards])
+    damage(index, row=6)
+    capsys.readouterr()
+    facts = result(capsys, best, shards)
+    assert (facts["utterances"], facts["bad_samples"]) == (UTTERANCES - 1, 1)
+    assert evaluate.main([str(best), str(shards)]) == 0
+    assert f"1 utterances no longer decode and are not scored: {index.key(6)} (" in capsys.readouterr().err
+    for row in range(12):
+        damage(index, row)
+    with pytest.raises(UserError, match=r"only 11 of 23 utterances could be scored .*--verify"):
+        evaluate.main([str(best), str(shards)])
+
+
+def damage(index, row: int) -> None:
+    with index.shards[index.shard[row]].open("r+b") as file:
+        file.seek(int(index.offset[row]))
+        file.write(b"\0" * int(index.bytes[row]))
+
+
+def test_arguments_that_make_no_sense(best, shards, tmp_path):
+    with pytest.raises(UserError, match="--max-seconds must be above 0"):
+        evaluate.main([str(best), str(shards), "--max-seconds", "0"])
+    with pytest.raises(UserError, match="--workers must be 0 or more"):
+        evaluate.main([str(best), str(shards), "--workers", "-1"])
+    with pytest.raises(UserError, match=r"--out .* cannot be written: No such file or directory"):
+        evaluate.main([str(best), str(shards), "--out", str(tmp_path / "no" / "where.jsonl")])
+
+
+def test_a_summary_of_what_has_no_loss_and_of_losses_that_are_no_numbers():
+    heard = Heard(0, "a", "b a", "b", math.inf)
+    assert math.isnan(summarise([heard]).loss)
+    assert summarise([heard, replace(heard, row=1, loss=0.5)]).loss == 0.5
+    assert math.isnan(summarise([heard, replace(heard, row=1, loss=math.nan)]).loss)
+
+
+def test_help_answers_without_torch():
+    code = (
+        "import sys; from ddp_asr import evaluate\n"
+        "try: evaluate.main(['--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'numpy', 'jiwer', 'webdataset', 'comet_ml'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "examples:" in done.stdout
