@@ -1,0 +1,32 @@
+"""Every entry point answers `--help` at once: without torch, webdataset (which imports torch) and comet_ml."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+ENTRY_POINTS = ["shard", "train", "evaluate", "transcribe", "tracking"]
+SLOW_TO_IMPORT = ["torch", "torchaudio", "webdataset", "comet_ml", "matplotlib", "pyarrow"]
+
+ASK = """
+import json, runpy, sys
+module, slow = sys.argv[1], json.loads(sys.argv[2])
+sys.argv[1:] = ["--help"]
+try:
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+except SystemExit as end:
+    print(json.dumps({"status": end.code or 0, "loaded": sorted(set(slow) & set(sys.modules))}), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("name", ENTRY_POINTS)
+def test_help_answers_at_once_and_with_examples(name):
+    module = f"ddp_asr.{name}"
+    command = [sys.executable, "-W", "error", "-c", ASK, module, json.dumps(SLOW_TO_IMPORT)]
+    answer = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    assert json.loads(answer.stderr) == {"status": 0, "loaded": []}
+    assert answer.stdout.startswith("usage: ")
+    assert "examples:" in answer.stdout and f"python -m {module}" in answer.stdout.split("examples:")[1]
