@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import fcntl
 import functools
@@ -48,11 +49,14 @@ MODES = ("auto", "online", "offline", "off")
 TRAIN_METRICS = ("loss", "learning_rate", "gradient_norm", "audio_s_per_s", "data_wait", "padding", "skipped")
 TEST_METRICS = ("loss", "wer", "cer")
 
+NO_KEY = "online tracking needs COMET_API_KEY in the environment; set it, or track offline"
+
 POLL_S = 1.0  # between two looks at the files
 BACK_OFF_S = (2.0, 60.0)  # first and longest pause after a failure; it doubles
 CLOSE_S = 20.0  # from the end of the run to the end of an online follower, whatever Comet does
 ARCHIVE_S = 900.0  # the longest that an archive may take: nothing in it waits for a network (0.4 ms a step measured)
 BATCH_LINES = 200  # of metrics.jsonl in one request, seven values each
+FLUSH_S = 10  # the longest that metrics wait while comet_ml sends tables, images and code
 TRIES = 3  # for a table, an image or the code, each handed to comet_ml's own sender, which repeats as well
 
 # comet_ml reads these when it is imported; what the user has set himself wins. Its retries are off, so that a failure
@@ -378,6 +382,8 @@ class Mirror:
         self.unsent_samples: list[dict[str, Any]] = []
         self.tries: Counter[str] = Counter()
         self.experiment: Any = None
+        self._tables_to = 0  # the step of the last table that comet_ml is sending
+        self._handed_over: dict[str, int] = {}  # what comet_ml is sending, and the failures until then
         self._not_before = 0.0  # monotonic: no attempt until then, after a failure
         self._pause_s = BACK_OFF_S[0]
 
@@ -386,19 +392,19 @@ class Mirror:
         self._read()
         if time.monotonic() < self._not_before:
             return False
-        done = False
+        before, done = copy.deepcopy(self.report), False
         try:
             if self.experiment is None:
                 self._connect()
             self._send_metrics()
-            self._send_the_rest()
+            done = self._send_the_rest()
             self._pause_s = BACK_OFF_S[0]
-            done = True
         except Exception as error:
             self.report.failed(f"{type(error).__name__}: {error}")
             self._not_before = time.monotonic() + self._pause_s
             self._pause_s = min(2 * self._pause_s, BACK_OFF_S[1])
-        self.report.save(self.run_directory)
+        if self.report != before:
+            self.report.save(self.run_directory)
         return done
 
     def hurry(self) -> None:
@@ -442,56 +448,85 @@ class Mirror:
                 self.report.sent[line["kind"]] = max(self.report.sent[line["kind"]], line["step"])
             self.report.save(self.run_directory)
 
-    def _send_the_rest(self) -> None:
+    def _send_the_rest(self) -> bool:
+        """Returns True when nothing of it is left."""
         for name, log in ONCE.items():
             if name not in self.report.sent_once and _ready(name, self.run_directory):
-                self._hand_over(name, functools.partial(log, self.experiment, self.run_directory))
+                if not self._hand_over(name, functools.partial(log, self.experiment, self.run_directory)):
+                    return False
                 self.report.sent_once.append(name)
         if self.unsent_samples:
-            last = self.unsent_samples[-1]["step"]
-            log_all = functools.partial(log_samples, self.experiment, *self.unsent_samples)
-            self._hand_over(f"samples to step {last}", log_all)
-            self.report.sent["samples"] = last
-            self.unsent_samples = []
+            self._tables_to = self._tables_to or self.unsent_samples[-1]["step"]
+            tables = [line for line in self.unsent_samples if line["step"] <= self._tables_to]
+            log_tables = functools.partial(log_samples, self.experiment, *tables)
+            if not self._hand_over(f"samples to step {self._tables_to}", log_tables):
+                return False
+            self.report.sent["samples"], self._tables_to = self._tables_to, 0
+            self.unsent_samples = self.unsent_samples[len(tables) :]
+        return not self.unsent_samples
 
-    def _hand_over(self, name: str, log: Callable[[], object]) -> None:
-        """Gives something to comet_ml's own sender and waits for it; raises when it was not taken, a few times."""
-        before = self.report.failures
-        log()
-        if self.experiment.flush(timeout=int(COMET_SETTINGS["COMET_TIMEOUT_HTTP"])) and self.report.failures == before:
-            return
-        self.tries[name] += 1
-        if self.tries[name] < TRIES:
-            raise ConnectionError(f"Comet did not take {name}: {self.report.last_error}")
-        self.report.lost.append(name)
+    def _hand_over(self, name: str, log: Callable[[], object]) -> bool:
+        """Gives something to comet_ml's own sender; True once that is through with it. Raises when it was refused."""
+        if name not in self._handed_over:
+            self._handed_over[name] = self.report.failures
+            log()
+        if not self.experiment.flush(timeout=FLUSH_S):
+            return False
+        if self.report.failures > self._handed_over.pop(name):
+            self.tries[name] += 1
+            if self.tries[name] < TRIES:
+                raise ConnectionError(f"Comet did not take {name}: {self.report.last_error}")
+            self.report.lost.append(name)
+        return True
 
     def close(self) -> None:
         if self.experiment is not None:
             self.experiment.end()
 
 
+def summary(run_directory: Path, report: Report) -> str:
+    """Says in one line what became of the tracking, for the end of a run."""
+    command = f"python -m ddp_asr.tracking {run_directory}"
+    if report.mode == "off":
+        text = "not tracked"
+    elif report.mode == "offline" and report.finished:
+        text = f"the Comet archive is made; upload it with: comet upload {run_directory / report.archive}"
+    elif report.mode == "offline":
+        text = f"the Comet archive is not made; make it with: {command}"
+    else:
+        text = (
+            f"Comet has train steps to {report.sent['train']} and tests to {report.sent['test']} {report.url}".rstrip()
+        )
+        text += "" if report.finished else f"; send the rest with: {command} --mode online"
+    return text + (f" ({report.failures} failures, the last: {report.last_error})" if report.failures else "")
+
+
 # ---- the follower --------------------------------------------------------------------------------------------------
 
 
-class RunEnd:
-    """Says when the run ends: its parent's word or death, or, without a parent, what status.json says."""
+def _has_ended(run_directory: Path, parent: int | None, timeout_s: float) -> bool:
+    """Waits up to `timeout_s` for the run's end: its parent's word or death, or else what status.json says."""
+    if parent is None:
+        time.sleep(timeout_s)
+        return _read_json(run_directory / "status.json").get("state") not in (None, "running")
+    # The parent writes a word or, dying, closes the pipe. Its own forked children may hold the pipe open for a while
+    # longer, hence the second question.
+    readable, _, _ = select.select([sys.stdin], [], [], timeout_s)
+    return bool(readable) or os.getppid() != parent
 
-    def __init__(self, run_directory: Path, parent: int | None) -> None:
-        self.run_directory = run_directory
-        self.parent = parent
 
-    def wait(self, timeout_s: float) -> bool:
-        """Waits up to `timeout_s`; True at once when the run has ended."""
-        if self.parent is None:
-            try:
-                time.sleep(timeout_s)
-            except KeyboardInterrupt:
-                return True
-            return _read_json(self.run_directory / "status.json").get("state") not in (None, "running")
-        # The parent writes a word or, dying, closes the pipe. Its own forked children may hold the pipe open for a
-        # while longer, hence the second question.
-        readable, _, _ = select.select([sys.stdin], [], [], timeout_s)
-        return bool(readable) or os.getppid() != self.parent
+def _watch(run_directory: Path, parent: int | None, at_end: Callable[[], None]) -> threading.Event:
+    """Returns an event that is set when the run ends, and calls `at_end` then, be the main thread stuck or not."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not _has_ended(run_directory, parent, POLL_S):
+            pass
+        ended.set()
+        at_end()
+
+    threading.Thread(target=watch, daemon=True).start()
+    return ended
 
 
 @contextlib.contextmanager
@@ -515,59 +550,87 @@ def _alone(run_directory: Path, wait_s: float) -> Iterator[None]:
 
 
 def _end_after(close_s: float, run_directory: Path, report: Report) -> None:
-    """Ends this process after `close_s`, whatever comet_ml's threads wait for, with the failure on record."""
+    """Ends this process after `close_s`, whatever comet_ml's threads wait for, with the failure on record.
+
+    Where Comet was never reached, what remains is the archive: made by a fresh process image, free of those threads.
+    """
 
     def end() -> None:
-        if not report.finished:
-            report.failed(f"not everything was taken within {close_s:.0f} s of the run's end; {report.last_error}")
-            report.save(run_directory)
-            print(_summary(run_directory, report), flush=True)
-        os._exit(0 if report.finished else 1)
+        if report.finished:
+            os._exit(0)
+        late = f"not everything was taken within {close_s:g} s of the run's end"
+        report.failed("; ".join(filter(None, (late, report.last_error))))
+        report.save(run_directory)
+        print(summary(run_directory, report), flush=True)
+        if report.mode == "online" and not report.created:
+            os.execv(
+                sys.executable, [sys.executable, "-m", "ddp_asr.tracking", str(run_directory), "--mode", "offline"]
+            )
+        os._exit(1)
 
     timer = threading.Timer(close_s, end)
     timer.daemon = True
     timer.start()
 
 
-def track(run_directory: Path, mode: str, *, follow: bool, parent: int | None = None) -> Report:
+def track(
+    run_directory: Path, mode: str, *, follow: bool = False, parent: int | None = None, close_s: float = CLOSE_S
+) -> Report:
     """Mirrors the run to Comet or into its archive; with `follow` until the run ends, otherwise as it stands."""
     with _alone(run_directory, wait_s=CLOSE_S + 10 if parent is None else ARCHIVE_S):
         report = Report.load(run_directory)
         report.mode, report.experiment_key, report.finished = mode, experiment_key(run_directory), False
         report.save(run_directory)
-        end = RunEnd(run_directory, parent) if follow else None
-        if mode == "online":
-            _track_online(run_directory, report, end)
+        ended = None
+        if not follow or mode == "offline":
+            close_s = ARCHIVE_S  # nobody waits for the one, nothing in the other waits for a network
+        end_after = functools.partial(_end_after, close_s, run_directory, report)
+        if follow:
+            ended = _watch(run_directory, parent, end_after)
         else:
-            _track_offline(run_directory, report, end)
-        report.save(run_directory)
+            end_after()
+        advance = _online(run_directory, report) if mode == "online" else _offline(run_directory, report)
+        try:
+            while ended is not None and not ended.wait(POLL_S):
+                advance(False)
+        except KeyboardInterrupt:
+            end_after()
+        advance(True)
         return report
 
 
-def _track_offline(run_directory: Path, report: Report, end: RunEnd | None) -> None:
-    if end is not None:
-        if (run_directory / "metrics.jsonl").exists():  # a resumed run: what was killed gets its archive now
-            with contextlib.suppress(OSError):
+def _offline(run_directory: Path, report: Report) -> Callable[[bool], None]:
+    """Returns what is to be done each moment, and with True at the end."""
+    killed = (run_directory / "metrics.jsonl").exists()  # and resumed: what was killed gets its archive now
+
+    def advance(at_end: bool) -> None:
+        nonlocal killed
+        if killed or at_end:
+            killed = False
+            with contextlib.nullcontext() if at_end else contextlib.suppress(OSError):
                 write_archive(run_directory, report)
+            report.finished = at_end
             report.save(run_directory)
-        while not end.wait(POLL_S):
-            pass
-    _end_after(ARCHIVE_S, run_directory, report)
-    write_archive(run_directory, report)
-    report.finished = True
+
+    return advance
 
 
-def _track_online(run_directory: Path, report: Report, end: RunEnd | None) -> None:
+def _online(run_directory: Path, report: Report) -> Callable[[bool], None]:
+    """Returns what is to be done each moment, and with True at the end."""
     mirror = Mirror(run_directory, report)
-    while end is not None and not end.wait(POLL_S):
-        mirror.advance()
-    _end_after(CLOSE_S, run_directory, report)
-    mirror.hurry()
-    while not mirror.advance():
-        time.sleep(0.1)
-    report.finished = True
-    report.save(run_directory)
-    mirror.close()
+
+    def advance(at_end: bool) -> None:
+        if not at_end:
+            mirror.advance()
+            return
+        mirror.hurry()
+        while not mirror.advance():
+            time.sleep(0.1)
+        report.finished = True
+        report.save(run_directory)
+        mirror.close()
+
+    return advance
 
 
 # ---- the trainer's side --------------------------------------------------------------------------------------------
@@ -577,35 +640,45 @@ class Follower:
     """The follower as its parent sees it. Nothing here raises or waits, except `close` for as long as it is told to."""
 
     def __init__(
-        self, run_directory: Path, mode: str, process: subprocess.Popen[bytes] | None, error: str = ""
+        self, run_directory: Path, mode: str, process: subprocess.Popen[bytes] | None = None, error: str = ""
     ) -> None:
         self.run_directory = run_directory
         self.mode = mode
         self.process = process
         self.error = error
 
-    def close(self, timeout_s: float = CLOSE_S + 5) -> Report:
-        """Says that the run has ended, waits up to `timeout_s`, and returns what became of it (see tracking.json).
+    def close(self, timeout_s: float = CLOSE_S + 10) -> Report:
+        """Says that the run has ended, waits up to `timeout_s`, and returns what became of it (see `summary`).
 
         A follower that needs longer goes on by itself until its own deadline.
         """
-        if self.process is None:
-            return Report(mode=self.mode, failures=int(bool(self.error)), last_error=self.error)
-        with contextlib.suppress(OSError, ValueError):
-            assert self.process.stdin is not None
-            self.process.stdin.write(b"end\n")
-            self.process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout_s)
-        return Report.load(self.run_directory)
+        report = Report(mode=self.mode)
+        if self.process is not None:
+            with contextlib.suppress(OSError, ValueError):
+                assert self.process.stdin is not None
+                self.process.stdin.write(b"end\n")
+                self.process.stdin.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout_s)
+            report = Report.load(self.run_directory)
+            if self.process.returncode and not report.finished and not report.failures:
+                report.failed(f"the follower ended with {self.process.returncode}: see tracking.log in the run")
+        if self.error:
+            report.failed(self.error)
+        return report
 
 
-def start(run_directory: Path, mode: str) -> Follower:
-    """Starts the follower of a run and returns at once; what stops it from starting is in the handle, not raised."""
+def start(run_directory: Path, mode: str, *, close_s: float = CLOSE_S) -> Follower:
+    """Starts the follower of a run and returns at once; what stops it from starting is told by `close`, not raised.
+
+    Raises UserError for an unknown mode only.
+    """
     run_directory = Path(run_directory)
-    mode = resolve_mode(mode)
+    mode, error = resolve_mode(mode), ""
     if mode == "off":
-        return Follower(run_directory, mode, None)
+        return Follower(run_directory, mode)
+    if mode == "online" and not os.environ.get("COMET_API_KEY"):
+        mode, error = "offline", NO_KEY
     command = [sys.executable, "-m", "ddp_asr.tracking", str(run_directory.resolve()), "--follow", "--mode", mode]
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
@@ -613,16 +686,16 @@ def start(run_directory: Path, mode: str) -> Follower:
         experiment_key(run_directory)
         with (run_directory / "tracking.log").open("ab") as log:
             process = subprocess.Popen(
-                [*command, "--parent", str(os.getpid())],
+                [*command, "--parent", str(os.getpid()), "--close-s", str(close_s)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONPATH": path},
                 start_new_session=True,  # out of reach of the signals that stop the ranks
             )
-    except OSError as error:
-        return Follower(run_directory, mode, None, f"the follower could not be started: {error}")
-    return Follower(run_directory, mode, process)
+    except OSError as reason:
+        return Follower(run_directory, mode, error=f"the follower could not be started: {reason}")
+    return Follower(run_directory, mode, process, error)
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
@@ -647,6 +720,7 @@ def _parser() -> argparse.ArgumentParser:
         help="auto: online when COMET_API_KEY is set",
     )
     parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # the trainer that started this process
+    parser.add_argument("--close-s", type=float, default=CLOSE_S, help=argparse.SUPPRESS)
     return parser
 
 
@@ -657,12 +731,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{run_directory} is not a run: it has no config.yaml; give a directory such as runs/an4")
     mode = resolve_mode(arguments.mode)
     if mode == "online" and not os.environ.get("COMET_API_KEY"):
-        raise UserError("online tracking needs COMET_API_KEY in the environment; set it, or use --mode offline")
+        raise UserError(NO_KEY)
     if arguments.parent is not None:
         _stay_out_of_the_way()
-    report = track(run_directory, mode, follow=arguments.follow, parent=arguments.parent)
-    print(_summary(run_directory, report), flush=True)
-    return 0
+    report = track(run_directory, mode, follow=arguments.follow, parent=arguments.parent, close_s=arguments.close_s)
+    print(summary(run_directory, report), flush=True)
+    return 0 if report.finished else 1
 
 
 def _stay_out_of_the_way() -> None:
@@ -671,16 +745,6 @@ def _stay_out_of_the_way() -> None:
         signal.signal(each, signal.SIG_IGN)
     with contextlib.suppress(OSError):
         os.nice(10)
-
-
-def _summary(run_directory: Path, report: Report) -> str:
-    failures = f" ({report.failures} failures, the last: {report.last_error})" if report.failures else ""
-    if report.mode == "offline":
-        return f"the run's archive is made; upload it with: comet upload {run_directory / report.archive}{failures}"
-    text = f"Comet has train steps to {report.sent['train']}, tests to {report.sent['test']} {report.url}"
-    if not report.finished:
-        text += f"; send the rest with: python -m ddp_asr.tracking {run_directory} --mode online"
-    return text + failures
 
 
 if __name__ == "__main__":
