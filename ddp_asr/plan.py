@@ -17,15 +17,11 @@ evenly into M = K * ceil(N / (K * c)) micro-batches, c = floor(max_seconds / L),
 `batch.max_seconds` (utterances x longest) and the K of a step have like lengths: no rank waits for another. Lengths are
 those at the slowest speed, so which speeds an epoch draws changes neither buckets nor the number of steps.
 
-**When that would leave micro-batches empty** (M > N), buckets are mended from the longest to the shortest:
-
-- a bucket with N < K joins the next longer one;
-- where that is impossible (there is none, or it is of the next kind) it takes what it lacks from the next shorter one;
-- a bucket with c = 1 (two of its longest do not fit together) gives each utterance a micro-batch of its own, so N must
-  be a multiple of K: it takes what it lacks from the next shorter one, which is then looked at again.
-
-If the shortest bucket still lacks some, that is a `UserError`. It cannot happen where `batch.max_seconds` is at
-least twice the longest utterance, because then c >= 2 and any N >= K will do.
+That needs N >= K, which always holds: a bucket of three full steps has at least 3 K - 1 utterances, and a single bucket
+has all of them. **Where c = 1** (two of the longest do not fit together) each utterance is a micro-batch of its own, so N
+must be a multiple of K: such a bucket takes what it lacks from the next shorter one, fewer than K, from the longest bucket
+to the shortest. If the shortest one still lacks some, that is a `UserError`; it cannot happen where `batch.max_seconds` is
+at least twice the longest utterance, because then c >= 2 and any N >= K will do.
 
 An epoch shuffles within each bucket, cuts micro-batches, makes steps of K neighbours and shuffles the steps. Order and
 speeds depend on the *set* of utterances and not on the order of the index, so corpora may be sharded again or
@@ -116,7 +112,7 @@ class Plan:
         slowest = speed_samples(np.asarray(samples, np.int64), min(self.speeds))
         self._row = np.lexsort((key_hash, slowest))
         self._samples, self._key_hash = np.asarray(samples, np.int64)[self._row], np.asarray(key_hash)[self._row]
-        self.buckets = _mend(slowest[self._row], settings)
+        self.buckets = _bucket(slowest[self._row], settings)
         self.steps_per_epoch = sum(bucket.micro_batches for bucket in self.buckets) // self.micro_batches
 
     def __len__(self) -> int:
@@ -205,8 +201,8 @@ def _check(settings: config.Batch, speeds: Sequence[float]) -> None:
         raise UserError(f"augment.speeds is {list(speeds)}: it must hold at least one factor, all positive")
 
 
-def _mend(samples: np.ndarray, settings: config.Batch) -> list[Bucket]:
-    """Feasible buckets, ascending, over lengths at the slowest speed, ascending (rules in the module docstring)."""
+def _bucket(samples: np.ndarray, settings: config.Batch) -> list[Bucket]:
+    """Feasible buckets, ascending, over lengths at the slowest speed, ascending (see the module)."""
     k, max_samples = settings.micro_batches, int(settings.max_seconds * SAMPLE_RATE_HZ)
     if len(samples) < k:
         remedy = f"set batch.micro_batches={len(samples)} or less" if len(samples) else "see what was left out and why"
@@ -219,22 +215,14 @@ def _mend(samples: np.ndarray, settings: config.Batch) -> list[Bucket]:
     while end:
         start = int(cuts[np.searchsorted(cuts, end) - 1])  # the last cut before `end`
         capacity = max_samples // int(samples[end - 1])
-        if end - start < k and buckets and _capacity(samples, buckets[-1], max_samples) > 1:
-            end = buckets.pop().end  # joins the next longer one
-            capacity = max_samples // int(samples[end - 1])
-        elif capacity == 1:
+        if capacity == 1:
             start -= -(end - start) % k
-        else:
-            start = min(start, end - k)
         if start < 0:
             _refuse(samples, settings)
+        assert end - start >= k, "a bucket of three full steps cannot be so small"
         buckets.append(Bucket(start, end, k * -(-(end - start) // (k * capacity))))
         end = start
     return buckets[::-1]
-
-
-def _capacity(samples: np.ndarray, bucket: Bucket, max_samples: int) -> int:
-    return max_samples // int(samples[bucket.end - 1])
 
 
 def _refuse(samples: np.ndarray, settings: config.Batch) -> None:
