@@ -91,7 +91,7 @@ class Index:
         return Index(shards=self.shards, checksums=self.checksums, **flat, **strings)
 
     def fingerprint(self) -> str:
-        """SHA-256 over (key, samples, text) sorted by key: the same for other paths, other shard cuts, another order."""
+        """SHA-256 over (key, samples, text) sorted by key: independent of paths, shard cuts and order."""
         order = pyarrow.compute.sort_indices(self.keys)
         columns = (self.keys.take(order), pyarrow.array(self.samples).take(order), self.texts.take(order))
         digest = hashlib.sha256()
@@ -106,7 +106,7 @@ def key_hash(key: str) -> int:
 
 
 def read_index(directories: Sequence[str | Path]) -> Index:
-    """The rows of all directories, in the order given; `UserError` where one is missing, incomplete or overlaps another."""
+    """The rows of all directories, in order; `UserError` where one is missing, incomplete or overlaps another."""
     if not directories:
         raise UserError("no shard directory given: name at least one, such as shards/train-clean-100")
     tables: list[pyarrow.Table] = []
@@ -146,9 +146,8 @@ def read_dataset_json(directory: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{directory}: no dataset.json in it, so its shards are not finished; run: {remedy}") from None
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"{directory}/dataset.json cannot be read ({error}); delete {directory} and run: {remedy}"
-        ) from None
+        message = f"{directory}/dataset.json cannot be read ({error}); delete {directory} and run: {remedy}"
+        raise UserError(message) from None
     if not isinstance(dataset, dict) or dataset.get("format") != FORMAT:
         raise UserError(f"{directory}/dataset.json is not a description of shards; make some with: {remedy}")
     if dataset.get("version") != FORMAT_VERSION:

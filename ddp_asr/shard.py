@@ -32,302 +32,40 @@ import signal
 import sys
 import threading
 import time
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ddp_asr import SAMPLE_RATE_HZ
 from ddp_asr.errors import UserError, run_entry_point
+from ddp_asr.sources import (
+    BAD_AUDIO,
+    DUPLICATE,
+    EMPTY_TRANSCRIPT,
+    MISSING_AUDIO,
+    MISSING_TRANSCRIPT,
+    OPENSLR_URL,
+    REASONS,
+    TOO_LONG,
+    Source,
+    Utterance,
+    open_source,
+    valid_text,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     import soundfile
 
-MISSING_TRANSCRIPT = "missing transcript"
-EMPTY_TRANSCRIPT = "empty transcript"
-MISSING_AUDIO = "missing audio"
-BAD_AUDIO = "undecodable or truncated audio"
-TOO_LONG = "too long"
-DUPLICATE = "duplicate key"
-BAD_LINE = "malformed manifest line"
-REASONS = (MISSING_TRANSCRIPT, EMPTY_TRANSCRIPT, MISSING_AUDIO, BAD_AUDIO, TOO_LONG, DUPLICATE, BAD_LINE)
-
-AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64", ".caf")
-OPENSLR_URL = "https://www.openslr.org/resources/12"
-LIBRISPEECH_MD5 = {  # published beside the archives, in md5sum.txt
-    "dev-clean": "42e2234ba48799c1f50f24a7926300a1",
-    "dev-other": "c8d0bcc9cca99d4f8b62fcc847357931",
-    "test-clean": "32fa31d27d2e1cad72775fee3f4849a9",
-    "test-other": "fb5a50374b501bb3bac4815ee91d3135",
-    "train-clean-100": "2a93770f6d5c6c964bc36631d331a522",
-    "train-clean-360": "c0e676e450a7ff2f54aeade5171606fa",
-    "train-other-500": "d1a0fd59409feb2c614ce4d30c387708",
-}
-
-# Audio of one chapter waits in memory for its transcript; a chapter is some 30 MB. Beyond this, all transcripts are
-# collected by reading the archive once more.
-MOST_WAITING_BYTES = 1 << 30
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """What a source knows of one utterance; `reason` is set where it is already known to be unusable."""
-
-    key: str
-    source: str  # path or archive member, relative to the source: for people who look for it
-    text: str | None
-    speaker: str = ""
-    path: Path | None = None
-    data: bytes | None = None  # the audio file's content, where it comes from an archive
-    offset_s: float | None = None  # a segment of the file where set
-    duration_s: float | None = None  # of the segment; of the file otherwise, where the source states it
-    reason: str = ""
-    detail: str = ""
-    position: int = 0  # bytes of the archive read so far; sources that know their list count utterances instead
-
-
-@dataclass(frozen=True)
-class Source:
-    """An order of utterances; `identity` tells whether an output was made from this very one."""
-
-    identity: dict[str, str]
-    size: int  # of the progress bar: utterances, or bytes of an archive
-    utterances: Callable[[], Iterator[Utterance]]
-
 
 class Packed(NamedTuple):
-    """A worker's answer: FLAC and its samples, or the reason why not. `flac` None: take the source's bytes as they are."""
+    """A worker's answer: FLAC and its samples, or the reason why not. `flac` None: the source's bytes as they are."""
 
     flac: bytes | None = None
     samples: int = 0
     reason: str = ""
     detail: str = ""
-
-
-def sanitise_key(name: str) -> str:
-    """'.', '/', space and control characters become '_': WebDataset cuts a key at its first dot.
-
-    So do lone surrogates, which are what Python makes of a file name that is not UTF-8: no format can hold them.
-    """
-    return "".join("_" if c in "./ " or unicodedata.category(c) in ("Cc", "Cs") else c for c in name)
-
-
-def make_key(identity: str, offset_s: float | None = None) -> str:
-    """The key of a source's id or relative path without suffix; segments of one file differ by their offset."""
-    return sanitise_key(identity) + ("" if offset_s is None else f"-{round(offset_s * 1000)}")
-
-
-# ---- sources --------------------------------------------------------------------------------------------------------
-
-
-def open_source(name: str, cache: Path, openslr_url: str) -> Source:
-    """The source that the user named; an existing path comes before a split of the same name."""
-    path = Path(name)
-    if path.is_dir():
-        return directory_source(path)
-    if path.is_file() and path.name.endswith((".tar.gz", ".tgz")):
-        return archive_source(path)
-    if path.is_file():
-        return manifest_source(path)
-    raise UserError(
-        f"{name}: no such source; it may be a LibriSpeech directory, an OpenSLR .tar.gz, a JSONL manifest, "
-        f"or the name of a LibriSpeech split: {', '.join(LIBRISPEECH_MD5)}"
-    )
-
-
-def directory_source(root: Path) -> Source:
-    """A LibriSpeech split on disk: `speaker/chapter/*.flac` beside `speaker-chapter.trans.txt`, at any depth."""
-    utterances: list[Utterance] = []
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders.sort()
-        utterances += _chapter(root, Path(folder), sorted(names))
-    if not utterances:
-        raise UserError(f"{root}: neither *.trans.txt nor audio in it or below; give a LibriSpeech split's directory")
-    return _listed_source("directory", root.resolve().name, utterances)
-
-
-def _chapter(root: Path, folder: Path, names: list[str]) -> Iterator[Utterance]:
-    transcripts: dict[str, str] = {}
-    for name in names:
-        if name.endswith(".trans.txt"):
-            transcripts |= read_transcripts((folder / name).read_bytes())
-    for name in names:
-        if is_audio(name):
-            path = folder / name
-            source = path.relative_to(root).as_posix()
-            yield _librispeech_utterance(path.stem, source, transcripts.pop(path.stem, None), path=path)
-    for stem in sorted(transcripts):
-        source = (folder / stem).relative_to(root).as_posix()
-        yield _librispeech_utterance(stem, source, transcripts[stem], reason=MISSING_AUDIO)
-
-
-def is_audio(name: str) -> bool:
-    """Whether a file's name says audio; `._*` is what macOS leaves in archives."""
-    return name.lower().endswith(AUDIO_SUFFIXES) and not name.startswith("._")
-
-
-def read_transcripts(content: bytes) -> dict[str, str]:
-    """The lines `id TEXT` of a `.trans.txt`. Not splitlines(): it would cut at characters inside a text, too."""
-    lines = content.decode("utf-8", "replace").split("\n")
-    pairs = (line.strip().partition(" ") for line in lines if line.strip())
-    return {identity: text for identity, _, text in pairs}
-
-
-def _librispeech_utterance(identity: str, source: str, text: str | None, **rest: Any) -> Utterance:
-    return Utterance(make_key(identity), _valid(source), text, speaker=_valid(identity.split("-")[0]), **rest)
-
-
-def manifest_source(manifest: Path) -> Source:
-    """NeMo's JSONL: an object a line with `audio_filepath`, `text`, optional `id`, `duration`, `speaker`, `offset`."""
-    try:
-        lines = manifest.read_bytes().decode("utf-8").split("\n")
-    except ValueError:
-        raise UserError(f"{manifest} is not text in UTF-8: a manifest is a JSON object a line, UTF-8") from None
-    numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-    utterances = [_manifest_utterance(manifest, number, line) for number, line in numbered]
-    if all(u.reason == BAD_LINE for u in utterances):
-        raise UserError(
-            f'{manifest}: not one line of it is a manifest\'s, such as {{"audio_filepath": "a.wav", "text": "HELLO"}}'
-        )
-    return _listed_source("manifest", manifest.name, utterances)
-
-
-def _manifest_utterance(manifest: Path, number: int, line: str) -> Utterance:
-    def unusable(reason: str, detail: str) -> Utterance:
-        return Utterance(f"line-{number}", f"{manifest.name}:{number}", None, reason=reason, detail=detail)
-
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return unusable(BAD_LINE, f"not JSON: {error}")
-    if not isinstance(entry, dict):
-        return unusable(BAD_LINE, "not an object")
-    audio = entry.get("audio_filepath")
-    if not isinstance(audio, str) or not audio or "\0" in audio:
-        return unusable(BAD_LINE, "no audio_filepath")
-    try:
-        offset_s, duration_s = _seconds(entry, "offset"), _seconds(entry, "duration")
-    except ValueError as error:
-        return unusable(BAD_LINE, str(error))
-    text, identity, speaker = entry.get("text"), entry.get("id"), entry.get("speaker")
-    return Utterance(
-        key=make_key(_relative_stem(audio, manifest.parent) if identity in (None, "") else str(identity), offset_s),
-        source=_valid(audio),
-        text=_valid(text) if isinstance(text, str) else None,
-        speaker="" if speaker is None else _valid(str(speaker)),
-        path=manifest.parent / audio,
-        offset_s=offset_s,
-        duration_s=duration_s,
-    )
-
-
-def _seconds(entry: dict[str, Any], name: str) -> float | None:
-    value = entry.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 <= value < 1e9):
-        raise ValueError(f"{name} is {value!r}, not a number of seconds")
-    return float(value)
-
-
-def _relative_stem(audio: str, folder: Path) -> str:
-    """The path relative to the manifest where it lies below it, else as given; without suffix and leading '/'."""
-    path = PurePosixPath(os.path.normpath(audio))
-    if path.is_absolute():
-        below = PurePosixPath(os.path.relpath(path, folder.absolute()))
-        path = path.relative_to("/") if below.parts[0] == ".." else below
-    return str(path.with_suffix("")) if path.name else audio
-
-
-def _valid(text: str) -> str:
-    """Lone surrogates (JSON escapes, file names) replaced, so that every format can hold the text."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _listed_source(kind: str, name: str, utterances: list[Utterance]) -> Source:
-    """A source whose utterances are known in advance; its identity covers the list, texts and file sizes."""
-    digest = hashlib.sha256()
-    for u in utterances:
-        try:
-            size = u.path.stat().st_size if u.path else -1
-        except OSError:
-            size = -1
-        digest.update(json.dumps([u.key, u.source, u.text, u.speaker, u.offset_s, u.duration_s, size]).encode())
-    return Source(
-        {"kind": kind, "name": _valid(name), "digest": digest.hexdigest()}, len(utterances), lambda: iter(utterances)
-    )
-
-
-def archive_source(archive: Path) -> Source:
-    """An OpenSLR .tar.gz, read as a stream; its identity is its size and both ends, since reading all takes minutes."""
-    size = archive.stat().st_size
-    with archive.open("rb") as file:
-        edges = file.read(1 << 20)
-        file.seek(max(0, size - (1 << 20)))
-        edges += file.read()
-    digest = hashlib.sha256(f"{size} ".encode() + edges).hexdigest()
-    identity = {"kind": "archive", "name": _valid(archive.name), "digest": digest}
-    return Source(identity, size, lambda: stream_archive(archive))
-
-
-def stream_archive(archive: Path, most_waiting_bytes: int = MOST_WAITING_BYTES) -> Iterator[Utterance]:
-    """Every utterance as soon as audio and transcript are both read, in whichever order the archive holds them."""
-    waiting: dict[str, dict[str, tuple[str, bytes]]] = {}  # folder -> id -> (member, audio)
-    transcripts: dict[str, dict[str, str]] = {}  # folder -> id -> text; what is left over has no audio
-    waiting_bytes = position = 0
-
-    def utterance(folder: str, stem: str, member: str, data: bytes) -> Utterance:
-        text = transcripts.get(folder, {}).pop(stem, None)
-        return _librispeech_utterance(stem, member, text, data=data, position=position)
-
-    for member, content, position in _members(archive):
-        folder, name = os.path.split(member)
-        stem = os.path.splitext(name)[0]
-        if name.endswith(".trans.txt"):
-            transcripts.setdefault(folder, {}).update(read_transcripts(content()))
-        elif is_audio(name) and folder in transcripts:
-            yield utterance(folder, stem, member, content())
-        elif is_audio(name):
-            waiting.setdefault(folder, {})[stem] = member, content()
-            waiting_bytes += len(waiting[folder][stem][1])
-        if waiting_bytes > most_waiting_bytes:
-            for path, text, _ in _members(archive):
-                if path.endswith(".trans.txt"):
-                    transcripts.setdefault(os.path.dirname(path), {}).update(read_transcripts(text()))
-        for ready in [f for f in waiting if f in transcripts]:
-            for stem, (path, data) in waiting.pop(ready).items():
-                waiting_bytes -= len(data)
-                yield utterance(ready, stem, path, data)
-    for folder, audio in waiting.items():
-        for stem, (path, data) in audio.items():
-            yield utterance(folder, stem, path, data)
-    for folder, left in sorted(transcripts.items()):
-        for stem in sorted(left):
-            yield _librispeech_utterance(stem, f"{folder}/{stem}", left[stem], reason=MISSING_AUDIO, position=position)
-
-
-def _members(archive: Path) -> Iterator[tuple[str, Callable[[], bytes], int]]:
-    """Name, content and position of every file in the archive; `UserError` where it is damaged or cut short."""
-    import gzip
-    import tarfile
-    import zlib
-
-    try:
-        # Through GzipFile and not mode "r|gz": tarfile ends silently where a stream is cut short, GzipFile raises.
-        with archive.open("rb") as file, gzip.GzipFile(fileobj=file) as stream:
-            with tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 20) as tar:
-                for member in tar:
-                    if member.isfile():
-                        extracted = tar.extractfile(member)
-                        assert extracted is not None
-                        yield os.path.normpath(member.name), extracted.read, file.tell()
-                    tar.members.clear()  # or memory grows by a kilobyte a member
-            while stream.read(1 << 20):
-                pass  # the checksum comes last
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise UserError(f"{archive} is damaged or cut short ({error}); fetch it again") from None
 
 
 # ---- audio: in worker processes -------------------------------------------------------------------------------------
@@ -462,7 +200,9 @@ def convert(waveform: np.ndarray, rate_hz: int) -> tuple[bytes, int]:
     return flac.getvalue(), len(pcm)
 
 
-def in_order(function: Callable[..., Any], items: Iterable[Any], workers: int, *arguments: Any) -> Iterator[Any]:
+def in_order(
+    function: Callable[..., Any], items: Iterable[Any], workers: int, *arguments: Any
+) -> Generator[Any, None, None]:
     """(item, function(item, *arguments)) in the order of the items, computed by so many processes."""
     if workers == 1:
         for item in items:
@@ -607,7 +347,7 @@ class Output:
         self.consumed += 1
 
     def _add(self, utterance: Utterance, flac: bytes, samples: int) -> None:
-        text = _valid((utterance.text or "").strip())
+        text = valid_text((utterance.text or "").strip())
         if self.shard and self.shard.bytes + len(flac) + len(text) + 4096 > self.shard_bytes:
             self.finish_shard()
         if self.shard is None:
@@ -717,6 +457,81 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+# ---- verification ---------------------------------------------------------------------------------------------------
+
+
+class ShardCheck(NamedTuple):
+    """What a shard should hold."""
+
+    path: Path
+    sha256: str
+    rows: list[dict[str, Any]]
+
+
+def verify(out: Path, workers: int) -> None:
+    """Re-reads every shard against its checksum and its rows, and decodes every utterance; `UserError` at any fault."""
+    import pyarrow.parquet
+    from rich.console import Console
+    from rich.progress import track
+
+    from ddp_asr import index
+
+    dataset = index.read_dataset_json(out)
+    index.read_index([out])
+    faults = [] if _sha256(out / "index.parquet") == dataset["index_sha256"] else ["index.parquet: another checksum"]
+    rows = pyarrow.parquet.read_table(out / "index.parquet").to_pylist()
+    by_shard = {number: list(group) for number, group in itertools.groupby(rows, key=lambda row: row["shard"])}
+    checks = [
+        ShardCheck(out / shard["name"], shard["sha256"], by_shard.get(number, []))
+        for number, shard in enumerate(dataset["shards"])
+    ]
+    console = Console(stderr=True)
+    results = in_order(verify_shard, checks, min(workers, len(checks)))
+    with contextlib.closing(results):
+        for _, found in track(
+            results, "verifying", len(checks), console=console, disable=not console.is_terminal, transient=True
+        ):
+            faults += found
+    if faults:
+        raise UserError(f"{out}: {len(faults)} faults, the first: {faults[0]}; delete {out} and shard its source again")
+    print(f"{out}: {len(checks)} shards as written, all of {len(rows):,} utterances decode")
+
+
+def verify_shard(check: ShardCheck) -> list[str]:
+    """Every way in which a shard is not what its checksum and its rows say."""
+    import tarfile
+
+    faults = [] if _sha256(check.path) == check.sha256 else [f"{check.path.name}: another checksum"]
+    try:
+        with tarfile.open(check.path) as tar, check.path.open("rb") as file:
+            members = {member.name: (member.offset_data, member.size) for member in tar}
+            for row in check.rows:
+                faults += [f"{check.path.name}, {row['key']}: {fault}" for fault in _row_faults(row, members, file)]
+    except (OSError, tarfile.TarError) as error:
+        faults.append(f"{check.path.name}: {error}")
+    if not faults and len(members) != 3 * len(check.rows):
+        faults.append(f"{check.path.name}: {len(members)} members for {len(check.rows)} utterances")
+    return faults
+
+
+def _row_faults(row: dict[str, Any], members: dict[str, tuple[int, int]], file: Any) -> Iterator[str]:
+    def content(offset: int, size: int) -> bytes:
+        file.seek(offset)
+        return bytes(file.read(size))
+
+    if members.get(f"{row['key']}.flac") != (row["offset"], row["bytes"]):
+        yield "is not where the index says"
+        return
+    if content(*members.get(f"{row['key']}.txt", (0, 0))) != row["text"].encode():
+        yield "has another transcript than the index"
+    flac = content(row["offset"], row["bytes"])
+    packed = pack(Utterance(row["key"], row["key"], "decode only", data=flac), None)
+    if packed.reason:
+        yield f"{packed.reason} ({packed.detail})"
+    elif packed.flac is not None or packed.samples != row["samples"]:
+        yield f"decodes to {packed.samples} samples, the index says {row['samples']}"
+
+
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -748,7 +563,7 @@ class Options:
 
 
 def make(options: Options) -> dict[str, Any]:
-    """Makes the shards, or what is still missing of them, or nothing where they are complete; returns `dataset.json`."""
+    """Makes the shards, or what is still missing of them; leaves complete ones alone; returns `dataset.json`."""
     source = open_source(options.source, options.cache, options.openslr_url)
     description = options.describe(source)
     try:
@@ -765,9 +580,10 @@ def make(options: Options) -> dict[str, Any]:
 def _fill(options: Options, source: Source, description: dict[str, Any], created: bool) -> dict[str, Any]:
     output = Output(options.out, description, round(options.shard_mb * 1e6))
     output.resume()
-    utterances = itertools.islice(source.utterances(), output.consumed, None)
+    size, utterances = source.open()
+    utterances = itertools.islice(utterances, output.consumed, None)
     packed = in_order(pack, utterances, options.workers, options.max_seconds)
-    with contextlib.closing(packed), Progress(source, output) as progress:
+    with contextlib.closing(packed), Progress(size, output) as progress:
         for utterance, result in packed:
             output.take(utterance, result)
             progress.update(utterance)
@@ -857,7 +673,8 @@ def _worst(dropped: list[dict[str, str]]) -> str:
 
 def _strict(options: Options, dropped: list[dict[str, str]]) -> str:
     return (
-        f"--strict: {len(dropped):,} utterances cannot be used, {_worst(dropped)}; {options.out}/dropped.jsonl lists all; "
+        f"--strict: {len(dropped):,} utterances cannot be used, {_worst(dropped)}; "
+        f"{options.out}/dropped.jsonl lists all; "
         "mend the source and name a new --out, or run the same command without --strict to leave them out"
     )
 
@@ -865,7 +682,7 @@ def _strict(options: Options, dropped: list[dict[str, str]]) -> str:
 class Progress:
     """A bar with utterances/s and hours on a terminal; a line a finished shard elsewhere."""
 
-    def __init__(self, source: Source, output: Output) -> None:
+    def __init__(self, size: int, output: Output) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
@@ -877,7 +694,7 @@ class Progress:
         )
         columns = (TextColumn("sharding"), BarColumn(), figures, TimeRemainingColumn())
         self.bar = Bar(*columns, console=self.console, disable=not self.console.is_terminal, transient=True)
-        self.task = self.bar.add_task("", total=source.size, utterances=len(output.keys), rate=0.0, hours=output.hours)
+        self.task = self.bar.add_task("", total=size, utterances=len(output.keys), rate=0.0, hours=output.hours)
         self.start_s, self.before, self.shards = time.monotonic(), output.consumed, len(output.finished)
 
     def __enter__(self) -> Progress:
@@ -978,6 +795,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print(f"{options.out}: every finished shard is kept; the same command goes on from there", file=sys.stderr)
             raise
+    if options.verify:
+        verify(options.out, options.workers)
     return 0
 
 
