@@ -16,6 +16,7 @@ flipped bit loads silently as another weight.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
@@ -103,8 +104,8 @@ def write(path: Path, state: dict[str, Any], may_write: Callable[[], None]) -> N
     # Listed before may_write: whoever took the run over since then has no file in this list.
     strangers = [temp for temp in path.parent.glob(".*.tmp") if _WRITER not in temp.name]
     may_write()
-    for temp in strangers:
-        temp.unlink(missing_ok=True)
+    for stranger in strangers:
+        _discard(stranger)
     temp = path.with_name(f".{path.name}.{_WRITER}-{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +116,7 @@ def write(path: Path, state: dict[str, Any], may_write: Callable[[], None]) -> N
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
-        temp.unlink(missing_ok=True)
+        _discard(temp)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -210,6 +211,11 @@ def _checkpoints(run_directory: Path) -> list[tuple[int, Path]]:
     """(step, path) of every checkpoint, the newest last."""
     matches = ((_STEP_FILE.fullmatch(path.name), path) for path in (run_directory / "checkpoints").glob("step-*.pt"))
     return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def _discard(temp: Path) -> None:
+    with contextlib.suppress(OSError):  # often the disk that just failed: its first error is the one to tell
+        temp.unlink()
 
 
 def _write_synced(temp: Path, state: dict[str, Any]) -> None:
