@@ -68,7 +68,7 @@ def owner(**changes) -> Owner:
     return replace(somebody, **changes)
 
 
-def on_this_host(process: subprocess.Popen, **changes) -> Owner:
+def on_this_host(process, **changes):
     start_time = lease_module._process(process.pid).start_time
     here = {"host": socket.gethostname(), "pid_space": lease_module._pid_space(), "pid": process.pid}
     return owner(**(here | {"start_time": start_time} | changes))
@@ -98,7 +98,7 @@ def python(code: str, *arguments: object) -> subprocess.Popen:
     )
 
 
-def ask(process: subprocess.Popen, line: str = "") -> str:
+def ask(process, line=""):
     if line:
         process.stdin.write(line + "\n")
         process.stdin.flush()
