@@ -17,11 +17,11 @@ evenly into M = K * ceil(N / (K * c)) micro-batches, c = floor(max_seconds / L),
 `batch.max_seconds` (utterances x longest) and the K of a step have like lengths: no rank waits for another. Lengths are
 those at the slowest speed, so which speeds an epoch draws changes neither buckets nor the number of steps.
 
-That needs N >= K, which always holds: a bucket of three full steps has at least 3 K - 1 utterances, and a single bucket
-has all of them. **Where c = 1** (two of the longest do not fit together) each utterance is a micro-batch of its own, so N
-must be a multiple of K: such a bucket takes what it lacks from the next shorter one, fewer than K, from the longest bucket
-to the shortest. If the shortest one still lacks some, that is a `UserError`; it cannot happen where `batch.max_seconds` is
-at least twice the longest utterance, because then c >= 2 and any N >= K will do.
+That needs N >= K, which always holds: a bucket of three full steps has at least 3 K - 1 utterances, and a single
+bucket has all of them. **Where c = 1** (two of the longest do not fit together) each utterance is a micro-batch of its
+own, so N must be a multiple of K: such a bucket takes what it lacks, fewer than K, from the next shorter one, from the
+longest bucket to the shortest. If the shortest one still lacks some, that is a `UserError`; it cannot happen where
+`batch.max_seconds` is at least twice the longest utterance, because then c >= 2 and any N >= K will do.
 
 An epoch shuffles within each bucket, cuts micro-batches, makes steps of K neighbours and shuffles the steps. Order and
 speeds depend on the *set* of utterances and not on the order of the index, so corpora may be sharded again or
