@@ -273,6 +273,8 @@ class _Shard:
 
     def write(self, data: bytes) -> int:
         """For the tar writer: what is written is hashed on its way."""
+        if self.file.closed:  # abandoned: the tar writer still wants to end its tar when it is collected
+            return len(data)
         self.sha256.update(data)
         return self.file.write(data)
 
@@ -288,6 +290,11 @@ class _Shard:
     def bytes(self) -> int:
         """Size so far, without what the tar is padded with at its end."""
         return int(self.tar.tarstream.offset)
+
+    def abandon(self) -> None:
+        """Leaves the unfinished file to the next run, which writes over it; the disk may be full."""
+        with contextlib.suppress(OSError):
+            self.file.close()
 
     def rename(self, path: Path) -> int:
         """Finishes the tar and puts it in its place; returns its size."""
@@ -334,6 +341,12 @@ class Output:
             self.samples += sum(row[3] for row in sidecar["rows"])
             self.keys |= {row[0] for row in sidecar["rows"]}
 
+    def close(self) -> None:
+        """Whatever ended the run: nothing but whole shards counts."""
+        if self.shard:
+            self.shard.abandon()
+            self.shard.path.unlink(missing_ok=True)
+
     def take(self, utterance: Utterance, packed: Packed) -> None:
         """The next utterance of the source, packed or to be dropped."""
         if not packed.reason and utterance.key in self.keys:
@@ -360,7 +373,8 @@ class Output:
 
     def finish_shard(self) -> None:
         """Puts the shard in its place, then its sidecar: killed in between, the same shard is written again."""
-        assert self.shard is not None
+        if self.shard is None:
+            return
         name = _shard_name(len(self.finished))
         size = self.shard.rename(self.directory / name)
         sidecar = {
@@ -397,8 +411,7 @@ class Output:
         """Index and drops, and `dataset.json` at the very end; returns the latter."""
         from ddp_asr import index
 
-        if self.shard:
-            self.finish_shard()
+        self.finish_shard()
         rows = [[row[0], n, *row[1:]] for n, sidecar in enumerate(self.finished) for row in sidecar["rows"]]
         columns = dict(zip(index.COLUMNS.names, map(list, zip(*rows, strict=True)), strict=True))
         temporary = self.partial / "index.parquet"
@@ -578,25 +591,24 @@ def make(options: Options) -> dict[str, Any]:
 
 
 def _fill(options: Options, source: Source, description: dict[str, Any], created: bool) -> dict[str, Any]:
-    output = Output(options.out, description, round(options.shard_mb * 1e6))
-    output.resume()
-    size, utterances = source.open()
-    utterances = itertools.islice(utterances, output.consumed, None)
-    packed = in_order(pack, utterances, options.workers, options.max_seconds)
-    with contextlib.closing(packed), Progress(size, output) as progress:
-        for utterance, result in packed:
-            output.take(utterance, result)
-            progress.update(utterance)
-    dropped = output.all_dropped()
-    if not output.keys:
-        shutil.rmtree(options.out if created else output.partial)
-        raise UserError(f"{options.source}: not one usable utterance in it; {_worst(dropped)}")
-    if options.strict and dropped:
-        if output.shard:
+    with contextlib.closing(Output(options.out, description, round(options.shard_mb * 1e6))) as output:
+        output.resume()
+        size, utterances = source.open()
+        unpacked = itertools.islice(utterances, output.consumed, None)
+        packed = in_order(pack, unpacked, options.workers, options.max_seconds)
+        with contextlib.closing(packed), Progress(size, output) as progress:
+            for utterance, result in packed:
+                output.take(utterance, result)
+                progress.update(utterance)
+        dropped = output.all_dropped()
+        if not output.keys:
+            shutil.rmtree(options.out if created else output.partial)
+            raise UserError(f"{options.source}: not one usable utterance in it; {_worst(dropped)}")
+        if options.strict and dropped:
             output.finish_shard()
-        output.write_dropped()
-        raise UserError(_strict(options, dropped))
-    dataset = output.finish()
+            output.write_dropped()
+            raise UserError(_strict(options, dropped))
+        dataset = output.finish()
     shutil.rmtree(output.partial)
     return dataset
 

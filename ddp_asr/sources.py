@@ -13,7 +13,9 @@ checked against the published checksum, then streamed like any other.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -21,9 +23,12 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ddp_asr.errors import UserError
+
+if TYPE_CHECKING:
+    import tarfile
 
 MISSING_TRANSCRIPT = "missing transcript"
 EMPTY_TRANSCRIPT = "empty transcript"
@@ -290,23 +295,34 @@ def _all_transcripts(archive: Path) -> dict[str, dict[str, str]]:
 
 
 def _members(archive: Path) -> Iterator[tuple[str, Callable[[], bytes], int]]:
-    """Name, content and position of every file in the archive; `UserError` where it is damaged or cut short."""
+    """Name, content and position of every file in the archive; a content must be read before the next name is."""
     import gzip
+    import tarfile
+
+    # Through GzipFile and not mode "r|gz": tarfile ends silently where a stream is cut short, GzipFile raises.
+    with _damage_told(archive), archive.open("rb") as file, gzip.GzipFile(fileobj=file) as stream:
+        with tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 20) as tar:
+            for member in tar:
+                if member.isfile():
+                    yield os.path.normpath(member.name), functools.partial(_content, archive, tar, member), file.tell()
+                tar.members.clear()  # type: ignore[attr-defined]  # or memory grows by a kilobyte a member
+        while stream.read(1 << 20):
+            pass  # the checksum comes last
+
+
+def _content(archive: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    with _damage_told(archive):
+        file = tar.extractfile(member)
+        return file.read() if file else b""
+
+
+@contextlib.contextmanager
+def _damage_told(archive: Path) -> Iterator[None]:
     import tarfile
     import zlib
 
     try:
-        # Through GzipFile and not mode "r|gz": tarfile ends silently where a stream is cut short, GzipFile raises.
-        with archive.open("rb") as file, gzip.GzipFile(fileobj=file) as stream:
-            with tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 20) as tar:
-                for member in tar:
-                    if member.isfile():
-                        extracted = tar.extractfile(member)
-                        assert extracted is not None
-                        yield os.path.normpath(member.name), extracted.read, file.tell()
-                    tar.members.clear()  # type: ignore[attr-defined]  # or memory grows by a kilobyte a member
-            while stream.read(1 << 20):
-                pass  # the checksum comes last
+        yield
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise UserError(f"{archive} is damaged or cut short ({error}); fetch it again") from None
 
