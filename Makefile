@@ -3,8 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
-# torchrun hands these on to its ranks, which checkpoint and stop; by itself it passes only SIGTERM and its like.
-SIGNALS := SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2
+# torchrun hands these on to its ranks, which checkpoint and stop; without being told so it leaves out the last two.
+SIGNALS := SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2
 DEMO_RUN := demo/runs/demo
 
 .DEFAULT_GOAL := help
@@ -30,11 +30,11 @@ demo: $(STAMP)  ## synthesise a corpus, shard, train with two processes, evaluat
 	$(BIN)/python -m ddp_asr.shard demo/corpus/test --out demo/shards/test
 	$(BIN)/torchrun --standalone --nproc_per_node=2 --signals-to-handle=$(SIGNALS) \
 		-m ddp_asr.train --config configs/demo.yaml
-	$(BIN)/python -m ddp_asr.evaluate $(DEMO_RUN)/best.pt demo/shards/test
+	$(BIN)/python -m ddp_asr.evaluate $(DEMO_RUN) demo/shards/test
 	@set -- $$($(BIN)/python -m tests.corpus --out demo/corpus --example); \
 		echo "A sentence and a voice that training has not met:"; \
 		audio=$$1; shift; echo "reference   $$*"; \
-		printf 'transcript  '; $(BIN)/python -m ddp_asr.transcribe $(DEMO_RUN)/best.pt $$audio
+		printf 'transcript  '; $(BIN)/python -m ddp_asr.transcribe $(DEMO_RUN) $$audio
 	@echo "The run       $(DEMO_RUN)"
 	@echo "Comet archive $$(ls $(DEMO_RUN)/comet/*.zip) (upload it with: $(BIN)/comet upload ARCHIVE)"
 	@echo "Curves        $(DEMO_RUN)/curves.png"
