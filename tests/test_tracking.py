@@ -1,0 +1,531 @@
+"""Tracking against a stand-in for Comet on the loopback: real files, real processes, comet_ml itself."""
+
+import gzip
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import urllib.parse
+import zipfile
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ddp_asr import tracking
+from ddp_asr.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+STARTED_S = 1_700_000_000.0
+PNG = bytes.fromhex(  # one grey pixel
+    "89504e470d0a1a0a0000000d4948445200000001000000010800000000 3a7e9b550000000a4944415408d763680000008200812b"
+    "cd4f9e0000000049454e44ae426082".replace(" ", "")
+)
+
+
+# ---- a run, as the trainer leaves it -------------------------------------------------------------------------------
+
+
+def train_line(step):
+    return {
+        **{
+            "kind": "train",
+            "step": step,
+            "epoch": 1 + (step - 1) // 50,
+            "loss": 3.0 / step,
+            "learning_rate": 1e-5 * step,
+        },
+        **{"gradient_norm": 2.0, "audio_s_per_s": 300.0, "data_wait": 0.01, "padding": 0.05, "skipped": 0},
+        "time_s": STARTED_S + step,
+    }
+
+
+def test_line(step):
+    rates = {"loss": 4.0 / step, "wer": 10.0 / step, "cer": 5.0 / step}
+    return {"kind": "test", "step": step, "epoch": 1 + (step - 1) // 50, **rates, "time_s": STARTED_S + step + 0.5}
+
+
+test_line.__test__ = False  # type: ignore[attr-defined]
+
+
+def metrics(last_step):
+    lines = []
+    for step in range(1, last_step + 1):
+        lines.append(train_line(step))
+        if step % 50 == 0:
+            lines.append(test_line(step))
+    return lines
+
+
+def write_lines(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def samples(last_step):
+    pairs = [{"key": "a-1", "reference": "hello world", "hypothesis": "helo world"}]
+    return [{"step": step, "epoch": 1, "samples": pairs} for step in range(50, last_step + 1, 50)]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of 120 steps with two evaluations, killed: nothing says that it ended."""
+    directory = tmp_path / "an4"
+    directory.mkdir()
+    (directory / "config.yaml").write_text(
+        "model: {time_strides: [2, 2]}\noptim: {learning_rate: 0.0005}\ntracking: {project: speech, workspace: ''}\n"
+    )
+    (directory / "environment.json").write_text(json.dumps({"python": "3.11", "packages": {"torch": "2.11.0"}}))
+    (directory / "spectrogram.png").write_bytes(PNG)
+    write_lines(directory / "metrics.jsonl", metrics(120))
+    write_lines(directory / "samples.jsonl", samples(120))
+    return directory
+
+
+VALUES_120 = {("train", name, step) for name in tracking.TRAIN_METRICS for step in range(1, 121)} | {
+    ("test", name, step) for name in tracking.TEST_METRICS for step in (50, 100)
+}
+
+
+# ---- Comet's stand-in ----------------------------------------------------------------------------------------------
+
+
+class StandIn:
+    """Answers as Comet does, remembers what it took, and fails in the ways that a test asks for."""
+
+    def __init__(self):
+        self.values = []  # (context, name, step, value, timestamp_ms)
+        self.parameters = {}
+        self.system = {}
+        self.uploads = []  # (type, file name)
+        self.created = []
+        self.resumed = []
+        self.refusals = Counter()  # by path's ending: answer so many requests with 500
+        self.delay_s = 0.0
+        self.holds = False  # take requests and never answer
+        self.changed = threading.Condition()
+        self.closing = threading.Event()
+        stand_in = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def do_POST(self):
+                stand_in.answer(self)
+
+            do_GET = do_PUT = do_POST
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}/clientlib/"
+        self.thread = threading.Thread(target=self.server.serve_forever)
+        self.thread.start()
+
+    def close(self):
+        self.closing.set()
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+    def answer(self, request):
+        body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
+        if request.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        url = urllib.parse.urlsplit(request.path)
+        if self.closing.wait(None if self.holds else self.delay_s):
+            request.close_connection = True
+            return
+        with self.changed:
+            refused = next((end for end, left in self.refusals.items() if left and url.path.endswith(end)), None)
+            if refused is not None:
+                self.refusals[refused] -= 1
+                status, reply = 500, {}
+            else:
+                status, reply = self.take(url.path, dict(urllib.parse.parse_qsl(url.query)), body)
+            self.changed.notify_all()
+        data = json.dumps(reply).encode()
+        request.send_response(status)
+        request.send_header("Content-Type", "application/json")
+        request.send_header("Content-Length", str(len(data)))
+        request.end_headers()
+        request.wfile.write(data)
+
+    def take(self, path, query, body):
+        if path.endswith(("add/run", "get/run")):
+            return self.handshake(path, json.loads(body))
+        if path.endswith("experiment/metric"):
+            for each in json.loads(body)["values"]:
+                if each["metricName"] != "process duration":  # comet_ml's own, of its process
+                    what = (each["context"], each["metricName"], each["step"])
+                    self.values.append((*what, each["metricValue"], each["timestamp"]))
+        elif path.endswith("experiment/parameter"):
+            self.parameters |= {each["parameterName"]: each["parameterValue"] for each in json.loads(body)["values"]}
+        elif path.endswith("system-details"):
+            listed = json.loads(body).get("logAdditionalSystemInfoList") or []
+            self.system |= {each["key"]: each["value"] for each in listed}
+        elif path.endswith("/upload"):
+            self.uploads.append((query.get("type"), query.get("fileName") or query.get("figName")))
+        elif path.endswith("isAlive/ver"):
+            return 200, {"msg": "Healthy Server", "version": "3.70.0"}
+        beats = ("is_alive_beat_duration_millis", "gpu_monitor_interval_millis", "cpu_monitor_interval_millis")
+        return 200, dict.fromkeys(beats, 60_000)
+
+    def handshake(self, path, payload):
+        if path.endswith("add/run"):
+            key = payload["experimentKey"]
+            if key in self.created:
+                return 400, {"sdk_error_code": 90999, "msg": "exists"}
+            self.created.append(key)
+        else:
+            key = payload["previousExperiment"]
+            if key not in self.created:
+                return 400, {"sdk_error_code": 90210, "msg": "no such experiment"}
+            self.resumed.append(key)
+        return 200, {"runId": "r", "project_id": "p", "focusUrl": "http://127.0.0.1/", "lastOffset": 0}
+
+    def wait_for(self, condition):
+        with self.changed:
+            assert self.changed.wait_for(condition, timeout=120), "Comet's stand-in waited in vain"
+
+    def counts(self):
+        return Counter(value[:3] for value in self.values)
+
+
+@pytest.fixture
+def comet(monkeypatch):
+    stand_in = StandIn()
+    monkeypatch.setenv("COMET_URL_OVERRIDE", stand_in.url)
+    monkeypatch.setenv("COMET_API_KEY", "k" * 25)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield stand_in
+    stand_in.close()
+
+
+def track(run, *arguments):
+    """Runs the command; returns what it printed, and fails when it failed."""
+    command = [sys.executable, "-m", "ddp_asr.tracking", str(run), *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def wait_for_end(pid):
+    """Waits for a process that need not be a child of this one."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        assert select.select([handle], [], [], 120)[0], f"process {pid} did not end"
+    finally:
+        os.close(handle)
+
+
+def in_archive(run):
+    """Returns how often each value stands in the run's archive, and the messages of other kinds."""
+    report = tracking.Report.load(run)
+    counts, others = Counter(), []
+    with zipfile.ZipFile(run / report.archive) as archive:
+        assert archive.testzip() is None
+        for line in archive.read("messages.json").splitlines():
+            message = json.loads(line)
+            metric = message["payload"].get("metric")
+            if metric is None:
+                others.append(message)
+            elif metric["metricName"] != "process duration":
+                counts[message["payload"]["context"], metric["metricName"], metric["step"]] += 1
+        return counts, others, json.loads(archive.read("experiment.json"))
+
+
+# ---- small parts ---------------------------------------------------------------------------------------------------
+
+
+def test_auto_is_online_where_a_key_is_set(monkeypatch):
+    monkeypatch.delenv("COMET_API_KEY", raising=False)
+    assert tracking.resolve_mode("auto") == "offline"
+    monkeypatch.setenv("COMET_API_KEY", "k")
+    assert tracking.resolve_mode("auto") == "online"
+    assert tracking.resolve_mode("offline") == "offline"
+    with pytest.raises(UserError, match=r"on-line.*auto, online, offline, off"):
+        tracking.resolve_mode("on-line")
+
+
+def test_the_key_is_made_once_and_suits_comet(tmp_path):
+    key = tracking.experiment_key(tmp_path)
+    assert 32 <= len(key) <= 50 and key.isalnum() and key == key.lower()
+    assert tracking.experiment_key(tmp_path) == key == tracking.experiment_key(tmp_path, known="other")
+    (tmp_path / "comet.json").unlink()
+    assert tracking.experiment_key(tmp_path, known=key) == key  # from a checkpoint, when comet.json was lost
+
+
+def test_settings_are_flattened():
+    settings = {"optim": {"beta1": 0.9, "anneal": "linear"}, "model": {"time_strides": [2, 2]}}
+    assert tracking.flatten(settings) == {"optim.beta1": 0.9, "optim.anneal": "linear", "model.time_strides": "[2, 2]"}
+
+
+steps_and_cuts = st.lists(
+    st.one_of(
+        st.tuples(st.just("grow"), st.integers(1, 8)),
+        st.tuples(st.just("cut"), st.integers(0, 12)),
+        st.tuples(st.just("torn"), st.integers(1, 20)),
+        st.tuples(st.just("look"), st.just(0)),
+    ),
+    max_size=20,
+)
+
+
+@given(steps_and_cuts, st.booleans())
+def test_reader_misses_no_line_however_the_file_is_cut_back(tmp_path_factory, story, replaced):
+    """What the file holds at the end has been read; a value written after a cut is the last one read of its step."""
+    path = tmp_path_factory.mktemp("lines") / "metrics.jsonl"
+    reader, read, lines, torn = tracking.LineReader(path), {}, [], b""
+    for number, (what, amount) in enumerate([*story, ("look", 0)]):
+        if what == "grow":
+            first = len(lines) + 1
+            lines += [
+                json.dumps({"step": step, "at": number}).encode() + b"\n" for step in range(first, first + amount)
+            ]
+            torn = b""
+        elif what == "cut":
+            lines, torn = lines[: max(0, len(lines) - amount)], b""
+        elif what == "torn":
+            torn = json.dumps({"step": 10_000, "text": "torn"}).encode()[:amount]
+        else:
+            read |= {line["step"]: line for line in reader.new()}
+            continue
+        if replaced:
+            (aside := path.with_suffix(".aside")).write_bytes(b"".join(lines) + torn)
+            aside.replace(path)
+        else:
+            path.write_bytes(b"".join(lines) + torn)
+    assert [read.get(step) for step in range(1, len(lines) + 1)] == [json.loads(line) for line in lines]
+    assert 10_000 not in read
+
+
+def test_reader_passes_over_what_a_crash_left_torn(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "lo\xff\n[3]\n{"step": 4}\n{"step": 5')
+    reader = tracking.LineReader(path)
+    assert [line["step"] for line in reader.new()] == [1, 4]
+    with path.open("ab") as file:
+        file.write(b"}\n")
+    assert [line["step"] for line in reader.new()] == [5]
+    assert reader.new() == []
+
+
+def test_help_answers_without_comet_and_torch():
+    code = """
+        import sys
+        from ddp_asr import tracking
+        try:
+            tracking.main(["--help"])
+        except SystemExit as end:
+            assert end.code == 0
+        assert not {"comet_ml", "torch", "yaml", "matplotlib"} & set(sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "examples:" in done.stdout and "comet upload" in done.stdout
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"is not a run: it has no config\.yaml"):
+        tracking.main([str(tmp_path)])
+
+
+def test_online_without_a_key_is_refused_on_demand(run, monkeypatch):
+    monkeypatch.delenv("COMET_API_KEY", raising=False)
+    with pytest.raises(UserError, match="COMET_API_KEY"):
+        tracking.main([str(run), "--mode", "online"])
+
+
+def test_off_starts_nothing(run):
+    follower = tracking.start(run, "off")
+    assert follower.process is None
+    assert tracking.summary(run, follower.close()) == "not tracked"
+    assert not (run / "comet.json").exists()
+
+
+def test_a_follower_that_cannot_start_is_a_failure_on_record(run, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(run / "no-python"))
+    report = tracking.start(run, "offline").close()
+    assert report.failures == 1 and "could not be started" in report.last_error
+
+
+# ---- offline -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_killed_run_gets_its_archive_and_comet_upload_takes_it(run, comet):
+    with (run / "metrics.jsonl").open("a") as file:  # a crash tore the last line
+        file.write(json.dumps(train_line(121))[:40])
+    assert "comet upload" in track(run)
+    counts, others, experiment = in_archive(run)
+    assert counts == dict.fromkeys(VALUES_120, 1)
+    assert experiment["offline_id"] == tracking.experiment_key(run)
+    assert experiment["project_name"] == "speech"
+    assert (experiment["start_time"], experiment["stop_time"]) == ((STARTED_S + 1) * 1000, (STARTED_S + 120) * 1000)
+    files = {each["payload"]["additional_params"].get("fileName") for each in others if each["type"] == "file_upload"}
+    assert {"ddp_asr/tracking.py", "samples-00000050.csv", "samples-00000100.csv", "environment.json"} <= files
+    assert sorted(path.name for path in (run / "comet").iterdir()) == sorted(
+        [f"{tracking.experiment_key(run)}.zip", "comet.log"]
+    )
+
+    archive = run / tracking.Report.load(run).archive
+    command = [str(Path(sys.executable).with_name("comet")), "upload", str(archive)]
+    uploaded = subprocess.run(command, capture_output=True, text=True)
+    assert uploaded.returncode == 0, uploaded.stdout + uploaded.stderr
+    assert comet.created == [tracking.experiment_key(run)]
+    assert comet.counts() == dict.fromkeys(VALUES_120, 1)
+    assert {value[4] for value in comet.values if value[2] == 7} == {int((STARTED_S + 7) * 1000)}
+    assert (
+        float(comet.parameters["optim.learning_rate"]) == 0.0005 and comet.parameters["model.time_strides"] == "[2, 2]"
+    )
+    assert comet.system["packages.torch"] == "2.11.0"
+    assert (None, "spectrogram before and after SpecAugment") in comet.uploads
+
+
+@pytest.mark.slow
+def test_the_archive_is_made_anew_with_the_same_key(run):
+    track(run)
+    write_lines(run / "metrics.jsonl", metrics(80) + metrics(120)[81:])  # cut back to 80 and trained on
+    track(run)
+    counts, _, experiment = in_archive(run)
+    assert counts == dict.fromkeys(VALUES_120, 1)
+    assert experiment["offline_id"] == tracking.experiment_key(run)
+    assert len(list((run / "comet").glob("*.zip"))) == 1
+
+
+@pytest.mark.slow
+def test_a_resumed_run_has_the_archive_of_its_first_attempt_and_then_the_whole(run):
+    follower = tracking.start(run, "offline")
+    assert follower.process.pid == os.getsid(follower.process.pid)  # out of reach of the ranks' signals
+    while not (archives := list((run / "comet").glob("*.zip"))):
+        assert follower.process.poll() is None
+        time.sleep(0.05)
+    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP):
+        follower.process.send_signal(each)
+    write_lines(run / "metrics.jsonl", metrics(150))
+    report = follower.close(120)
+    assert report.finished and not report.failures and follower.process.returncode == 0
+    assert list((run / "comet").glob("*.zip")) == archives
+    assert in_archive(run)[0]["train", "loss", 150] == 1
+
+
+@pytest.mark.slow
+def test_the_follower_outlives_a_killed_parent_and_makes_the_archive(run):
+    """The parent's forked child, as a loader's worker is, holds the follower's pipe open: no end of file then."""
+    code = f"""
+        import os, pathlib, signal
+        from ddp_asr import tracking
+        follower = tracking.start(pathlib.Path({str(run)!r}), "offline")
+        worker = os.fork()
+        if worker:
+            print(follower.process.pid, worker, flush=True)
+        signal.pause()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as parent:
+        pid, worker = map(int, parent.stdout.readline().split())
+        try:
+            parent.kill()
+            parent.wait()
+            wait_for_end(pid)
+        finally:
+            os.kill(worker, signal.SIGKILL)
+    assert tracking.Report.load(run).finished
+    assert in_archive(run)[0] == dict.fromkeys(VALUES_120, 1)
+
+
+# ---- online --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_resumed_run_continues_its_experiment_and_sends_no_step_twice(run, comet):
+    assert "train steps to 120" in track(run, "--mode", "online")
+    assert comet.counts() == dict.fromkeys(VALUES_120, 1)
+    assert comet.created == [tracking.experiment_key(run)] and comet.resumed == []
+    assert {value[4] for value in comet.values if value[2] == 7} == {int((STARTED_S + 7) * 1000)}
+    tables = [name for _, name in comet.uploads if name and name.startswith("samples")]
+    assert sorted(tables) == ["samples-00000050.csv", "samples-00000100.csv"]
+    assert ("source_code", "ddp_asr/tracking.py") in comet.uploads
+
+    write_lines(run / "metrics.jsonl", metrics(80))  # the checkpoint's step; the new attempt trains 81 to 120 again
+    follower = tracking.start(run, "online")
+    write_lines(run / "metrics.jsonl", metrics(150))
+    write_lines(run / "samples.jsonl", samples(150))
+    report = follower.close(120)
+    assert report.finished and not report.failures
+    assert comet.created == comet.resumed == [tracking.experiment_key(run)]
+    counts = comet.counts()
+    assert set(counts.values()) == {1}
+    assert {step for _, name, step in counts if name == "learning_rate"} == set(range(1, 151))
+    assert {step for _, name, step in counts if name == "wer"} == {50, 100, 150}
+    assert Counter(comet.uploads)["source_code", "ddp_asr/tracking.py"] == 1
+    assert [name for _, name in comet.uploads if name == "samples-00000150.csv"] == ["samples-00000150.csv"]
+
+
+@pytest.mark.slow
+def test_errors_of_comet_are_counted_and_nothing_is_lost_or_sent_twice(run, comet):
+    comet.refusals.update({"add/run": 1, "experiment/metric": 2})
+    follower = tracking.start(run, "online")
+    comet.wait_for(lambda: not any(comet.refusals.values()))
+    report = follower.close(120)
+    assert report.finished and report.failures >= 3 and report.last_error
+    assert comet.counts() == dict.fromkeys(VALUES_120, 1)
+    assert f"({report.failures} failures, the last: " in tracking.summary(run, report)
+
+
+@pytest.mark.slow
+def test_late_answers_delay_nothing_but_the_follower(run, comet):
+    comet.delay_s = 0.3
+    follower = tracking.start(run, "online", close_s=300)
+    comet.wait_for(lambda: len(comet.values) >= len(VALUES_120))
+    write_lines(run / "metrics.jsonl", metrics(150))
+    report = follower.close(300)
+    assert report.finished
+    assert set(comet.counts().values()) == {1} and comet.counts()["train", "loss", 150] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["never answers", "is not there"])
+def test_without_comet_the_run_still_gets_its_archive(run, comet, monkeypatch, how):
+    comet.holds = how == "never answers"
+    if how == "is not there":
+        monkeypatch.setenv("COMET_URL_OVERRIDE", "http://127.0.0.1:9/clientlib/")
+    follower = tracking.start(run, "online", close_s=1)
+    report = follower.close(120)
+    assert follower.process.returncode == 0
+    assert report.failures and "within 1 s of the run's end" in report.last_error
+    assert in_archive(run)[0] == dict.fromkeys(VALUES_120, 1)
+
+
+@pytest.mark.slow
+def test_what_comet_did_not_take_in_time_is_sent_on_demand(run, comet):
+    comet.refusals["experiment/metric"] = 1_000_000
+    follower = tracking.start(run, "online", close_s=1)
+    comet.wait_for(lambda: comet.refusals["experiment/metric"] < 1_000_000)
+    report = follower.close(120)
+    assert follower.process.returncode == 1 and not report.finished and report.created
+    assert "--mode online" in tracking.summary(run, report)
+    comet.refusals.clear()
+    track(run, "--mode", "online")
+    assert comet.counts() == dict.fromkeys(VALUES_120, 1)
+    assert comet.created == comet.resumed == [tracking.experiment_key(run)]
+
+
+@pytest.mark.slow
+def test_online_without_a_key_falls_back_to_the_archive(run, monkeypatch):
+    monkeypatch.delenv("COMET_API_KEY", raising=False)
+    report = tracking.start(run, "online").close(120)
+    assert report.finished and (run / report.archive).exists() and "COMET_API_KEY" in report.last_error
