@@ -69,8 +69,8 @@ def alone(best, shards):
         reference = recogniser.vocabulary.normalise(index.text(row))
         loss = math.inf
         if index.key(row) not in (FOREIGN, CRAMMED):
-            targets = torch.from_numpy(recogniser.vocabulary.encode(reference))[None]
-            loss = float(ctc_loss(logits, frames, targets, torch.tensor([targets.shape[1]])))
+            targets = torch.from_numpy(recogniser.vocabulary.encode(reference))[None].to(logits.device)
+            loss = float(ctc_loss(logits, frames, targets, torch.tensor([targets.shape[1]], device=logits.device)))
         hypothesis = decode.greedy(logits, frames, recogniser.vocabulary)[0]
         heard[index.key(row)] = Heard(row, index.key(row), reference, hypothesis, loss)
     return heard

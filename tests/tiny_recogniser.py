@@ -1,6 +1,7 @@
 """A checkpoint of a tiny model with random weights, and noises for it to hear."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ from ddp_asr import checkpoint, config
 from ddp_asr.model import AcousticModel
 from ddp_asr.vocabulary import Vocabulary
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "features": {"mel_bands": 16, "n_fft": 512},
     "model": {"conv_channels": 2, "residual_blocks": 1, "rnn_layers": 1, "rnn_size": 12},
     "vocabulary": {"symbols": " ab'", "drop": "."},
@@ -44,7 +45,7 @@ def write_checkpoint(path: Path, state: dict | None = None) -> Path:
 def noises(seconds: float, seed: int = 0) -> np.ndarray:
     """int16 at 16 kHz: bursts of noise and of tones, with pauses."""
     random = np.random.default_rng(seed)
-    parts = []
+    parts: list[np.ndarray] = []
     while sum(map(len, parts)) < seconds * 16_000:
         samples = int(random.integers(1_500, 5_000))
         tone = np.sin(2 * np.pi * random.uniform(150, 3_000) / 16_000 * np.arange(samples))
