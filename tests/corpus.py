@@ -31,7 +31,7 @@ SILENT_EDGE_S = 0.1
 
 COUNTS = ["six", "seven", "ten"]
 LOOKS = ["red", "black", "big", "fat", "flat", "wet", "soft", "long", "thin", "glad", "strong", "hot"]
-ANIMALS = ["cat", "dog", "fox", "pig", "hen", "rat", "bat", "frog", "duck", "crab"]
+ANIMALS = ["cat", "dog", "cub", "pig", "hen", "rat", "bat", "frog", "duck", "crab"]
 VERBS = ["sat", "ran", "hid", "slept", "swam", "jumped", "stood", "went", "fell", "spun"]
 WHERE = ["on", "in", "at", "from", "under", "past"]
 PLACES = ["bed", "tent", "hill", "pond", "bus", "ship", "bench", "rock", "box", "lamp", "desk", "mat", "log", "barn"]
@@ -106,22 +106,38 @@ TRAIN_SPEAKERS = _speakers(
     en-us+linda     52 165
     en-us+belinda   48 180
     en-us+Lee       45 170
-    en-us+anika     50 160
+    en-us+anika     50 150
     en-us+adam      42 170
     en-us+Mike      58 165
     en-us+Denis     50 175
     en-us+rob       38 160
-    en-us+aunty     55 170
+    en-us+zac       52 170
     en-us+max       60 180
+    en-us+Jacky     45 160
+    en-us+Nguyen    50 175
+    en-us+Tweaky    55 165
+    en-us+benjamin  46 170
+    en-us+boris     52 155
+    en-us+david     56 180
+    en-us+edward    44 165
+    en-us+ian       50 170
+    en-us+john      62 160
+    en-us+norbert   40 175
+    en-us+quincy    54 165
+    en-us+robert    48 155
+    en-us+steph     56 170
+    en-us+travis    44 180
     en-gb-x-rp+m3   50 165
     en-gb-x-rp+f4   45 160
+    en-gb-x-rp+Alex 55 170
+    en-gb-x-rp+linda 40 175
     """,
 )
 TEST_SPEAKERS = _speakers(
     2001,
     """
     en-us+m8        46 165
-    en-us+zac       52 170
+    en-us+aunty     55 170
     en-us+Michael   54 160
     en-us+shelby    48 175
     """,
@@ -202,8 +218,8 @@ def write_chapter(chapter: Chapter) -> None:
     stem = f"{speaker.name}-{chapter.directory.name}"
     lines = []
     for number, words in enumerate(chapter.sentences):
-        pitch = speaker.pitch + draw.randint(-6, 6)
-        speech = espeak.speak(words, pitch, round(speaker.words_per_minute * draw.uniform(0.92, 1.08)))
+        pitch = speaker.pitch + draw.randint(-10, 10)
+        speech = espeak.speak(words, pitch, round(speaker.words_per_minute * draw.uniform(0.9, 1.1)))
         wave = record(speech, espeak.rate_hz, peak_db=draw.uniform(-12, -2))
         soundfile.write(chapter.directory / f"{stem}-{number:04d}.flac", wave, SAMPLE_RATE_HZ, subtype="PCM_16")
         lines.append(f"{stem}-{number:04d} {words.upper()}\n")
