@@ -17,7 +17,7 @@ install: $(STAMP)  ## .venv with the package (editable), the demo's voices and t
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-		|| { echo "error: $(PYTHON) is older than 3.10; name a newer one: make PYTHON=python3.11" >&2; exit 1; }
+		|| { echo "error: $(PYTHON) is missing or older than 3.10; name a newer one: make PYTHON=python3.11" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
 		|| { echo "error: $(PYTHON) has no venv module; on Debian: apt install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
