@@ -60,7 +60,7 @@ def nodes(tree: ast.AST) -> Iterator[ast.AST]:
 @cache
 def imports(package: str, module: str) -> frozenset[str]:
     """Dotted names that a module imports, in functions too; `from a import b` counts as `a` and `a.b`."""
-    found = set()
+    found: set[str] = set()
     for node in nodes(tree(REPOSITORY / package / f"{module}.py")):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
