@@ -11,6 +11,7 @@ flutter from one utterance to the next, so each speaker is spoken from the begin
 import argparse
 import ctypes
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -227,7 +228,7 @@ def write_chapter(chapter: Chapter) -> None:
 
 
 def chapters(directory: Path, train_utterances: int, test_utterances: int) -> list[Chapter]:
-    """Who says what: every sentence once, so that no test sentence is trained; speakers take turns."""
+    """Who says what: every sentence once, so that no test sentence is trained, and speakers in turn."""
     unseen = sentences(f"corpus {VERSION}")
     plan = []
     for name, speakers, utterances in (
@@ -235,9 +236,9 @@ def chapters(directory: Path, train_utterances: int, test_utterances: int) -> li
         ("train", TRAIN_SPEAKERS, train_utterances),
     ):
         texts = [next(unseen) for _ in range(utterances)]
-        for number, speaker in enumerate(speakers):
-            if said := tuple(texts[number :: len(speakers)]):
-                plan.append(Chapter(directory / name / speaker.name / "1", speaker, said))
+        voices = speakers[: math.ceil(utterances / 4)]  # a process each: a small corpus has fewer
+        for number, speaker in enumerate(voices):
+            plan.append(Chapter(directory / name / speaker.name / "1", speaker, tuple(texts[number :: len(voices)])))
     return plan
 
 
