@@ -93,7 +93,7 @@ def pack(utterance: Utterance, max_seconds: float | None) -> Packed:
         return Packed(reason=MISSING_AUDIO, detail=error.strerror or str(error))
     except TooLong as error:
         return Packed(reason=TOO_LONG, detail=str(error))
-    except (BadAudio, RuntimeError, ValueError, MemoryError) as error:  # soundfile's own are RuntimeErrors
+    except (BadAudio, RuntimeError, ValueError, TypeError, MemoryError) as error:  # all raised by soundfile
         return Packed(reason=BAD_AUDIO, detail=str(error))
 
 
@@ -581,7 +581,10 @@ def make(options: Options) -> dict[str, Any]:
     description = options.describe(source)
     try:
         if dataset := _complete(options.out, description):
-            print(f"{options.out} is complete already: {dataset['utterances']:,} utterances, {dataset['hours']} hours")
+            print(f"{options.out} is complete already")
+            if options.strict and dataset["dropped"]:
+                lines = (options.out / "dropped.jsonl").read_bytes().splitlines()
+                raise UserError(_strict(options, [json.loads(line) for line in lines]))
             return dataset
         created = not options.out.exists()
         with _claimed(options.out, description):
@@ -605,7 +608,7 @@ def _fill(options: Options, source: Source, description: dict[str, Any], created
             shutil.rmtree(options.out if created else output.partial)
             raise UserError(f"{options.source}: not one usable utterance in it; {_worst(dropped)}")
         if options.strict and dropped:
-            output.finish_shard()
+            output.finish_shard()  # so that the same command without --strict has nothing left to do
             output.write_dropped()
             raise UserError(_strict(options, dropped))
         dataset = output.finish()
@@ -626,6 +629,7 @@ def _complete(out: Path, description: dict[str, Any]) -> dict[str, Any] | None:
         return None
     dataset = index.read_dataset_json(out)
     _refuse_other(out, "holds shards", dataset, description)
+    index.read_index([out])  # all files in their full size, or a `UserError`
     shutil.rmtree(out / ".partial", ignore_errors=True)  # killed between dataset.json and this
     return dataset
 

@@ -99,12 +99,15 @@ def make_key(identity: str, offset_s: float | None = None) -> str:
 def open_source(name: str, cache: Path, openslr_url: str) -> Source:
     """The source that the user named; an existing path comes before a split of the same name."""
     path = Path(name)
-    if path.is_dir():
-        return directory_source(path)
-    if path.is_file() and path.name.endswith((".tar.gz", ".tgz")):
-        return archive_source(path)
-    if path.is_file():
-        return manifest_source(path)
+    try:
+        if path.is_dir():
+            return directory_source(path)
+        if path.is_file() and path.name.endswith((".tar.gz", ".tgz")):
+            return archive_source(path)
+        if path.is_file():
+            return manifest_source(path)
+    except OSError as error:
+        raise UserError(f"{error.filename or name} cannot be read: {error.strerror or error}") from None
     if not path.exists() and name in LIBRISPEECH_MD5:
         return split_source(name, cache, openslr_url)
     raise UserError(
@@ -116,7 +119,11 @@ def open_source(name: str, cache: Path, openslr_url: str) -> Source:
 def directory_source(root: Path) -> Source:
     """A LibriSpeech split on disk: `speaker/chapter/*.flac` beside `speaker-chapter.trans.txt`, at any depth."""
     utterances: list[Utterance] = []
-    for folder, folders, names in os.walk(root, followlinks=True):
+
+    def unreadable(error: OSError) -> None:
+        raise error  # os.walk leaves such a folder out without a word
+
+    for folder, folders, names in os.walk(root, onerror=unreadable, followlinks=True):
         folders.sort()
         utterances += _chapter(root, Path(folder), sorted(names))
     if not utterances:
