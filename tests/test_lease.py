@@ -196,7 +196,7 @@ def test_a_killed_process_of_this_host_is_dead_at_once(tmp_path, clock, acquire,
     if reaped:
         process.wait()
     begin_s = clock.now_s
-    assert is_dead(tmp_path, clock=clock)
+    assert is_dead(tmp_path, clock=clock, sleep=clock.sleep)
     acquire(wait=False).check()
     assert clock.now_s == begin_s
     process.communicate()
