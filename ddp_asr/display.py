@@ -8,6 +8,7 @@ Only rank 0 has a `Display`. matplotlib is imported when curves are drawn and no
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -63,7 +64,8 @@ class Display:
         self._clock = clock
         self._steps: deque[tuple[int, float]] = deque(maxlen=RATE_WINDOW)
         self._plain_at = -math.inf
-        self._live = _Live(total_steps, self._stream) if self._stream.isatty() else None
+        animated = self._stream.isatty() and os.environ.get("TERM") not in (None, "", "dumb", "unknown")
+        self._live = _Live(total_steps, self._stream) if animated else None
 
     def train(self, line: dict[str, Any]) -> None:
         """Takes a step's line of metrics.jsonl."""
@@ -76,10 +78,10 @@ class Display:
 
     def test(self, line: dict[str, Any]) -> None:
         """Takes an evaluation's line of metrics.jsonl."""
-        self.last_wer = line["wer"]
+        self.last_wer = line.get("wer")
         self._print(
-            f"epoch {line['epoch']}/{self.epochs}  step {line['step']}  test loss {number(line['loss'])}"
-            f"  WER {percent(line['wer'])}  CER {percent(line['cer'])}"
+            f"epoch {line['epoch']}/{self.epochs}  step {line['step']}/{self.total_steps}"
+            f"  test loss {number(line.get('loss'))}  WER {percent(line.get('wer'))}  CER {percent(line.get('cer'))}"
         )
 
     def message(self, text: str) -> None:
@@ -117,47 +119,42 @@ class Display:
 
 
 class _Live:
-    """One line that is drawn again in place; what is printed scrolls past above it."""
+    """Two lines that are drawn again in place; what is printed scrolls past above them."""
 
     def __init__(self, total_steps: int, stream: IO[str]) -> None:
         from rich.console import Console
+        from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-        self._progress = Progress(
+        console = Console(file=stream, highlight=False)
+        columns = (
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("loss [bold]{task.fields[loss]}[/]"),
-            TextColumn("rate {task.fields[rate]}"),
-            TextColumn("[cyan]{task.fields[speed]}[/] audio-s/s"),
             TextColumn("left {task.fields[left]}"),
-            TextColumn("WER [bold green]{task.fields[wer]}[/]"),
-            console=Console(file=stream, highlight=False),
-            refresh_per_second=4,
-            expand=True,
         )
-        self._task = self._progress.add_task(
-            "train", total=total_steps, epoch="-", loss="-", rate="-", speed="-", left="-", wer="-"
-        )
-        self._progress.start()
+        self._progress = Progress(*columns, console=console, expand=True)
+        self._task = self._progress.add_task("train", total=total_steps, epoch="-", left="-")
+        self._live = Live(self._progress, console=console, refresh_per_second=4)
+        self._live.start()
 
     def update(self, line: dict[str, Any], *, epochs: int, left: str, wer: str) -> None:
-        self._progress.update(
-            self._task,
-            completed=line["step"],
-            epoch=f"{line['epoch']}/{epochs}",
-            loss=number(line["loss"]),
-            rate=f"{line['learning_rate']:.1e}",
-            speed=number(line.get("audio_s_per_s"), 0),
-            left=left,
-            wer=wer,
+        from rich.console import Group
+        from rich.text import Text
+
+        epoch = f"{line['epoch']}/{epochs}"
+        self._progress.update(self._task, completed=line["step"], epoch=epoch, left=left)
+        numbers = Text.from_markup(
+            f"loss [bold]{number(line['loss'])}[/]   rate {line['learning_rate']:.2e}"
+            f"   [cyan]{number(line.get('audio_s_per_s'), 0)}[/] audio-s/s   last WER [bold green]{wer}[/]"
         )
+        self._live.update(Group(self._progress, numbers))
 
     def print(self, text: str) -> None:
-        self._progress.console.print(text, markup=False)
+        self._live.console.print(text, markup=False)
 
     def stop(self) -> None:
-        self._progress.stop()
+        self._live.stop()
 
 
 # ---- curves.png ----------------------------------------------------------------------------------------------------
@@ -167,16 +164,13 @@ BLUE, ORANGE, GREEN, GREY = "#2b6cb0", "#dd6b20", "#2f855a", "#718096"
 
 def read_metrics(run_directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Returns the train and the test lines of metrics.jsonl; a torn last line is passed over."""
-    train: list[dict[str, Any]] = []
-    test: list[dict[str, Any]] = []
-    with (run_directory / "metrics.jsonl").open() as file:
-        for text in file:
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            {"train": train, "test": test}.get(line.get("kind"), []).append(line)
-    return train, test
+    lines: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
+    path = run_directory / "metrics.jsonl"
+    for text in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            line = json.loads(text)
+            lines[line["kind"]].append(line)
+    return lines["train"], lines["test"]
 
 
 def column(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
@@ -189,16 +183,16 @@ def column(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[floa
 
 
 def smooth(values: list[float], width: int) -> list[float]:
-    """Returns the centred moving mean over `width` values, over fewer at both ends: no lag and no bent ends."""
+    """Returns the centred moving mean over `width` values, over fewer at both ends; it does not lag."""
     import numpy as np
 
-    if width < 2 or len(values) < 3:
+    half = width // 2
+    if half == 0 or not values:
         return list(values)
-    kernel = np.ones(min(width, len(values)) | 1)
-    half = len(kernel) // 2
-    sums = np.convolve(np.asarray(values), kernel)[half : half + len(values)]
-    counts = np.convolve(np.ones(len(values)), kernel)[half : half + len(values)]
-    return [float(value) for value in sums / counts]
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    first = np.maximum(np.arange(len(values)) - half, 0)
+    end = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    return [float(mean) for mean in (sums[end] - sums[first]) / (end - first)]
 
 
 def draw_curves(run_directory: Path) -> Path:
@@ -246,15 +240,14 @@ def _width(lines: list[dict[str, Any]]) -> int:
 
 def _draw_loss(axis: Any, train: list[dict[str, Any]], test: list[dict[str, Any]]) -> None:
     steps, values = column(train, "loss")
-    axis.plot(steps, values, color=BLUE, alpha=0.2, linewidth=0.8)
-    axis.plot(steps, smooth(values, _width(train)), color=BLUE, linewidth=1.8, label="train, smoothed")
+    _draw_smoothed(axis, steps, values, BLUE, _width(train), "train, smoothed")
     axis.plot(*column(test, "loss"), color=ORANGE, linewidth=1.8, marker="o", markersize=4, label="test")
     axis.set_title("loss (CTC, per target symbol)")
     if values:
         # The first steps' losses are many times the rest: cut there, or everything after them is a flat line.
         later = sorted(values[len(values) // 20 :])
         axis.set_ylim(0, 1.15 * max(later[int(0.98 * (len(later) - 1))], *column(test, "loss")[1], 1e-6))
-    axis.legend()
+    axis.legend(loc="upper right")
 
 
 def _draw_errors(axis: Any, test: list[dict[str, Any]]) -> None:
@@ -266,6 +259,7 @@ def _draw_errors(axis: Any, test: list[dict[str, Any]]) -> None:
             axis.annotate(
                 f"{shares[-1]:.1f} %", (steps[-1], shares[-1]), (6, 6), textcoords="offset points", color=color
             )
+            axis.margins(y=0.1)
     axis.set_title("errors on the test set (%)")
     axis.set_ylim(bottom=0)
     axis.legend()
@@ -273,8 +267,14 @@ def _draw_errors(axis: Any, test: list[dict[str, Any]]) -> None:
 
 def _draw_one(axis: Any, lines: list[dict[str, Any]], name: str, title: str, color: str, width: int) -> None:
     steps, values = column(lines, name)
-    if width > 1:
-        axis.plot(steps, values, color=color, alpha=0.2, linewidth=0.8)
-    axis.plot(steps, smooth(values, width), color=color, linewidth=1.8)
+    _draw_smoothed(axis, steps, values, color, width)
     axis.set_title(title)
     axis.set_ylim(bottom=0)
+
+
+def _draw_smoothed(axis: Any, steps: list[int], values: list[float], color: str, width: int, label: str = "") -> None:
+    """Draws the values pale and their moving mean on top, each with no more points than a picture can show."""
+    thin = slice(None, None, max(1, len(steps) // 3000))
+    if width > 1:
+        axis.plot(steps[thin], values[thin], color=color, alpha=0.2, linewidth=0.8)
+    axis.plot(steps[thin], smooth(values, width)[thin], color=color, linewidth=1.8, label=label)
