@@ -1,0 +1,237 @@
+"""The display in a log and on a real terminal, and the picture of a run's curves."""
+
+import io
+import json
+import math
+import os
+import pty
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ddp_asr.display import PLAIN_EVERY_S, Display, column, draw_curves, duration, read_metrics, smooth
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def train_line(step, **changes):
+    line = {"kind": "train", "step": step, "epoch": 1 + (step - 1) // 50, "loss": 3.0 / step, "learning_rate": 5e-4}
+    return (
+        line | {"gradient_norm": 1.0, "audio_s_per_s": 312.4, "data_wait": 0.0, "padding": 0.0, "skipped": 0} | changes
+    )
+
+
+def test_line(step, **changes):
+    return {"kind": "test", "step": step, "epoch": 1, "loss": 0.5, "wer": 0.1234, "cer": 0.0456} | changes
+
+
+test_line.__test__ = False  # type: ignore[attr-defined]
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def log(clock):
+    stream = io.StringIO()
+    display = Display(200, 4, 50, stream=stream, clock=clock)
+    return display, stream
+
+
+def lines_of(stream):
+    return stream.getvalue().splitlines()
+
+
+def test_log_shows_the_first_step_and_then_one_in_half_a_minute(log, clock):
+    display, stream = log
+    for step in range(1, 101):
+        display.train(train_line(step))
+        clock.now += 1.0
+    assert PLAIN_EVERY_S == 30.0
+    shown = lines_of(stream)
+    assert [line.split("step ")[1].split("/")[0] for line in shown] == ["1", "31", "61", "91"]
+    assert shown[0] == ("epoch 1/4  step 1/200  loss 3.000  rate 5.00e-04  312 audio-s/s  left -  last WER -")
+    assert "left 1 min 49 s" in shown[-1]  # 109 steps at one a second
+
+
+def test_log_shows_every_evaluation_and_the_last_step(log):
+    display, stream = log
+    display.train(train_line(1))
+    display.test(test_line(50))
+    display.train(train_line(199))
+    display.train(train_line(200))
+    shown = lines_of(stream)
+    assert shown[1] == "epoch 1/4  step 50/200  test loss 0.500  WER 12.3 %  CER 4.6 %"
+    assert len(shown) == 3 and "step 200/200" in shown[2] and "last WER 12.3 %" in shown[2]
+
+
+def test_time_left_follows_the_recent_pace_of_a_resumed_run(log, clock):
+    display, _ = log
+    for step in range(101, 111):
+        display.train(train_line(step))
+        clock.now += 2.0
+    assert display.time_left() == "3 min 00 s"
+
+
+def test_a_skipped_step_has_no_loss_and_is_shown(log):
+    display, stream = log
+    display.train(train_line(1, loss=None, audio_s_per_s=None))
+    display.test(test_line(1, loss=None, wer=None, cer=None))
+    assert "loss -" in lines_of(stream)[0] and "WER -" in lines_of(stream)[1]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 s"),
+        (59.4, "59 s"),
+        (61, "1 min 01 s"),
+        (3 * 3600 + 300, "3 h 05 min"),
+        (2 * 86400 + 4 * 3600, "2 d 04 h"),
+    ],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+SHOW = """
+    from ddp_asr.display import Display
+    display = Display(200, 4, 50)
+    line = {"step": 7, "epoch": 1, "loss": 1.25, "learning_rate": 5e-4, "audio_s_per_s": 312.0}
+    display.train(line)
+    display.message("left out: [3] utterances")
+    display.test({"step": 7, "epoch": 1, "loss": 0.5, "wer": 0.1234, "cer": 0.05})
+    display.train(line | {"step": 8})
+    display.close()
+"""
+
+
+def on_a_terminal(term):
+    """Returns what a program that shows a few steps writes to a terminal."""
+    reader, writer = pty.openpty()
+    written = bytearray()
+
+    def drain():
+        while True:
+            try:
+                data = os.read(reader, 65536)
+            except OSError:  # EIO: the last writer has gone
+                return
+            written.extend(data)
+
+    thread = threading.Thread(target=drain)
+    command = [sys.executable, "-c", textwrap.dedent(SHOW)]
+    environment = {**os.environ, "TERM": term, "COLUMNS": "80"}
+    with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=writer, stderr=writer) as process:
+        os.close(writer)
+        thread.start()
+    thread.join()
+    os.close(reader)
+    assert process.returncode == 0, written.decode()
+    return written.decode()
+
+
+def test_a_terminal_gets_a_live_display_and_is_given_back(tmp_path):
+    text = on_a_terminal("xterm-256color")
+    assert "\x1b[?25l" in text and text.rstrip().endswith("\x1b[?25h")  # the cursor is hidden and comes back
+    for shown in ("1/4", "8/200", "5.00e-04", "312", "audio-s/s", "left out: [3] utterances", "WER 12.3 %"):
+        assert shown in text
+    assert "…" not in text  # it fits 80 columns
+
+
+def test_a_dumb_terminal_gets_plain_lines():
+    text = on_a_terminal("dumb")
+    assert "\x1b" not in text
+    assert "epoch 1/4  step 7/200  loss 1.250" in text
+
+
+# ---- curves --------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(-1e3, 1e3), max_size=40), st.integers(1, 60))
+def test_smoothing_is_the_mean_of_the_neighbours(values, width):
+    half = width // 2
+    expected = [
+        math.fsum(part) / len(part)
+        for part in (values[max(0, place - half) : place + half + 1] for place in range(len(values)))
+    ]
+    assert smooth(values, width) == pytest.approx(expected, abs=1e-7)
+
+
+def write_metrics(run, steps):
+    with (run / "metrics.jsonl").open("w") as file:
+        for step in range(1, steps + 1):
+            changes = {"loss": None} if step == 13 else {"loss": math.nan} if step == 14 else {}
+            file.write(json.dumps(train_line(step, **changes)) + "\n")
+            if step % 50 == 0:
+                file.write(json.dumps(test_line(step, wer=10 / step, cer=3 / step)) + "\n")
+
+
+def test_metrics_are_read_around_what_is_torn_or_not_a_number(tmp_path):
+    write_metrics(tmp_path, 100)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'7\n{"kind": "note"}\n{"kind": "train", "lo\xff')
+    train, test = read_metrics(tmp_path)
+    assert (len(train), len(test)) == (100, 2)
+    steps, values = column(train, "loss")
+    assert 13 not in steps and 14 not in steps and len(values) == 98
+
+
+@pytest.mark.parametrize("steps", [0, 1, 120])
+def test_curves_are_drawn_and_replace_the_ones_before(tmp_path, steps):
+    write_metrics(tmp_path, steps)
+    (tmp_path / "curves.png").write_bytes(b"an old picture")
+    assert draw_curves(tmp_path) == tmp_path / "curves.png"
+    picture = matplotlib.image.imread(tmp_path / "curves.png")
+    assert picture.shape[:2] == (900, 1440)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
+    blue, orange = (ink(picture, colour) for colour in ("#2b6cb0", "#dd6b20"))
+    assert blue > 0 and orange > 0  # the legend at least
+    if steps > 100:
+        tmp_path.joinpath("metrics.jsonl").write_text("")
+        draw_curves(tmp_path)
+        empty = matplotlib.image.imread(tmp_path / "curves.png")
+        assert blue > 2 * ink(empty, "#2b6cb0") and orange > 2 * ink(empty, "#dd6b20")
+
+
+def ink(picture, colour):
+    """Returns how many pixels of a picture have a colour."""
+    wanted = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    return int((abs(picture[..., :3] - wanted) < 0.01).all(axis=-1).sum())
+
+
+def test_a_failed_drawing_leaves_the_old_picture(tmp_path, monkeypatch):
+    write_metrics(tmp_path, 10)
+    (tmp_path / "curves.png").write_bytes(b"an old picture")
+
+    def full_disk(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        draw_curves(tmp_path)
+    assert (tmp_path / "curves.png").read_bytes() == b"an old picture"
+
+
+def test_a_display_needs_no_matplotlib():
+    code = (
+        "import sys; from ddp_asr.display import Display; Display(1, 1, 1).message('x');"
+        "assert not {'matplotlib', 'torch'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
