@@ -242,20 +242,20 @@ class Recordings(Dataset[MicroBatch]):
     def __getitem__(self, work: Work) -> MicroBatch:
         speed = np.ones(len(work.rows)) if work.speed is None else work.speed
         samples = speed_samples(self.index.samples[work.rows], speed)
-        waveforms = np.zeros((len(work.rows), int(samples.max())), np.int16)
+        waveforms = _zeros(len(work.rows), int(samples.max()))
         good, bad = [], []
-        for i, row in enumerate(work.rows.tolist()):
+        for i, (row, out) in enumerate(zip(work.rows.tolist(), waveforms.numpy(), strict=True)):
             try:
-                self._decode(row, float(speed[i]), waveforms[i, : samples[i]])
+                self._decode(row, float(speed[i]), out[: samples[i]])
                 good.append(i)
             except (OSError, soundfile.SoundFileError, _Mismatch) as error:
                 bad.append((self.index.key(row), _reason(error)))
         if bad:
             samples = samples[good]
-            waveforms = np.ascontiguousarray(waveforms[good, : samples.max(initial=0)])
+            waveforms = waveforms[good, : samples.max(initial=0)]
         rows = work.rows[good]
         if self.training and self.config.augment.noise_share:
-            self._add_noise(work.epoch, rows, samples, waveforms)
+            self._add_noise(work.epoch, rows, samples, waveforms.numpy())
         return self._collate(work, rows, samples, waveforms, bad)
 
     def _decode(self, row: int, speed: float, out: np.ndarray) -> None:
@@ -288,7 +288,7 @@ class Recordings(Dataset[MicroBatch]):
             waveforms[i, : samples[i]] = np.clip(np.rint(speech), -32768, 32767)
 
     def _collate(
-        self, work: Work, rows: np.ndarray, samples: np.ndarray, waveforms: np.ndarray, bad: list[tuple[str, str]]
+        self, work: Work, rows: np.ndarray, samples: np.ndarray, waveforms: Tensor, bad: list[tuple[str, str]]
     ) -> MicroBatch:
         utterances, audio_samples = len(rows), int(samples.sum())
         keys = [self.index.key(row) for row in rows]
@@ -297,13 +297,13 @@ class Recordings(Dataset[MicroBatch]):
         key_hash = self.index.key_hash[rows]
         if not utterances:
             rows, samples, keys, key_hash = np.array([-1]), np.array([_SILENCE_SAMPLES]), [""], np.zeros(1, np.uint64)
-            waveforms, targets = np.zeros((1, _SILENCE_SAMPLES), np.int16), [np.zeros(1, np.int64)]
+            waveforms, targets = _zeros(1, _SILENCE_SAMPLES), [np.zeros(1, np.int64)]
         target_lengths = np.array([len(target) for target in targets], np.int64)
         padded = np.zeros((len(targets), max(1, int(target_lengths.max()))), np.int64)
         for target, into in zip(targets, padded, strict=True):
             into[: len(target)] = target
         return MicroBatch(
-            waveforms=torch.from_numpy(waveforms),
+            waveforms=waveforms,
             samples=torch.from_numpy(samples),
             targets=torch.from_numpy(padded),
             target_lengths=torch.from_numpy(target_lengths),
@@ -326,6 +326,14 @@ class Recordings(Dataset[MicroBatch]):
         seed, bands = config.train.seed, config.features.mel_bands
         drawn = self.draw_masks(config.augment, seed, epoch, key_hash, config.features.frames(samples), bands)
         return None if drawn is None else _change(drawn, np.ndarray, torch.from_numpy)
+
+
+def _zeros(utterances: int, longest: int) -> Tensor:
+    """int16 (B, S); in a worker, in memory that it shares with the rank, which saves a copy."""
+    if torch.utils.data.get_worker_info() is None:
+        return torch.zeros((utterances, longest), dtype=torch.int16)
+    shared = torch.UntypedStorage._new_shared(2 * utterances * longest)  # zeroed; as torch's own collation does
+    return torch.empty(0, dtype=torch.int16).set_(shared).view(utterances, longest)
 
 
 class _Mismatch(Exception):
