@@ -27,6 +27,7 @@ import fcntl
 import functools
 import json
 import logging
+import math
 import os
 import select
 import shutil
@@ -52,11 +53,12 @@ TEST_METRICS = ("loss", "wer", "cer")
 NO_KEY = "online tracking needs COMET_API_KEY in the environment; set it, or track offline"
 
 POLL_S = 1.0  # between two looks at the files
-BACK_OFF_S = (2.0, 60.0)  # first and longest pause after a failure; it doubles
+BACK_OFF_S = (1.0, 60.0)  # first and longest pause after a failure; it doubles
 CLOSE_S = 20.0  # from the end of the run to the end of an online follower, whatever Comet does
 ARCHIVE_S = 900.0  # the longest that an archive may take: nothing in it waits for a network (0.4 ms a step measured)
 BATCH_LINES = 200  # of metrics.jsonl in one request, seven values each
 FLUSH_S = 10  # the longest that metrics wait while comet_ml sends tables, images and code
+MOST_FAILURES = 4  # in a row, until an online mirror on demand gives up
 TRIES = 3  # for a table, an image or the code, each handed to comet_ml's own sender, which repeats as well
 
 # comet_ml reads these when it is imported; what the user has set himself wins. Its retries are off, so that a failure
@@ -382,6 +384,7 @@ class Mirror:
         self.unsent_samples: list[dict[str, Any]] = []
         self.tries: Counter[str] = Counter()
         self.experiment: Any = None
+        self.failures_in_a_row = 0
         self._tables_to = 0  # the step of the last table that comet_ml is sending
         self._handed_over: dict[str, int] = {}  # what comet_ml is sending, and the failures until then
         self._not_before = 0.0  # monotonic: no attempt until then, after a failure
@@ -398,8 +401,9 @@ class Mirror:
                 self._connect()
             self._send_metrics()
             done = self._send_the_rest()
-            self._pause_s = BACK_OFF_S[0]
+            self._pause_s, self.failures_in_a_row = BACK_OFF_S[0], 0
         except Exception as error:
+            self.failures_in_a_row += 1
             self.report.failed(f"{type(error).__name__}: {error}")
             self._not_before = time.monotonic() + self._pause_s
             self._pause_s = min(2 * self._pause_s, BACK_OFF_S[1])
@@ -480,8 +484,10 @@ class Mirror:
         return True
 
     def close(self) -> None:
+        """Ends the experiment; what goes wrong then stands in comet/comet.log, and errors are counted as any."""
         if self.experiment is not None:
-            self.experiment.end()
+            with contextlib.suppress(Exception):
+                self.experiment.end()
 
 
 def summary(run_directory: Path, report: Report) -> str:
@@ -497,6 +503,7 @@ def summary(run_directory: Path, report: Report) -> str:
         text = (
             f"Comet has train steps to {report.sent['train']} and tests to {report.sent['test']} {report.url}".rstrip()
         )
+        text += f"; it refused {', '.join(report.lost)}" if report.lost else ""
         text += "" if report.finished else f"; send the rest with: {command} --mode online"
     return text + (f" ({report.failures} failures, the last: {report.last_error})" if report.failures else "")
 
@@ -589,7 +596,10 @@ def track(
             ended = _watch(run_directory, parent, end_after)
         else:
             end_after()
-        advance = _online(run_directory, report) if mode == "online" else _offline(run_directory, report)
+        if mode == "online":  # the follower has its deadline, on demand somebody waits
+            advance = _online(run_directory, report, math.inf if follow else MOST_FAILURES)
+        else:
+            advance = _offline(run_directory, report)
         try:
             while ended is not None and not ended.wait(POLL_S):
                 advance(False)
@@ -607,15 +617,17 @@ def _offline(run_directory: Path, report: Report) -> Callable[[bool], None]:
         nonlocal killed
         if killed or at_end:
             killed = False
-            with contextlib.nullcontext() if at_end else contextlib.suppress(OSError):
+            try:
                 write_archive(run_directory, report)
-            report.finished = at_end
+                report.finished = at_end
+            except Exception as error:  # a full disk, or whatever comet_ml raises: the run's files lack nothing
+                report.failed(f"{type(error).__name__}: {error}")
             report.save(run_directory)
 
     return advance
 
 
-def _online(run_directory: Path, report: Report) -> Callable[[bool], None]:
+def _online(run_directory: Path, report: Report, most_failures: float) -> Callable[[bool], None]:
     """Returns what is to be done each moment, and with True at the end."""
     mirror = Mirror(run_directory, report)
 
@@ -624,9 +636,9 @@ def _online(run_directory: Path, report: Report) -> Callable[[bool], None]:
             mirror.advance()
             return
         mirror.hurry()
-        while not mirror.advance():
-            time.sleep(0.1)
-        report.finished = True
+        while not report.finished and mirror.failures_in_a_row < most_failures:
+            report.finished = mirror.advance()
+            time.sleep(0 if report.finished else 0.1)
         report.save(run_directory)
         mirror.close()
 

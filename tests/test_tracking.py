@@ -212,7 +212,7 @@ def comet(monkeypatch):
 
 
 def track(run, *arguments):
-    """Runs the command; returns what it printed, and fails when it failed."""
+    """Runs the command; returns what it printed. Raises when it failed."""
     command = [sys.executable, "-m", "ddp_asr.tracking", str(run), *arguments]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -360,6 +360,54 @@ def test_a_follower_that_cannot_start_is_a_failure_on_record(run, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(run / "no-python"))
     report = tracking.start(run, "offline").close()
     assert report.failures == 1 and "could not be started" in report.last_error
+
+
+def test_one_process_at_a_time_tracks_a_run(run):
+    refused = pytest.raises(UserError, match="tracked by another process")
+    with tracking._alone(run, wait_s=0.0), refused, tracking._alone(run, wait_s=0.2):
+        raise AssertionError("two at once")
+    with tracking._alone(run, wait_s=0.0):
+        pass
+
+
+class Refusing:
+    """An experiment whose server takes tables at the third offer, or never."""
+
+    def __init__(self, report, refusals):
+        self.report, self.refusals, self.offered = report, refusals, 0
+
+    def flush(self, timeout):
+        if self.offered <= self.refusals:
+            self.report.failed("status code 500")
+        return True
+
+    def offer(self):
+        self.offered += 1
+
+
+@pytest.mark.parametrize("refusals", [2, 1_000])
+def test_what_is_refused_is_offered_a_few_times_and_then_reported(run, refusals):
+    mirror = tracking.Mirror(run, report := tracking.Report(mode="online"))
+    mirror.experiment = Refusing(report, refusals)
+    for _ in range(tracking.TRIES - 1):
+        with pytest.raises(ConnectionError, match="did not take samples: status code 500"):
+            mirror._hand_over("samples", mirror.experiment.offer)
+    assert mirror._hand_over("samples", mirror.experiment.offer)
+    assert mirror.experiment.offered == tracking.TRIES
+    assert report.lost == ([] if refusals == 2 else ["samples"])
+    assert ("refused samples" in tracking.summary(run, report)) == bool(report.lost)
+
+
+def test_what_comet_ml_is_still_sending_is_not_handed_over_again(run):
+    class Slow(Refusing):
+        def flush(self, timeout):
+            return False
+
+    mirror = tracking.Mirror(run, report := tracking.Report())
+    mirror.experiment = Slow(report, 0)
+    assert not mirror._hand_over("code", mirror.experiment.offer)
+    assert not mirror._hand_over("code", mirror.experiment.offer)
+    assert mirror.experiment.offered == 1
 
 
 # ---- offline -------------------------------------------------------------------------------------------------------
@@ -522,6 +570,15 @@ def test_what_comet_did_not_take_in_time_is_sent_on_demand(run, comet):
     track(run, "--mode", "online")
     assert comet.counts() == dict.fromkeys(VALUES_120, 1)
     assert comet.created == comet.resumed == [tracking.experiment_key(run)]
+
+
+@pytest.mark.slow
+def test_on_demand_an_unreachable_comet_is_told_soon(run, comet, monkeypatch):
+    monkeypatch.setenv("COMET_URL_OVERRIDE", "http://127.0.0.1:9/clientlib/")
+    command = [sys.executable, "-m", "ddp_asr.tracking", str(run), "--mode", "online"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "send the rest with" in done.stdout, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
