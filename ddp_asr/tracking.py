@@ -326,6 +326,8 @@ def write_archive(run_directory: Path, report: Report) -> Path:
     lines = [line for line in lines if line.get("kind") in ("train", "test")]
     archive = run_directory / "comet" / f"{key}.zip"
     aside = archive.with_name(f".making-{os.getpid()}")
+    for left in archive.parent.glob(".making-*"):  # by a process that was killed: only one at a time works here
+        shutil.rmtree(left, ignore_errors=True)
     try:
         experiment = comet_ml.OfflineExperiment(
             experiment_key=key, offline_directory=str(aside), **_comet_project(run_directory), **NOTHING_OF_ITS_OWN
