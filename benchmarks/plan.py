@@ -68,7 +68,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.plan",
         description="Seconds to plan an epoch, its padding and its balance over ranks.",
-        epilog="examples:\n  python -m benchmarks.plan\n  python -m benchmarks.plan shards/dev-clean --speeds 0.9 1 1.1",
+        epilog="examples:\n  python -m benchmarks.plan\n  python -m benchmarks.plan shards/mine --speeds .9 1 1.1",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
