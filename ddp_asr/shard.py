@@ -94,7 +94,8 @@ def pack(utterance: Utterance, max_seconds: float | None) -> Packed:
     except TooLong as error:
         return Packed(reason=TOO_LONG, detail=str(error))
     except (BadAudio, RuntimeError, ValueError, TypeError, MemoryError) as error:  # all raised by soundfile
-        return Packed(reason=BAD_AUDIO, detail=str(error))
+        # libsndfile's words alone: soundfile adds the address of the file object, another one in each process.
+        return Packed(reason=BAD_AUDIO, detail=getattr(error, "error_string", str(error)))
 
 
 def _pack_audio(utterance: Utterance, max_seconds: float) -> Packed:
@@ -268,8 +269,9 @@ class _Shard:
         self.path = path
         self.file = path.open("wb")
         self.sha256 = hashlib.sha256()
-        # GNU_FORMAT: the default, USTAR, refuses names over 100 bytes. mtime as an int: a float adds pax headers.
-        self.tar = TarWriter(self, mtime=0, encoder=False, format="GNU_FORMAT")
+        # mtime as an int: a float adds a pax header to every member and doubles small tars. Only keys beyond 100 bytes
+        # or ASCII get one now.
+        self.tar = TarWriter(self, mtime=0, encoder=False)
 
     def write(self, data: bytes) -> int:
         """For the tar writer: what is written is hashed on its way."""

@@ -1,0 +1,168 @@
+"""The index: flat arrays that lead to the right bytes, several corpora, and every way of not fitting together."""
+
+import io
+import json
+
+import numpy as np
+import pyarrow
+import pytest
+import soundfile
+
+from ddp_asr import index
+from ddp_asr.errors import UserError
+from ddp_asr.index import key_hash, read_dataset_json, read_index
+from tests import tiny_speech
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    """Two corpora: 12 utterances in several shards, and 3 of other keys in one."""
+    root = tmp_path_factory.mktemp("corpora")
+    first = tiny_speech.shard(tiny_speech.librispeech(root / "a"), root / "shards-a", "--shard-mb", "0.04")
+    entries = []
+    for n in range(3):
+        (root / f"{n}.flac").write_bytes(tiny_speech.encode(tiny_speech.noise(0.1 * (n + 1), seed=n)))
+        entries.append({"audio_filepath": f"{n}.flac", "text": f" CLIP  {n} ", "id": f"clip-{n}", "speaker": "me"})
+    second = tiny_speech.shard(tiny_speech.manifest(root / "m.jsonl", entries), root / "shards-b")
+    return first, second
+
+
+def test_columns_are_flat_arrays_of_the_promised_types(corpora):
+    rows = read_index(corpora)
+    assert len(rows) == 15
+    types = {name: getattr(rows, name).dtype for name in ("shard", "offset", "bytes", "samples", "key_hash")}
+    assert types == {"shard": "int32", "offset": "int64", "bytes": "int64", "samples": "int64", "key_hash": "uint64"}
+    for name in ("keys", "texts", "speakers"):
+        column = getattr(rows, name)
+        assert isinstance(column, pyarrow.Array) and column.type == pyarrow.string() and len(column) == 15
+    assert rows.texts[12:].to_pylist() == ["CLIP  0", "CLIP  1", "CLIP  2"]
+    assert rows.speakers.to_pylist() == ["100"] * 4 + ["101"] * 4 + ["102"] * 4 + ["me"] * 3
+    assert rows.hours == pytest.approx((12 * 0.3 + 0.6) / 3600)
+
+
+def test_every_row_of_several_corpora_leads_to_its_audio(corpora):
+    rows = read_index(corpora)
+    assert len(rows.shards) == len(rows.checksums) == 1 + rows.shard.max()
+    assert rows.shards[-1] == corpora[1] / "shard-000000.tar"
+    for row in range(len(rows)):
+        with rows.shards[rows.shard[row]].open("rb") as shard:
+            shard.seek(rows.offset[row])
+            waveform, rate_hz = soundfile.read(io.BytesIO(shard.read(rows.bytes[row])), dtype="int16")
+        assert (len(waveform), rate_hz) == (rows.samples[row], 16_000)
+
+
+def test_rows_are_taken_in_the_order_given_or_by_a_mask(corpora):
+    rows = read_index(corpora)
+    taken = rows.take(np.array([13, 0]))
+    assert [taken.key(0), taken.key(1)] == ["clip-1", "100-7-0000"]
+    assert taken.text(0) == "CLIP  1" and taken.samples.tolist() == [3200, 4800]
+    assert taken.shards == rows.shards and taken.shard[0] == rows.shard[13]
+    assert rows.take(rows.samples < 4000).keys.to_pylist() == ["clip-0", "clip-1"]
+    assert len(rows.take([])) == 0
+
+
+def test_the_hash_of_a_key_never_changes(corpora):
+    """Order, masks and noise of every run hang on it."""
+    assert key_hash("103-1240-0000") == 0xB7818B25E653ACF6
+    rows = read_index(corpora)
+    assert rows.key_hash.tolist() == [key_hash(key) for key in rows.keys.to_pylist()]
+
+
+def test_the_fingerprint_knows_the_utterances_and_nothing_else(corpora, tmp_path):
+    fingerprint = read_index(corpora).fingerprint()
+    assert read_index(reversed(list(corpora))).fingerprint() == fingerprint
+    recut = tiny_speech.shard(tiny_speech.librispeech(tmp_path / "elsewhere"), tmp_path / "recut")
+    assert read_index([recut]).fingerprint() == read_index(corpora[:1]).fingerprint() != fingerprint
+    rows = read_index(corpora)
+    assert rows.take(np.arange(14)).fingerprint() != fingerprint
+    other = tiny_speech.librispeech(tmp_path / "other")
+    transcripts = other / "100" / "7" / "100-7.trans.txt"
+    transcripts.write_text(transcripts.read_text().replace("MORE", "LESS", 1))
+    changed = tiny_speech.shard(other, tmp_path / "changed")
+    assert read_index([changed]).fingerprint() != read_index([recut]).fingerprint()
+
+
+def test_a_key_may_be_there_once_only(corpora):
+    with pytest.raises(UserError, match=r"12 utterances .* more than once, such as '100-7-0000' in .*shards-a and"):
+        read_index([*corpora, corpora[0]])
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("train-clean-100", "ddp_asr.shard train-clean-100 --out "),
+        ("dev-other", "ddp_asr.shard dev-other --out "),
+        ("mine", "ddp_asr.shard SOURCE --out "),
+    ],
+)
+def test_a_missing_directory_names_the_command_that_makes_it(tmp_path, name, command):
+    with pytest.raises(UserError, match=f"no such shard directory.*{command}.*{name}"):
+        read_index([tmp_path / name])
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"not finished.*{command}.*{name}"):
+        read_index([tmp_path / name])
+
+
+def test_no_directory_at_all_is_told():
+    with pytest.raises(UserError, match="name at least one"):
+        read_index([])
+
+
+@pytest.fixture
+def broken(corpora, tmp_path):
+    """A copy of the second corpus to break, and its `dataset.json`."""
+    for name, data in tiny_speech.content(corpora[1]).items():
+        (tmp_path / name).write_bytes(data)
+    return tmp_path, json.loads((tmp_path / "dataset.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "format version 2, this program reads 1"),
+        ({"format": "something else"}, "not a description of shards"),
+        ({"utterances": 4}, "has 3 rows and .* says 4 utterances"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_told(broken, change, message):
+    directory, dataset = broken
+    (directory / "dataset.json").write_text(json.dumps(dataset | change))
+    with pytest.raises(UserError, match=message):
+        read_index([directory])
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff"])
+def test_a_broken_description_is_told(broken, content):
+    (broken[0] / "dataset.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"dataset.json"):
+        read_dataset_json(broken[0])
+
+
+def test_a_broken_table_is_told(broken):
+    path = broken[0] / "index.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"index.parquet cannot be read"):
+        read_index([broken[0]])
+    path.unlink()
+    with pytest.raises(UserError, match=r"index.parquet cannot be read"):
+        read_index([broken[0]])
+
+
+def test_a_table_of_other_columns_is_told(broken):
+    pyarrow.parquet.write_table(pyarrow.table({"key": ["a"]}), broken[0] / "index.parquet")
+    with pytest.raises(UserError, match=r"index.parquet"):
+        read_index([broken[0]])
+
+
+def test_a_shard_of_another_size_is_told(broken):
+    path = broken[0] / "shard-000000.tar"
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(UserError, match=r"shard-000000.tar has \d+ bytes instead of"):
+        read_index([broken[0]])
+
+
+def test_the_table_is_written_the_same_every_time(tmp_path):
+    columns = {name: ["a"] if name in ("key", "text", "speaker") else [1] for name in index.COLUMNS.names}
+    index.write_index(tmp_path / "one", columns)
+    index.write_index(tmp_path / "two", columns)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
