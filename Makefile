@@ -28,7 +28,7 @@ demo: $(STAMP)  ## synthesise a corpus, shard, train with two processes, evaluat
 	$(BIN)/python -m tests.corpus --out demo/corpus
 	$(BIN)/python -m ddp_asr.shard demo/corpus/train --out demo/shards/train
 	$(BIN)/python -m ddp_asr.shard demo/corpus/test --out demo/shards/test
-	$(BIN)/torchrun --standalone --nproc_per_node=2 --signals-to-handle=$(SIGNALS) \
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 --signals-to-handle=$(SIGNALS) \
 		-m ddp_asr.train --config configs/demo.yaml
 	$(BIN)/python -m ddp_asr.evaluate $(DEMO_RUN) demo/shards/test
 	@set -- $$($(BIN)/python -m tests.corpus --out demo/corpus --example); \
