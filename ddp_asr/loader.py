@@ -23,9 +23,10 @@ import io
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from ddp_asr.vocabulary import Vocabulary
 
 # draw(settings, seed, epoch, key_hash (B,), frames (B,), mel_bands) -> masks; see augment.py
 DrawMasks = Callable[[Augment, int, int, np.ndarray, np.ndarray, int], dict[str, np.ndarray] | None]
+Batches = Generator["MicroBatch", None, None]  # closing it ends its workers
 
 _STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 _SILENCE_SAMPLES = SAMPLE_RATE_HZ // 2  # of the stand-in; enough for a frame at any sensible setting
@@ -123,7 +125,7 @@ def train_loader(
     start: tuple[int, int] = (0, 0),
     epochs: int | None = None,
     pin_memory: bool | None = None,
-) -> Iterator[MicroBatch]:
+) -> Batches:
     """A rank's micro-batches in the order (epoch, step, k), from `start` = (epoch, step) to the end of the last epoch.
 
     `index` holds exactly the rows the plan was made from. Closing the iterator ends its workers.
@@ -180,20 +182,21 @@ class EvalLoader:
         yield from [None] * (self.rounds - len(self._work))
 
 
-def on_device(batches: Iterator[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
+def on_device(batches: Batches, device: torch.device) -> Batches:
     """The same micro-batches on the device, each sent there before the one ahead of it is handed out."""
-    if device.type == "cpu":
-        yield from batches
-        return
-    ahead = None
-    for batch in batches:
-        # The copy is queued before the kernels of the micro-batch ahead, so it is done when those are.
-        sent = batch.to(device, non_blocking=True)
+    with closing(batches):
+        if device.type == "cpu":
+            yield from batches
+            return
+        ahead = None
+        for batch in batches:
+            # The copy is queued before the kernels of the micro-batch ahead, so it is done when those are.
+            sent = batch.to(device, non_blocking=True)
+            if ahead is not None:
+                yield ahead
+            ahead = sent
         if ahead is not None:
             yield ahead
-        ahead = sent
-    if ahead is not None:
-        yield ahead
 
 
 @dataclass(frozen=True)
@@ -377,9 +380,7 @@ class _Shards:
 # worker processes
 
 
-def _load(
-    recordings: Recordings, work: Iterable[Work], settings: Data, pin_memory: bool | None
-) -> Iterator[MicroBatch]:
+def _load(recordings: Recordings, work: Iterable[Work], settings: Data, pin_memory: bool | None) -> Batches:
     """The micro-batch of each work, in order, made by `settings.workers` processes or right here if that is 0."""
     pin = torch.cuda.is_available() if pin_memory is None else pin_memory
     if settings.workers == 0:
@@ -406,8 +407,10 @@ def _load(
                 batch = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                raise _explain(error, batches._workers) from error
+            except (RuntimeError, OSError, EOFError) as error:  # the latter two from sockets of a dead worker
+                if death := _death(batches._workers):
+                    raise UserError(death) from error
+                raise
             yield batch
     finally:
         batches._shutdown_workers()
@@ -447,17 +450,18 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _explain(error: RuntimeError, workers: Sequence[Any]) -> Exception:
-    """What to tell the user if a worker has died; otherwise the error itself."""
+def _death(workers: Sequence[Any]) -> str | None:
+    """What to tell the user if a worker has died."""
+    wait([process.sentinel for process in workers], timeout=1.0)  # its sockets close before it can be waited for
     codes = [process.exitcode for process in workers if process.exitcode]
     if not codes:
-        return error
+        return None
     how = signal.Signals(-codes[0]).name if codes[0] < 0 else f"exit status {codes[0]}"
     remedy = {
         "SIGKILL": "most often the kernel, for want of memory: lower data.workers, data.prefetch or batch.max_seconds",
         "SIGBUS": "/dev/shm is full: enlarge it (docker run --shm-size=8g), or lower data.workers or data.prefetch",
     }.get(how, "data.workers=0 decodes in the rank itself and shows where")
-    return UserError(f"a loader process died ({how}): {remedy}")
+    return f"a loader process died ({how}): {remedy}"
 
 
 # node-local copies
@@ -476,9 +480,9 @@ def cache_shards(index: Index, cache_dir: str | Path) -> Index:
     used = np.unique(index.shard).tolist()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for wait in (False, True):
+        for patient in (False, True):
             for shard in used:
-                _copy_once(index.shards[shard], copies[shard], index.checksums[shard], wait=wait)
+                _copy_once(index.shards[shard], copies[shard], index.checksums[shard], patient=patient)
     except OSError as error:
         needed_mb = sum(index.shards[shard].stat().st_size for shard in used) / 1e6
         raise UserError(
@@ -488,10 +492,10 @@ def cache_shards(index: Index, cache_dir: str | Path) -> Index:
     return dataclasses.replace(index, shards=tuple(copies))
 
 
-def _copy_once(source: Path, copy: Path, checksum: str, *, wait: bool) -> None:
+def _copy_once(source: Path, copy: Path, checksum: str, *, patient: bool) -> None:
     with open(copy.with_suffix(".lock"), "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if patient else fcntl.LOCK_NB))
         except BlockingIOError:
             return
         if copy.exists() and copy.stat().st_size == source.stat().st_size:
