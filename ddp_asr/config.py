@@ -24,6 +24,7 @@ from typing import Any
 
 import yaml
 
+from ddp_asr import SAMPLE_RATE_HZ
 from ddp_asr.errors import UserError
 
 
@@ -82,6 +83,19 @@ class Features:
     hop_ms: float = setting(12.5, "distance of two frames")
     n_fft: int = setting(1024, "points of the Fourier transform; the window is padded to it")
 
+    @property
+    def window_samples(self) -> int:
+        return int(self.window_ms * SAMPLE_RATE_HZ / 1000)
+
+    @property
+    def hop_samples(self) -> int:
+        return int(self.hop_ms * SAMPLE_RATE_HZ / 1000)
+
+    def frames(self, samples: Any) -> Any:
+        """T of S: complete windows, 0 where not one fits. For ints, numpy arrays and tensors alike."""
+        count = 1 + (samples - self.window_samples) // self.hop_samples
+        return count * (count > 0)
+
 
 @dataclass(frozen=True)
 class Augment:
@@ -107,6 +121,12 @@ class Model:
     rnn_layers: int = setting(5, "bidirectional GRU blocks")
     rnn_size: int = setting(512, "GRU units a direction")
     dropout: float = setting(0.1, "dropout everywhere")
+
+    def output_frames(self, frames: Any) -> Any:
+        """T' of T: what the strided convolutions leave. For ints, numpy arrays and tensors alike."""
+        for stride in self.time_strides:
+            frames = (frames + stride - 1) // stride
+        return frames
 
 
 @dataclass(frozen=True)

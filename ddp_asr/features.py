@@ -9,36 +9,16 @@ Always computed in float32 (or the waveform's own float type), outside autocast:
 meaning in eight bits of mantissa.
 """
 
-from typing import TypeVar
-
 import torch
 import torchaudio.functional
 from torch import Tensor, nn
 
 from ddp_asr import SAMPLE_RATE_HZ, config
 
-Count = TypeVar("Count", int, Tensor)
-
 # Added to the power before the logarithm: below the quantisation noise of 16 bits in a 25 ms window, so that digital
 # silence is a floor and not minus infinity.
 POWER_FLOOR = 1e-6
 INT16_SCALE = 32768.0
-
-
-def window_samples(settings: config.Features) -> int:
-    """Samples in an analysis window; checked to be whole by config.py."""
-    return int(settings.window_ms * SAMPLE_RATE_HZ / 1000)
-
-
-def hop_samples(settings: config.Features) -> int:
-    """Samples between the starts of two frames."""
-    return int(settings.hop_ms * SAMPLE_RATE_HZ / 1000)
-
-
-def frames(samples: Count, settings: config.Features) -> Count:
-    """T of S: complete windows in `samples`, 0 where not one fits. Works on ints, numpy arrays and tensors alike."""
-    count = 1 + (samples - window_samples(settings)) // hop_samples(settings)
-    return count * (count > 0)
 
 
 def frame_mask(lengths: Tensor, longest: int) -> Tensor:
@@ -52,7 +32,7 @@ class LogMel(nn.Module):
     def __init__(self, settings: config.Features) -> None:
         super().__init__()
         self.settings = settings
-        self.register_buffer("window", torch.hann_window(window_samples(settings)), persistent=False)
+        self.register_buffer("window", torch.hann_window(settings.window_samples), persistent=False)
         filters = torchaudio.functional.melscale_fbanks(
             n_freqs=settings.n_fft // 2 + 1,
             f_min=0.0,
@@ -72,8 +52,8 @@ class LogMel(nn.Module):
             shortfall = window.numel() - waveforms.shape[1]
             if shortfall > 0:  # a batch of fragments shorter than a window: one frame, masked below
                 waveforms = nn.functional.pad(waveforms, (0, shortfall))
-            lengths = frames(samples, self.settings)
-            cut = waveforms.unfold(1, window.numel(), hop_samples(self.settings)) * window  # (B, T, window)
+            lengths = self.settings.frames(samples)
+            cut = waveforms.unfold(1, window.numel(), self.settings.hop_samples) * window  # (B, T, window)
             power = torch.fft.rfft(cut, n=self.settings.n_fft).abs().square()  # (B, T, n_fft // 2 + 1)
             log_mel = torch.log(power @ self.filters + POWER_FLOOR)  # (B, T, F)
             return _normalise(log_mel, lengths), lengths

@@ -16,14 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ddp_asr import config
-from ddp_asr.features import Count, frame_mask
-
-
-def output_frames(frames: Count, settings: config.Model) -> Count:
-    """T' of T: what the strided convolutions leave. Works on ints, numpy arrays and tensors alike."""
-    for stride in settings.time_strides:
-        frames = (frames + stride - 1) // stride
-    return frames
+from ddp_asr.features import frame_mask
 
 
 def _mask_frames(x: Tensor, lengths: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ def _trained(path: Path, state: dict[str, Any]) -> Trained:
     try:
         weights = dict(state["model"])
         if state["averages"] is not None:
-            weights.update(state["averages"]["weights"])  # what training evaluated, too
+            weights.update(state["averages"])  # what training evaluated, too
         return Trained(str(path), int(state["step"]), int(state["epoch"]), state["config"], weights)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(

@@ -1,0 +1,425 @@
+"""One attempt at a run, put together: who writes where, what to go on from, and what the loop's hooks do.
+
+    session = Session(config, world)         # signals, lease, run directory: what must be had before anything else
+    outcome = session.run(resume)            # corpus, checkpoint, learner, rehearsal, Trainer.run
+    session.end(outcome.state, ...)          # status.json, curves, Comet, lease
+
+The trainer knows no error rate and no tracker; this module gives it both.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import socket
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddp_asr import __version__, augment, checkpoint, display, tracking
+from ddp_asr.config import Config, config_from_dict, describe, differences, to_dict
+from ddp_asr.corpus import Corpus, read_corpus
+from ddp_asr.distributed import World
+from ddp_asr.errors import UserError
+from ddp_asr.evaluate import gather, rounds
+from ddp_asr.features import LogMel
+from ddp_asr.index import Index, read_index
+from ddp_asr.lease import Lease
+from ddp_asr.loader import MicroBatch, cache_shards, eval_loader, on_device, train_loader
+from ddp_asr.model import AcousticModel, count_parameters
+from ddp_asr.optim import WeightAverage, make_optimizer
+from ddp_asr.plan import share
+from ddp_asr.precision import resolve, set_matmul_precision
+from ddp_asr.recogniser import Recogniser
+from ddp_asr.rehearsal import rehearse
+from ddp_asr.run_directory import RunDirectory, json_lines, read_status
+from ddp_asr.signals import StopRequest
+from ddp_asr.trainer import Evaluation, Hooks, Learner, Outcome, Progress, Schedule, Trainer
+from ddp_asr.vocabulary import Vocabulary
+
+
+class Session:
+    """An attempt at a run on this rank."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.world = world
+        self.path = Path(config.run.dir) / config.run.name
+        self.progress = Progress()
+        self.lease: Lease | None = None
+        self.files: RunDirectory | None = None  # rank 0 only
+        self.show: display.Display | None = None
+        self.follower: tracking.Follower | None = None
+        self.steps_per_epoch = 1
+        self.stop = StopRequest(config.distributed.stop_grace_s, self._overdue)
+        self.stop.install()
+        if world.world_size > config.batch.micro_batches:
+            world.together(partial(share, config.batch.micro_batches, 0, world.world_size))
+        precision = world.together(lambda: resolve(config.train.precision, world.device))
+        # What `auto` became belongs to the result: a resume on other hardware must not change it silently.
+        self.config = replace(config, train=replace(config.train, precision=precision))
+        world.from_rank_zero(self._take_lease)
+
+    def _take_lease(self) -> None:
+        job_id = os.environ.get("SLURM_JOB_ID")
+        if job_id is not None:
+            attempt = int(os.environ.get("SLURM_RESTART_COUNT") or 0) + 1
+        else:
+            attempt = int((read_status(self.path) or {}).get("attempt", 0)) + 1
+        self.lease = Lease.acquire(self.path, job_id=job_id, attempt=attempt, on_wait=self.message)
+        self.lease.start_renewing()
+        self.files = RunDirectory(self.path, self.lease, job_id, attempt)
+
+    def message(self, text: str) -> None:
+        """Shows a sentence where rank 0's user looks."""
+        if self.world.rank == 0:
+            if self.show is not None:
+                self.show.message(text)
+            else:
+                print(text, flush=True)
+
+    # ---- the run -------------------------------------------------------------------------------------------------
+
+    def run(self, resume: str, on_step: Callable[[], None]) -> Outcome:
+        """Trains to the end, or to a stop.
+
+        Raises:
+            UserError: on every rank alike, for whatever the user can mend.
+        """
+        world, config = self.world, self.config
+        set_matmul_precision(config.train.precision)
+        found = world.from_rank_zero(lambda: self._find(resume))
+        corpus, test = world.together(self._read_data)
+        state = world.together(lambda: self._read_checkpoint(found, corpus))
+        self.steps_per_epoch = corpus.plan.steps_per_epoch
+        schedule = make_schedule(config, corpus.plan.steps_per_epoch)
+        if state is not None:
+            self.progress = Progress(**state["progress"])
+            if self.progress.step >= schedule.total_steps and self.progress.evaluated_step == self.progress.step:
+                return Outcome("done", f"already finished at step {self.progress.step}")
+        learner = world.together(lambda: self._make_learner(corpus, state))
+        world.from_rank_zero(lambda: self._open_files(corpus, learner, schedule, state))
+        for line in world.together(lambda: rehearse(corpus, learner)):
+            self.message(f"rehearsed {line}")
+        batches = train_loader(
+            corpus.index,
+            corpus.vocabulary,
+            corpus.plan,
+            augment.draw,
+            config,
+            rank=world.rank,
+            world_size=world.world_size,
+            start=divmod(self.progress.step, corpus.plan.steps_per_epoch),
+        )
+        hooks = self._hooks(learner, corpus, test, on_step)
+        trainer = Trainer(world, learner, schedule, hooks, self.stop)
+        mine = share(config.batch.micro_batches, world.rank, world.world_size)
+        # Closed at once after an error, too: loader workers ignore SIGTERM, so the interpreter would wait for them.
+        with contextlib.closing(self._writer), contextlib.closing(on_device(batches, world.device)) as sent:
+            return trainer.run(sent, mine, self.progress)
+
+    def _read_data(self) -> tuple[Corpus, Index | None]:
+        data = self.config.data
+        corpus = read_corpus(self.config)
+        test = read_index(data.test) if data.test else None
+        if data.cache_dir:
+            corpus = replace(corpus, index=cache_shards(corpus.index, Path(data.cache_dir)))
+            test = cache_shards(test, Path(data.cache_dir)) if test is not None else None
+        return corpus, test
+
+    # ---- what to go on from --------------------------------------------------------------------------------------
+
+    def _find(self, resume: str) -> Path | None:
+        """The checkpoint to go on from; rank 0 decides for all."""
+        if resume not in ("auto", "never"):
+            checkpoint.read(Path(resume))
+            return Path(resume)
+        found = checkpoint.newest_good(
+            self.path, on_damage=lambda path, why: self.message(f"{path} is damaged ({why}): trying the one before")
+        )
+        if found is not None and resume == "never":
+            raise UserError(
+                f"{self.path} holds checkpoints, the newest of step {found.step}, and --resume never was given: choose "
+                "another --run.name, or remove the directory"
+            )
+        return found.path if found is not None else None
+
+    def _read_checkpoint(self, path: Path | None, corpus: Corpus) -> dict[str, Any] | None:
+        """The state in `path`, after a check that it is of this very run."""
+        if path is None:
+            return None
+        state = checkpoint.read(path)
+        if not {"progress", "config", "fingerprint", "model", "optimizer"} <= state.keys():
+            raise UserError(f"{path} is no checkpoint of ddp_asr.train: choose one under runs/NAME/checkpoints")
+        theirs = config_from_dict(state["config"], f"the checkpoint {path}")
+        for name, ours, other in differences(self.config, theirs):
+            raise UserError(
+                f"{path} was trained with {name} = {other!r} and this run has {ours!r}: set --{name}={_shown(other)} to go "
+                "on, or choose another --run.name to begin anew"
+            )
+        if state["fingerprint"] != corpus.whole.fingerprint():
+            raise UserError(
+                f"{path} was trained on other utterances than those in {', '.join(self.config.data.train)}: name the "
+                "shards it was trained on in data.train, or choose another --run.name to begin anew"
+            )
+        return state
+
+    def _make_learner(self, corpus: Corpus, state: dict[str, Any] | None) -> Learner:
+        config, device = self.config, self.world.device
+        # Weights are drawn on the CPU, so that they are the same wherever the run begins.
+        torch.manual_seed(config.train.seed)
+        model = AcousticModel(config.features, config.model, corpus.vocabulary.size)
+        if state is None and config.train.init_from:
+            load_weights(model, Path(config.train.init_from), corpus.vocabulary)
+        model = model.to(device)
+        average = WeightAverage(model.parameters(), config.optim.ema_decay) if config.optim.ema_decay else None
+        learner = Learner(
+            world=self.world,
+            model=model,
+            log_mel=LogMel(config.features).to(device),
+            optimizer=make_optimizer(model, config.optim),
+            optim=config.optim,
+            precision=config.train.precision,
+            seed=config.train.seed,
+            average=average,
+        )
+        if state is not None:
+            learner.load(state)
+        learner.model = self.world.wrap(model)
+        return learner
+
+    # ---- files and hooks -----------------------------------------------------------------------------------------
+
+    def _open_files(
+        self, corpus: Corpus, learner: Learner, schedule: Schedule, state: dict[str, Any] | None
+    ) -> None:
+        """Rank 0: what stands in the run directory before the first step."""
+        assert self.files is not None and self.lease is not None
+        self.fingerprint = corpus.whole.fingerprint()
+        self.comet_key = tracking.experiment_key(self.path, known=state["comet_key"] if state else None)
+        self.files.cut_after(self.progress.step, self.progress.evaluated_step)
+        checkpoint.set_aside_beyond(self.path, self.progress.step, self.lease.check)
+        self.files.write("config.yaml", describe(self.config))
+        self.files.write("environment.json", json.dumps(environment(self.world), indent=1) + "\n")
+        left_out = [{"key": key, "reason": reason} for key, reason in corpus.targets.left_out(corpus.whole)]
+        self.files.write("left_out.jsonl", json_lines(left_out))
+        self._status("running", f"attempt began at step {self.progress.step}", retry=True)
+        config = self.config
+        self.show = display.Display(schedule.total_steps, config.train.epochs, schedule.steps_per_epoch)
+        self.follower = tracking.start(self.path, config.tracking.mode)
+        self.message(
+            f"run {self.path}: {count_parameters(learner.plain_model):,} parameters, {corpus.hours:.2f} h in "
+            f"{len(corpus.index):,} utterances, {len(left_out)} left out, {schedule.steps_per_epoch} steps x "
+            f"{config.train.epochs} epochs, {self.world.world_size} process(es) on {self.world.device.type}, "
+            f"{config.train.precision}" + (f", going on from step {self.progress.step}" if state else "")
+        )
+
+    @property
+    def _writer(self) -> checkpoint.BackgroundWriter:
+        if not hasattr(self, "_background"):
+            self._background = checkpoint.BackgroundWriter(self._check_lease)
+        return self._background
+
+    def _check_lease(self) -> None:
+        if self.lease is not None:
+            self.lease.check()
+
+    def _hooks(self, learner: Learner, corpus: Corpus, test: Index | None, on_step: Callable[[], None]) -> Hooks:
+        recogniser = Recogniser(
+            config=self.config,
+            vocabulary=corpus.vocabulary,
+            log_mel=learner.log_mel,
+            model=learner.plain_model,
+            device=self.world.device,
+            precision=self.config.train.precision,
+        )
+        def log(line: dict[str, Any]) -> None:
+            if self.files is None or self.show is None:
+                return
+            self.files.append("metrics.jsonl", line)
+            self.show.train(line)
+            on_step()
+
+        return Hooks(
+            log=log,
+            save=self._save,
+            flush=self._writer.wait,
+            message=self.message,
+            evaluate=partial(self._evaluate, learner, recogniser, test),
+            dump=self._dump,
+        )
+
+    def _save(self, state: dict[str, Any], best: bool) -> None:
+        """Rank 0: hands a snapshot of the run to the background writer."""
+        assert self.files is not None
+        state = checkpoint.snapshot(
+            {
+                **state,
+                "step": self.progress.step,
+                "epoch": self.progress.step // self.steps_per_epoch,
+                "config": to_dict(self.config),
+                "vocabulary": self.config.vocabulary.symbols,
+                "fingerprint": self.fingerprint,
+                "comet_key": self.comet_key,
+                "versions": {"ddp_asr": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
+            }
+        )
+        self.files.sync()
+        path = self.path / "best.pt" if best else checkpoint.step_path(self.path, self.progress.step)
+        keep_last = self.config.train.keep_last
+        self._writer.submit(path, state, then=lambda: checkpoint.prune(self.path, keep_last))
+        self._status("running", "training", retry=True)
+
+    def _evaluate(
+        self, learner: Learner, recogniser: Recogniser, test: Index | None, step: int
+    ) -> Generator[None, None, Evaluation | None]:
+        """One evaluation, shared over all ranks; yields between rounds."""
+        if test is None:
+            return None
+        batches = eval_loader(
+            test, recogniser.vocabulary, self.config, rank=self.world.rank, world_size=self.world.world_size
+        )
+        heard, bad = [], []
+        with averaged_weights(learner):
+            for theirs, unreadable in rounds(recogniser, test, batches):
+                heard += theirs
+                bad += unreadable
+                yield
+        summary = gather(self.world, heard, bad)
+
+        def record() -> Evaluation:
+            assert summary is not None and self.files is not None and self.show is not None
+            epoch = (step - 1) // self.steps_per_epoch + 1
+            place = {"step": step, "epoch": epoch}
+            line = {"kind": "test", **place, "loss": _finite(summary.loss)}
+            line |= {"wer": _finite(summary.wer), "cer": _finite(summary.cer), "time_s": time.time()}
+            self.files.append("metrics.jsonl", line)
+            samples = [
+                {"key": u.key, "reference": u.reference, "hypothesis": u.hypothesis}
+                for u in summary.heard[: self.config.tracking.samples]
+            ]
+            self.files.append("samples.jsonl", {**place, "samples": samples})
+            self.files.produce("curves.png", lambda: display.draw_curves(self.path))
+            self.show.test(line)
+            for key, reason in summary.bad:
+                self.message(f"left out of the evaluation, no longer readable: {key} ({reason})")
+            return line, summary.wer
+
+        return self.world.from_rank_zero(record)
+
+    def _dump(self, step: int, batches: list[MicroBatch]) -> None:
+        path = self.path / f"nonfinite-step-{step:08d}-rank-{self.world.rank}.pt"
+        torch.save([asdict(batch) for batch in batches], path)
+
+    # ---- the end -------------------------------------------------------------------------------------------------
+
+    def _status(self, state: str, reason: str, *, retry: bool) -> None:
+        if self.files is not None:
+            epoch = self.progress.step // self.steps_per_epoch
+            self.files.status(state, reason, retry=retry, step=self.progress.step, epoch=epoch)
+
+    def _overdue(self, reason: str) -> None:
+        self._status("stopped", reason, retry=True)
+
+    def end(self, state: str, reason: str, *, retry: bool) -> None:
+        """Closes what is open, says how the attempt ended and gives the directory free; never hides an error."""
+        if self.files is None or self.lease is None:
+            return
+        with contextlib.suppress(UserError):  # the lease may be lost, which is then the error that is being reported
+            self._status(state, reason, retry=retry)
+        if self.show is not None:
+            self.show.close()
+            self.show = None
+        if state != "failed":
+            self.message(f"{state} at step {self.progress.step}: {reason}")
+        if self.follower is not None:
+            self._report_tracking(self.follower.close())
+        self.files.close()
+        self.lease.release()
+
+    def _report_tracking(self, report: tracking.Report) -> None:
+        if report.failures:
+            self.message(f"Comet: {report.failures} failure(s), the last: {report.last_error}; nothing is lost on disk, "
+                         f"'python -m ddp_asr.tracking {self.path}' sends or archives it")
+
+
+def make_schedule(config: Config, steps_per_epoch: int) -> Schedule:
+    """What is due when, from the settings."""
+    train = config.train
+    return Schedule(
+        steps_per_epoch=steps_per_epoch,
+        epochs=train.epochs,
+        evaluate_every_steps=train.eval_every_steps,
+        save_every_steps=train.save_every_steps,
+        save_every_s=60 * train.save_every_min,
+        stop_at_step=train.stop_at_step,
+        max_nonfinite_steps=train.max_nonfinite_steps,
+        max_bad_samples=config.data.max_bad_samples,
+    )
+
+
+def load_weights(model: AcousticModel, path: Path, vocabulary: Vocabulary) -> None:
+    """Starts from the weights (the moving average, where there is one) of another run's checkpoint."""
+    state = checkpoint.read(path)
+    if state.get("vocabulary") != vocabulary.symbols:
+        raise UserError(
+            f"train.init_from = {path} writes the symbols {state.get('vocabulary')!r} and this run has "
+            f"{vocabulary.symbols!r}: set --vocabulary.symbols to the former"
+        )
+    try:
+        model.load_state_dict({**state["model"], **(state["averages"] or {})})
+    except RuntimeError as error:
+        first = str(error).splitlines()[-1].strip()
+        raise UserError(f"train.init_from = {path} is of another model ({first}): take over its model settings") from None
+
+
+@contextlib.contextmanager
+def averaged_weights(learner: Learner) -> Iterator[None]:
+    """The moving average in the model's place, where there is one; the weights come back bit for bit."""
+    if learner.average is None:
+        yield
+        return
+    weights = list(learner.plain_model.parameters())
+    kept = [weight.detach().clone() for weight in weights]
+    try:
+        _overwrite(weights, learner.average.weights)
+        yield
+    finally:
+        _overwrite(weights, kept)
+
+
+@torch.no_grad()
+def _overwrite(weights: list[torch.nn.Parameter], values: list[torch.Tensor]) -> None:
+    for weight, value in zip(weights, values, strict=True):
+        weight.copy_(value)
+
+
+def environment(world: World) -> dict[str, Any]:
+    """What the run runs on."""
+    on_gpu = world.device.type == "cuda"
+    return {
+        "host": socket.gethostname(),
+        "command": " ".join(sys.argv),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": str(torch.__version__),
+        "ddp_asr": __version__,
+        "processes": world.world_size,
+        "device": torch.cuda.get_device_name(world.device) if on_gpu else platform.processor() or platform.machine(),
+        "cuda": torch.version.cuda if on_gpu else None,
+        "threads": torch.get_num_threads(),
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+    }
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _finite(number: float) -> float | None:
+    return number if number - number == 0 else None

@@ -1,0 +1,93 @@
+"""A request to stop, from wherever it comes: SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C, or a launcher that is gone.
+
+    stop = StopRequest(grace_s=20, on_overdue=write_status)
+    stop.install()
+    ...                      # until here a signal raises StoppedBeforeTraining in the main thread
+    stop.wait_for_boundary()
+    stop.boundary()          # once a step: the rank looks at `stop.reason` and all ranks agree on it
+
+A Python handler cannot run while the main thread is inside a collective, so signals are also read from the wake-up
+descriptor by a thread. It ends a rank that reaches no step boundary within `grace_s` of a signal, which is how a rank
+ends whose peers have died without closing their sockets. The same thread watches the parent: torchrun killed with -9
+leaves its ranks alive, and they stop as on SIGTERM.
+"""
+
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+_PARENT_POLL_S = 1.0
+
+
+class StoppedBeforeTraining(BaseException):
+    """A signal came while the run was still being set up; nothing is lost by ending at once."""
+
+
+class StopRequest:
+    """Whether, and why, this rank has been asked to stop."""
+
+    def __init__(self, grace_s: float, on_overdue: Callable[[str], None]) -> None:
+        self.reason: str | None = None
+        self._grace_s = grace_s
+        self._on_overdue = on_overdue
+        self._at_once = True
+        self._answered = threading.Event()
+        self._parent = os.getppid()
+
+    def install(self) -> None:
+        """Takes the signals over and starts the thread. Call it once, in the main thread."""
+        ours, theirs = socket.socketpair()
+        for end in (ours, theirs):
+            end.setblocking(False)
+        signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+        self._wakeup = theirs  # kept alive: the descriptor closes with the object
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+        threading.Thread(target=self._watch, args=(ours,), name="stop request", daemon=True).start()
+
+    def wait_for_boundary(self) -> None:
+        """From now on a signal waits for the next step boundary."""
+        self._at_once = False
+
+    def boundary(self) -> None:
+        """This rank has reached a step boundary, where it and the others learn of `reason`."""
+        if self.reason is not None:
+            self._answered.set()
+
+    def request(self, reason: str) -> None:
+        """Asks for a stop; the first reason stays."""
+        if self.reason is None:
+            self.reason = reason
+            threading.Thread(target=self._end_when_overdue, name="stop grace", daemon=True).start()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.request(signal.Signals(number).name)
+        if self._at_once:
+            self._at_once = False  # a second signal during the clean-up must not break it
+            self._answered.set()
+            raise StoppedBeforeTraining(self.reason)
+
+    def _watch(self, wakeup: socket.socket) -> None:
+        while True:
+            if select.select([wakeup], [], [], _PARENT_POLL_S)[0]:
+                for number in wakeup.recv(64):
+                    if number in SIGNALS and not self._at_once:
+                        self.request(signal.Signals(number).name)
+            if os.getppid() != self._parent and self.reason is None:
+                os.kill(os.getpid(), signal.SIGTERM)  # as on SIGTERM, handler included
+
+    def _end_when_overdue(self) -> None:
+        if self._answered.wait(self._grace_s):
+            return
+        reason = f"{self.reason}, and no step boundary within distributed.stop_grace_s = {self._grace_s:g} s"
+        try:
+            self._on_overdue(reason)
+        finally:
+            print(f"error: {reason}; resumes from the newest checkpoint", file=sys.stderr, flush=True)
+            os._exit(1)

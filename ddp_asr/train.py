@@ -1,0 +1,162 @@
+"""Training: `torchrun --nproc_per_node=8 -m ddp_asr.train --config FILE`, or plain `python -m ddp_asr.train`.
+
+    settings -> join the other ranks -> lease -> corpus and plan -> checkpoint to go on from -> learner
+      -> rehearsal -> Trainer.run -> status, curves, Comet
+
+Everything a rank can find wrong before the first step is found together: one rank's mistake is every rank's sentence
+and exit. Rank 0 alone writes, under the lease. However an attempt ends, `status.json` says so, and why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ddp_asr import config as settings_module
+from ddp_asr.config import Config, load_config
+from ddp_asr.errors import UserError, run_entry_point
+
+if TYPE_CHECKING:
+    from ddp_asr.session import Session
+
+DEFAULT_CONFIG = Path("configs/librispeech_100.yaml")
+
+EXAMPLES = """\
+examples:
+  torchrun --nproc_per_node=8 -m ddp_asr.train --config configs/librispeech_100.yaml
+  python -m ddp_asr.train --config configs/an4.yaml --dry-run
+  torchrun --nproc_per_node=2 -m ddp_asr.train --config configs/an4.yaml --train.epochs=3 --run.name=trial
+  python -m ddp_asr.train --config configs/an4.yaml --resume runs/an4/checkpoints/step-00000400.pt
+
+A run is stopped with SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C: it writes a checkpoint at the next step and ends. The same
+command goes on from there, on as many processes as you like, up to batch.micro_batches.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options, overrides = _parse(sys.argv[1:] if argv is None else argv)
+    config = load_config(_config_path(options.config), overrides)
+    _check_shards(config)
+    if options.dry_run:
+        from ddp_asr.dry_run import report
+
+        print(report(config, int(os.environ.get("WORLD_SIZE") or 1)))
+        return 0
+    return run(config, resume=options.resume, profile_steps=options.profile)
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m ddp_asr.train",
+        description="Trains a CTC speech recogniser on one process or many; the result is the same.",
+        epilog=EXAMPLES + "\nsettings, with their defaults:\n" + settings_module.settings_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage="%(prog)s [--config FILE] [--resume auto|never|PATH] [--dry-run] [--profile N] [--section.key=value ...]",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help=f"settings in YAML (default: {DEFAULT_CONFIG})")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto: from the newest good checkpoint of the run, if any; never: refuse a directory with checkpoints; "
+        "PATH: from that checkpoint (default: auto)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, and start nothing")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="trace N steps into the run directory")
+    options, rest = parser.parse_known_args(argv)
+    return options, list(_joined(rest))
+
+
+def _joined(arguments: Sequence[str]) -> Iterator[str]:
+    """`--section.key value` as `--section.key=value`."""
+    waiting = iter(arguments)
+    for argument in waiting:
+        if argument.startswith("--") and "." in argument and "=" not in argument:
+            value = next(waiting, None)
+            if value is None:
+                raise UserError(f"{argument} has no value: write {argument}=VALUE")
+            argument = f"{argument}={value}"
+        yield argument
+
+
+def _config_path(given: Path | None) -> Path:
+    if given is not None:
+        return given
+    installed = Path(__file__).parent.parent / DEFAULT_CONFIG
+    return DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else installed
+
+
+def _check_shards(config: Config) -> None:
+    """Names the commands that make the shards that are not there."""
+    missing = [Path(path) for path in (*config.data.train, *config.data.test) if not Path(path).is_dir()]
+    if missing:
+        commands = "\n".join(f"  python -m ddp_asr.shard {path.name} --out {path}" for path in missing)
+        names = ", ".join(map(str, missing))
+        raise UserError(
+            f"there are no shards at {names}; make them with (the source is a LibriSpeech split, directory, .tar.gz "
+            f"or JSONL manifest):\n{commands}"
+        )
+
+
+def run(config: Config, *, resume: str = "auto", profile_steps: int = 0) -> int:
+    """Trains; returns the exit status of this rank: 0 when the run is done or was stopped, 2 for a user's mistake."""
+    from ddp_asr.distributed import PeerLost, RaisedElsewhere, join
+    from ddp_asr.session import Session
+    from ddp_asr.signals import StoppedBeforeTraining
+
+    _quiet_torch()
+    session: Session | None = None
+    world = join(config.distributed)
+    try:
+        session = Session(config, world)
+        with _profiled(profile_steps, session) as on_step:
+            outcome = session.run(resume, on_step)
+        session.end(outcome.state, outcome.reason, retry=outcome.state == "stopped")
+        world.leave()
+        return 0
+    except StoppedBeforeTraining as stop:
+        if session is not None:
+            session.end("stopped", f"{stop} before the first step", retry=True)
+        return 0
+    except UserError as error:
+        if session is not None:
+            session.end("failed", str(error), retry=isinstance(error, PeerLost))
+        if isinstance(error, RaisedElsewhere):
+            return 2  # the rank that raised it says so
+        raise
+    except BaseException as error:
+        if session is not None:
+            session.end("failed", f"{type(error).__name__}: {error}", retry=True)
+        raise
+
+
+def _quiet_torch() -> None:
+    """One message a mistake: torch's C++ side logs broken sockets on its own."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+@contextlib.contextmanager
+def _profiled(steps: int, session: Session) -> Iterator[object]:
+    """Traces `steps` steps of rank 0, after two to warm up, as a Chrome trace in the run directory."""
+    if not steps or session.world.rank != 0:
+        yield lambda: None
+        return
+    from torch.profiler import profile, schedule
+
+    def save(profiler: profile) -> None:
+        path = session.path / f"trace-step-{session.progress.step}.json"
+        profiler.export_chrome_trace(str(path))
+        session.message(f"trace of {steps} steps: {path} (open it in chrome://tracing or ui.perfetto.dev)")
+
+    with profile(schedule=schedule(wait=1, warmup=1, active=steps, repeat=1), on_trace_ready=save) as profiler:
+        yield profiler.step
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_entry_point(main))
