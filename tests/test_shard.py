@@ -363,23 +363,47 @@ def test_a_wrong_command_line_is_told(arguments, capsys):
 # ---- interruptions --------------------------------------------------------------------------------------------------
 
 INTERRUPT_AT_RENAME = """
-import os, signal, sys
+import os, signal
 from pathlib import Path
 from ddp_asr import errors, shard
-number, before, act = int(sys.argv.pop(1)), sys.argv.pop(1) == "before", sys.argv.pop(1)
-rename = Path.rename
-def interrupted(self, target):
-    global number
-    number -= 1
-    if not before:
+
+def run(number, before, interrupt, argv):
+    "The command, interrupted at its so manieth rename."
+    renames, rename = iter(range(1, 1000)), Path.rename
+    def interrupted(self, target):
+        now = next(renames) == number
+        if now and before:
+            interrupt()
         rename(self, target)
-    if number == 0:
-        {"kill": lambda: os.kill(os.getpid(), signal.SIGKILL), "interrupt": lambda: os.killpg(0, signal.SIGINT)}[act]()
-    if before:
-        rename(self, target)
-Path.rename = interrupted
-raise SystemExit(errors.run_entry_point(shard.main))
+        if now:
+            interrupt()
+    Path.rename = interrupted
+    return errors.run_entry_point(lambda: shard.main(argv))
 """
+
+KILL_UNTIL_DONE = (
+    INTERRUPT_AT_RENAME
+    + """
+import json, sys, webdataset  # imported once, inherited by every attempt
+out = Path(sys.argv[sys.argv.index("--out") + 1])
+for attempt in range(100):
+    child = os.fork()
+    if not child:
+        os._exit(run(1 + attempt // 2 % 4, attempt % 2, lambda: os.kill(os.getpid(), signal.SIGKILL), sys.argv[1:]))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print("attempt", json.dumps([code, sorted(str(f.relative_to(out)) for f in out.rglob("*"))]), flush=True)
+    if code == 0:
+        break
+"""
+)
+
+CTRL_C = (
+    INTERRUPT_AT_RENAME
+    + """
+import sys
+raise SystemExit(run(4, False, lambda: os.killpg(0, signal.SIGINT), sys.argv[1:]))
+"""
+)
 
 
 def run_python(script, *arguments, **how):
@@ -388,28 +412,25 @@ def run_python(script, *arguments, **how):
 
 
 @pytest.mark.slow
-def test_killed_at_every_step_it_still_ends_with_the_same_bytes(split, tmp_path):
-    """Each attempt is killed at its second rename, before and after it in turn, until one has nothing left to do."""
-    two_shards = ("--shard-mb", "0.08")
-    whole = content(tiny_speech.shard(split, tmp_path / "whole", *two_shards))
-    out, kills = tmp_path / "out", 0
-    for attempt in range(100):
-        moment = "before" if attempt % 2 else "after"
-        run = run_python(INTERRUPT_AT_RENAME, 2, moment, "kill", split, "--out", out, "--workers", "1", *two_shards)
-        if run.returncode == 0:
-            break
-        assert run.returncode == -signal.SIGKILL, run.stderr
-        assert not (out / "dataset.json").exists() or content(out).items() >= whole.items()
-        kills += 1
-    assert kills >= 5
-    tiny_speech.shard(split, out, *two_shards)
-    assert content(out) == whole
+def test_killed_at_every_step_it_still_ends_with_the_same_bytes(split, whole, tmp_path):
+    """Each attempt is killed at its first to fourth rename, after and before it, until nothing is left to do."""
+    out = tmp_path / "out"
+    run = run_python(KILL_UNTIL_DONE, split, "--out", out, "--workers", "1", *SMALL)
+    assert run.returncode == 0, run.stderr
+    lines = [line.removeprefix("attempt ") for line in run.stdout.splitlines() if line.startswith("attempt ")]
+    *killed, (last, _) = map(json.loads, lines)
+    assert [code for code, _ in killed] == [-signal.SIGKILL] * len(killed)
+    assert last == 0
+    assert len(killed) >= 6
+    for _, files in killed:
+        assert "dataset.json" not in files or set(files) >= set(content(whole))
+    assert content(out) == content(whole)
 
 
 @pytest.mark.slow
 def test_ctrl_c_in_all_processes_leaves_whole_shards_and_no_traceback(split, whole, tmp_path):
     arguments = (split, "--out", tmp_path / "out", "--workers", "2", *SMALL)
-    run = run_python(INTERRUPT_AT_RENAME, 4, "after", "interrupt", *arguments)
+    run = run_python(CTRL_C, *arguments)
     assert run.returncode == 130
     assert "the same command goes on from there" in run.stderr
     assert "Traceback" not in run.stderr
