@@ -101,8 +101,14 @@ class Index:
 
 
 def key_hash(key: str) -> int:
-    """The first 8 bytes of BLAKE2b over the key, little endian."""
-    return int.from_bytes(hashlib.blake2b(key.encode()).digest()[:8], "little")
+    """The identity of one key; see `key_hashes`."""
+    return int(key_hashes([key])[0])
+
+
+def key_hashes(keys: Sequence[str]) -> np.ndarray:
+    """uint64 (N,): the first 8 bytes of BLAKE2b over each key, little endian."""
+    hashes = b"".join(hashlib.blake2b(key.encode()).digest()[:8] for key in keys)
+    return np.frombuffer(hashes, "<u8").astype(np.uint64)
 
 
 def read_index(directories: Sequence[str | Path]) -> Index:
@@ -130,7 +136,7 @@ def read_index(directories: Sequence[str | Path]) -> Index:
         keys=keys,
         texts=_flat(table, "text"),
         speakers=_flat(table, "speaker"),
-        key_hash=np.fromiter(map(key_hash, keys.to_pylist()), dtype=np.uint64, count=len(keys)),
+        key_hash=key_hashes(keys.to_pylist()),
     )
 
 

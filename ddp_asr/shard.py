@@ -2,7 +2,7 @@
 
     python -m ddp_asr.shard train-clean-100 --out shards/train-clean-100
 
-A source (`open_source`) yields `Utterance`s in an order of its own that never changes. `pack`, in worker processes,
+A source (sources.py) yields `Utterance`s in an order of its own that never changes. `pack`, in worker processes,
 decodes each one to know that it is good, and converts it where it is not mono 16 kHz FLAC. `Output` takes the results
 in the source's order, so neither the number of workers nor their speed can change a byte.
 
@@ -10,8 +10,8 @@ Killed at any moment, the same command goes on: a shard is written aside in `.pa
 sidecar with its rows, its drops and the number of source utterances used up says that it is finished. So a restart
 skips that many utterances and decodes nothing twice. `dataset.json` comes last: a directory with it is complete.
 
-Only utterances that can never be used are dropped here (`REASONS`). What depends on the training settings, such as
-characters outside the alphabet, is left out by the run, which lists it.
+Only utterances that can never be used are dropped here (`sources.REASONS`). What depends on the training settings,
+such as characters outside the alphabet, is left out by the run, which lists it.
 """
 
 from __future__ import annotations

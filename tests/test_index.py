@@ -10,7 +10,7 @@ import soundfile
 
 from ddp_asr import index
 from ddp_asr.errors import UserError
-from ddp_asr.index import key_hash, read_dataset_json, read_index
+from ddp_asr.index import key_hashes, read_dataset_json, read_index
 from tests import tiny_speech
 
 
@@ -63,9 +63,9 @@ def test_rows_are_taken_in_the_order_given_or_by_a_mask(corpora):
 
 def test_the_hash_of_a_key_never_changes(corpora):
     """Order, masks and noise of every run hang on it."""
-    assert key_hash("103-1240-0000") == 0xB7818B25E653ACF6
+    assert key_hashes(["103-1240-0000", "слово"]).tolist() == [0xB7818B25E653ACF6, 0x1D4DB8DFCEC13061]
     rows = read_index(corpora)
-    assert rows.key_hash.tolist() == [key_hash(key) for key in rows.keys.to_pylist()]
+    assert rows.key_hash.tolist() == key_hashes(rows.keys.to_pylist()).tolist()
 
 
 def test_the_fingerprint_knows_the_utterances_and_nothing_else(corpora, tmp_path):

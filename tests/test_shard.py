@@ -1,10 +1,13 @@
 """Shards: the same bytes however they are made, what is converted and dropped, and every way of being interrupted."""
 
+import contextlib
 import errno
 import fcntl
 import io
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -273,6 +276,22 @@ def test_a_source_with_nothing_usable_leaves_nothing(tmp_path, existed):
     with pytest.raises(UserError, match=r"not one usable utterance.*1 x missing audio.*gone.wav"):
         tiny_speech.shard(source, out)
     assert out.exists() == existed and (not existed or not list(out.iterdir()))
+
+
+@pytest.mark.slow
+def test_a_terminal_shows_a_bar_with_the_rate_and_the_hours(split, tmp_path):
+    terminal, its_end = pty.openpty()
+    command = [sys.executable, "-m", "ddp_asr.shard", split, "--out", tmp_path / "out", "--workers", "1"]
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
+    with subprocess.Popen(list(map(str, command)), stdout=its_end, stderr=its_end, env=environment) as process:
+        os.close(its_end)
+        shown = b""
+        with contextlib.suppress(OSError):  # how Linux tells that the other end is closed
+            while block := os.read(terminal, 1 << 16):
+                shown += block
+    os.close(terminal)
+    assert process.returncode == 0
+    assert re.search(rb"sharding .* utterances, \d+/s, \d+\.\d\d h", shown)
 
 
 # ---- directories that are complete, foreign, full or taken ----------------------------------------------------------
