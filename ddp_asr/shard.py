@@ -508,8 +508,10 @@ def verify(out: Path, workers: int) -> None:
         ):
             faults += found
     if faults:
-        raise UserError(f"{out}: {len(faults)} faults, the first: {faults[0]}; delete {out} and shard its source again")
-    print(f"{out}: {len(checks)} shards as written, all of {len(rows):,} utterances decode")
+        raise UserError(
+            f"{out}: {_plural(len(faults), 'fault')}, the first: {faults[0]}; delete {out} and shard its source again"
+        )
+    print(f"{out}: {_plural(len(checks), 'shard')} as written, all of {_plural(len(rows), 'utterance')} decode")
 
 
 def verify_shard(check: ShardCheck) -> list[str]:
@@ -637,16 +639,16 @@ def _complete(out: Path, description: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _refuse_other(out: Path, holds: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    for section in ("source", "settings"):
-        for name, value in wanted[section].items():
-            other = found.get(section, {}).get(name)
-            if other != value:
-                what = "content of the source" if name == "digest" else name.replace("_", "-")
-                values = "" if name == "digest" else f": {other} there, {value} now"
-                raise UserError(
-                    f"{out} {holds} made from another source or other settings ({what} differs{values}); "
-                    f"name another --out, or delete {out} first"
-                )
+    """By content and settings: a source may have moved or been renamed since."""
+    remedy = f"name another --out, or delete {out} first"
+    for name in ("kind", "digest"):
+        if found.get("source", {}).get(name) != wanted["source"][name]:
+            raise UserError(f"{out} {holds} made from another source, or from this one before it changed; {remedy}")
+    for name, value in wanted["settings"].items():
+        other = found.get("settings", {}).get(name)
+        if other != value:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{out} {holds} made with other settings ({option}: {other} there, {value} now); {remedy}")
 
 
 @contextlib.contextmanager
@@ -666,7 +668,9 @@ def _claimed(out: Path, description: dict[str, Any]) -> Iterator[None]:
             _refuse_other(out, "holds unfinished shards", json.loads(settings.read_bytes()), description)
         else:
             temporary = partial / "writing"
-            temporary.write_text(json.dumps(description))
+            with temporary.open("w") as file:
+                json.dump(description, file)
+                _sync(file)
             temporary.rename(settings)
         yield
 
@@ -691,7 +695,7 @@ def _worst(dropped: list[dict[str, str]]) -> str:
 
 def _strict(options: Options, dropped: list[dict[str, str]]) -> str:
     return (
-        f"--strict: {len(dropped):,} utterances cannot be used, {_worst(dropped)}; "
+        f"--strict: {_plural(len(dropped), 'utterance')} cannot be used, {_worst(dropped)}; "
         f"{options.out}/dropped.jsonl lists all; "
         "mend the source and name a new --out, or run the same command without --strict to leave them out"
     )
@@ -742,15 +746,21 @@ def print_table(out: Path, dataset: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=str(out), title_justify="left")
-    table.add_column("")
+    table = Table()
+    table.add_column(str(out), overflow="fold")
     table.add_column("utterances", justify="right")
-    table.add_row(f"written, {dataset['hours']:.2f} h, {len(dataset['shards'])} shards", f"{dataset['utterances']:,}")
+    table.add_row(
+        f"written, {dataset['hours']:.2f} h, {_plural(len(dataset['shards']), 'shard')}", f"{dataset['utterances']:,}"
+    )
     for reason, count in dataset["dropped"].items():
         table.add_row(f"dropped: {reason}", f"{count:,}")
     Console().print(table)
     if dataset["dropped"]:
         print(f"{out}/dropped.jsonl lists every dropped utterance")
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("s" if count != 1 else "")
 
 
 def parse(argv: Sequence[str] | None) -> Options:
