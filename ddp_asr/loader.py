@@ -271,7 +271,7 @@ class Recordings(Dataset[MicroBatch]):
                 raise _Mismatch(f"(rate, channels, samples) is {found}, not {(SAMPLE_RATE_HZ, 1, samples)}")
             waveform = out if speed == 1.0 else np.empty(samples, np.int16)
             decoded = len(recording.read(out=waveform))
-        if decoded != samples:
+        if decoded != samples:  # older versions of libsndfile end early where newer ones raise
             raise _Mismatch(f"{decoded} of {samples} samples decode")
         if speed != 1.0:
             # Rounding and the filter's delay leave soxr a sample more or less than the plan's arithmetic.
@@ -345,8 +345,9 @@ class _Mismatch(Exception):
 
 def _reason(error: Exception) -> str:
     """One line, without the address that soundfile puts where a file's name would stand."""
-    text = getattr(error, "error_string", None) or str(error)
-    return " ".join(text.split()) or type(error).__name__
+    if isinstance(error, soundfile.LibsndfileError):  # which often has no text, for a broken frame for instance
+        return " ".join(f"does not decode: {error.error_string or 'damaged'}".split())
+    return str(error)
 
 
 class _Shards:
@@ -452,7 +453,11 @@ def _as_it_is(batch: Any) -> Any:
 
 def _death(workers: Sequence[Any]) -> str | None:
     """What to tell the user if a worker has died."""
-    wait([process.sentinel for process in workers], timeout=1.0)  # its sockets close before it can be waited for
+    # A dying process closes its sockets first, which is what was noticed, and has an exit status later.
+    ended = wait([process.sentinel for process in workers], timeout=1.0)
+    for process in workers:
+        if process.sentinel in ended:
+            process.join()
     codes = [process.exitcode for process in workers if process.exitcode]
     if not codes:
         return None
