@@ -1,6 +1,7 @@
 """The loader carries a plan out: the same bits from any worker and any position, whatever a shard has suffered."""
 
 import dataclasses
+import hashlib
 import io
 import itertools
 import json
@@ -13,6 +14,7 @@ import sys
 import textwrap
 
 import numpy as np
+import pyarrow
 import pytest
 import soundfile
 import torch
@@ -175,27 +177,28 @@ def index_of_flacs(directory, flacs, samples):
     path.write_bytes(b"".join(flacs))
     sizes = np.array([len(one) for one in flacs], np.int64)
     keys = [f"key-{number}" for number in range(len(flacs))]
-    strings = {name: index.pyarrow.array(keys) for name in ("keys", "speakers")}
+    strings = {name: pyarrow.array(keys) for name in ("keys", "speakers")}
     return index.Index(
         shards=(path,),
-        checksums=(index.hashlib.sha256(path.read_bytes()).hexdigest(),),
+        checksums=(hashlib.sha256(path.read_bytes()).hexdigest(),),
         shard=np.zeros(len(flacs), np.int32),
         offset=np.cumsum(sizes) - sizes,
         bytes=sizes,
         samples=np.array(samples, np.int64),
-        texts=index.pyarrow.array(["a b"] * len(flacs)),
-        key_hash=np.array([index.key_hash(key) for key in keys], np.uint64),
+        texts=pyarrow.array(["a b"] * len(flacs)),
+        key_hash=np.arange(len(flacs), dtype=np.uint64),
         **strings,
     )
 
 
 SPEECH = (np.random.default_rng(1).normal(size=9_000) * 2_000).astype(np.int16)
 DAMAGE = {
-    "a flipped bit": (bytes(b ^ (i == 9_000) for i, b in enumerate(flac(SPEECH))), r"."),
+    "a flipped bit": (bytes(b ^ (i == 9_000) for i, b in enumerate(flac(SPEECH))), r"^does not decode: \w"),
     "another length": (flac(SPEECH[:-5]), r"\(16000, 1, 8995\), not \(16000, 1, 9000\)"),
     "another rate": (flac(SPEECH, 8_000), r"\(8000, 1, 9000\)"),
     "stereo": (flac(np.stack([SPEECH, SPEECH], 1)), r"\(16000, 2, 9000\)"),
-    "no FLAC": (b"x" * 5_000, r"."),
+    "cut short": (flac(SPEECH)[:-6_000], r"^does not decode: \w"),
+    "no FLAC": (b"x" * 5_000, r"^does not decode: \w"),
 }
 
 
@@ -211,6 +214,13 @@ def test_a_recording_that_no_longer_decodes_is_dropped_and_named(tmp_path, damag
     assert {len(tensor) for tensor in [batch.waveforms, batch.targets, batch.weight, *batch.masks.values()]} == {2}
     short = recordings[loader.Work(0, 0, 0, np.array([0, 2]))]
     assert short.waveforms.shape == (1, 8_000)  # the dropped one's length is not padded to
+
+
+def test_a_recording_that_ends_early_is_dropped_and_named(tmp_path, monkeypatch):
+    whole = index_of_flacs(tmp_path, [flac(SPEECH)], [9_000])
+    recordings = loader.Recordings(whole, VOCABULARY, PLAIN, draw_masks=None, training=True)
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda self, out: out[:5])  # as libsndfile 1.0 does
+    assert recordings[loader.Work(0, 0, 0, np.array([0]))].bad == [("key-0", "5 of 9000 samples decode")]
 
 
 def test_an_emptied_micro_batch_carries_silence_of_no_weight(tmp_path):
