@@ -50,7 +50,9 @@ class Data:
 
     train: list[str] = setting(["shards/train-clean-100"], "shard directories to train on, mixed")
     test: list[str] = setting(["shards/dev-clean"], "shard directories to evaluate on along the way; may be empty")
-    cache_dir: str = setting("", "node-local directory to copy the shards to once, shared by a node's ranks; empty: none")
+    cache_dir: str = setting(
+        "", "node-local directory to copy the shards to once, shared by a node's ranks; empty: none"
+    )
     workers: int = setting(2, "loader processes a rank; 0: decode in the rank itself")
     prefetch: int = setting(4, "micro-batches that each loader process keeps ready")
     max_bad_samples: int = setting(10, "utterances that may fail to decode in a run before it stops")
@@ -281,7 +283,9 @@ def _build_section(section: str, kind: Any, settings: dict[str, Any], origin: st
     for key, value in settings.items():
         if key not in types:
             names = [f"{section}.{name}" for name in types]
-            raise UserError(f"unknown setting {f'{section}.{key}'!r} in {origin}; {_nearest(f'{section}.{key}', names)}")
+            raise UserError(
+                f"unknown setting {f'{section}.{key}'!r} in {origin}; {_nearest(f'{section}.{key}', names)}"
+            )
         values[key] = _convert(value, types[key], f"{section}.{key}")
     return kind(**values)
 
@@ -448,7 +452,7 @@ def settings_help() -> str:
         kind = _section_type(section.name)
         lines.append(f"\n{section.name}: {kind.__doc__}")
         for key in dataclasses.fields(kind):
-            default = key.default if key.default is not dataclasses.MISSING else key.default_factory()  # type: ignore[misc]
+            default = getattr(kind(), key.name)
             shown = ",".join(map(str, default)) if isinstance(default, list) else default
             lines.append(f"  --{section.name}.{key.name}={shown}\n        {key.metadata['meaning']}")
     return "\n".join(lines)

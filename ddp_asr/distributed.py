@@ -138,7 +138,9 @@ def naming_lost_peers(world: World) -> Iterator[None]:
         yield
     except RuntimeError as error:
         lines = str(error).strip().splitlines() or [""]
-        if not isinstance(error, dist.DistError) and not any(word in str(error) for word in ("gloo", "NCCL", "timed out")):
+        if not isinstance(error, dist.DistError) and not any(
+            word in str(error) for word in ("gloo", "NCCL", "timed out")
+        ):
             raise
         raise PeerLost(
             f"rank {world.rank} of {world.world_size} lost the others ({lines[0][:160]}): look at the first rank that "

@@ -29,6 +29,9 @@ def frame_mask(lengths: Tensor, longest: int) -> Tensor:
 class LogMel(nn.Module):
     """Log-mel features, normalised per utterance and band."""
 
+    window: Tensor  # (window samples,)
+    filters: Tensor  # (n_fft // 2 + 1, F)
+
     def __init__(self, settings: config.Features) -> None:
         super().__init__()
         self.settings = settings
@@ -40,12 +43,12 @@ class LogMel(nn.Module):
             n_mels=settings.mel_bands,
             sample_rate=SAMPLE_RATE_HZ,
         )
-        self.register_buffer("filters", filters, persistent=False)  # (n_fft // 2 + 1, F)
+        self.register_buffer("filters", filters, persistent=False)
 
     @torch.no_grad()
     def forward(self, waveforms: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
         """Waveforms (B, S), int16 or float in [-1, 1], and samples (B,) -> features (B, T, F), frames (B,)."""
-        window: Tensor = self.window
+        window = self.window
         with torch.autocast(waveforms.device.type, enabled=False):
             if waveforms.dtype == torch.int16:
                 waveforms = waveforms.to(window.dtype) / INT16_SCALE
@@ -54,7 +57,8 @@ class LogMel(nn.Module):
                 waveforms = nn.functional.pad(waveforms, (0, shortfall))
             lengths = self.settings.frames(samples)
             cut = waveforms.unfold(1, window.numel(), self.settings.hop_samples) * window  # (B, T, window)
-            power = torch.fft.rfft(cut, n=self.settings.n_fft).abs().square()  # (B, T, n_fft // 2 + 1)
+            spectrum = torch.view_as_real(torch.fft.rfft(cut, n=self.settings.n_fft))
+            power = spectrum.square().sum(-1)  # (B, T, n_fft // 2 + 1); `abs` would take roots only to square them
             log_mel = torch.log(power @ self.filters + POWER_FLOOR)  # (B, T, F)
             return _normalise(log_mel, lengths), lengths
 

@@ -107,9 +107,8 @@ class AcousticModel(nn.Module):
     def forward(self, features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, T, F), zero beyond each utterance's frames (B,) -> logits (B, T', V) and frames (B,) of T'."""
         x = features[:, None]  # (B, 1, T, F)
-        for conv in self.strided:
+        for conv, stride in zip(self.strided, self.sizes.time_strides, strict=True):
             x = conv(_mask_frames(x, frames))  # (B, C, T / stride, bands / 2)
-            (stride, _) = conv.stride
             frames = (frames + stride - 1) // stride
         for block in self.blocks:
             x = block(x, frames)

@@ -73,7 +73,7 @@ class RunDirectory:
             self._lease.check()
             aside.replace(self.path / name)
 
-    def produce(self, name: str, make: Callable[[], None]) -> None:
+    def produce(self, name: str, make: Callable[[], object]) -> None:
         """Runs `make`, which writes and replaces the file `name` itself."""
         self._lease.check()
         with _naming_the_file(self.path / name):

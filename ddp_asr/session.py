@@ -195,9 +195,7 @@ class Session:
 
     # ---- files and hooks -----------------------------------------------------------------------------------------
 
-    def _open_files(
-        self, corpus: Corpus, learner: Learner, schedule: Schedule, state: dict[str, Any] | None
-    ) -> None:
+    def _open_files(self, corpus: Corpus, learner: Learner, schedule: Schedule, state: dict[str, Any] | None) -> None:
         """Rank 0: what stands in the run directory before the first step."""
         assert self.files is not None and self.lease is not None
         self.fingerprint = corpus.whole.fingerprint()
@@ -238,6 +236,7 @@ class Session:
             device=self.world.device,
             precision=self.config.train.precision,
         )
+
         def log(line: dict[str, Any]) -> None:
             if self.files is None or self.show is None:
                 return
@@ -266,7 +265,11 @@ class Session:
                 "vocabulary": self.config.vocabulary.symbols,
                 "fingerprint": self.fingerprint,
                 "comet_key": self.comet_key,
-                "versions": {"ddp_asr": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
+                "versions": {
+                    "ddp_asr": __version__,
+                    "torch": str(torch.__version__),
+                    "python": platform.python_version(),
+                },
             }
         )
         self.files.sync()
@@ -344,8 +347,10 @@ class Session:
 
     def _report_tracking(self, report: tracking.Report) -> None:
         if report.failures:
-            self.message(f"Comet: {report.failures} failure(s), the last: {report.last_error}; nothing is lost on disk, "
-                         f"'python -m ddp_asr.tracking {self.path}' sends or archives it")
+            self.message(
+                f"Comet: {report.failures} failure(s), the last: {report.last_error}; nothing is lost on disk, "
+                f"'python -m ddp_asr.tracking {self.path}' sends or archives it"
+            )
 
 
 def make_schedule(config: Config, steps_per_epoch: int) -> Schedule:
@@ -375,7 +380,9 @@ def load_weights(model: AcousticModel, path: Path, vocabulary: Vocabulary) -> No
         model.load_state_dict({**state["model"], **(state["averages"] or {})})
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()
-        raise UserError(f"train.init_from = {path} is of another model ({first}): take over its model settings") from None
+        raise UserError(
+            f"train.init_from = {path} is of another model ({first}): take over its model settings"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -142,7 +142,7 @@ def _quiet_torch() -> None:
 
 
 @contextlib.contextmanager
-def _profiled(steps: int, session: Session) -> Iterator[object]:
+def _profiled(steps: int, session: Session) -> Iterator[Callable[[], None]]:
     """Traces `steps` steps of rank 0, after two to warm up, as a Chrome trace in the run directory."""
     if not steps or session.world.rank != 0:
         yield lambda: None

@@ -308,7 +308,8 @@ class Trainer:
         what = "loss" if not finite_loss else "gradient"
         if named is not None:
             of_all = [key for of_rank in named for key in of_rank]
-            self.hooks.message(f"step {step} skipped: non-finite {what} in {', '.join(of_all) or 'a step without utterances'}")
+            where = ", ".join(of_all) or "a step without utterances"
+            self.hooks.message(f"step {step} skipped: non-finite {what} in {where}")
         nonfinite = self.progress.skipped - self.progress.overflows
         if nonfinite > self.schedule.max_nonfinite_steps:
             self.hooks.dump(step, mine)
@@ -369,7 +370,7 @@ class Trainer:
                 return True
         self.progress.evaluated_step = step
         if result is not None:
-            line, score = result
+            _, score = result
             best = self.progress.best is None or score < self.progress.best
             if best:
                 self.progress.best = score
