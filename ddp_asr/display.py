@@ -214,9 +214,34 @@ def draw_curves(run_directory: Path) -> Path:
         for axis in (rate, speed):
             axis.set_xlabel("step")
         figure.suptitle(run_directory.resolve().name, fontsize=14, fontweight="bold")
-        path = run_directory / "curves.png"
-        aside = run_directory / f".curves.{os.getpid()}.png"
-        figure.savefig(aside, dpi=120)
+        return _save(figure, run_directory / "curves.png")
+
+
+def draw_spectrogram(run_directory: Path, key: str, before: Any, after: Any) -> Path:
+    """Draws spectrogram.png: one utterance's features (T, F) as the model would see them without masks, and with."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({**_look(), "axes.grid": False}):
+        figure = Figure(figsize=(10, 6), layout="constrained")
+        FigureCanvasAgg(figure)
+        for axis, features, title in zip(
+            figure.subplots(2, 1, sharex=True), (before, after), ("before SpecAugment", "after"), strict=True
+        ):
+            image = axis.imshow(features.T, origin="lower", aspect="auto", cmap="magma", vmin=-2.5, vmax=2.5)
+            axis.set_title(title)
+            axis.set_ylabel("mel band")
+            figure.colorbar(image, ax=axis, label="deviations from the band's mean")
+        axis.set_xlabel("frame")
+        figure.suptitle(key)
+        return _save(figure, run_directory / "spectrogram.png")
+
+
+def _save(figure: Any, path: Path) -> Path:
+    """Writes the picture aside and renames it, so that a reader never sees half of it."""
+    aside = path.with_name(f".{path.stem}.{os.getpid()}.png")
+    figure.savefig(aside, dpi=120)
     os.replace(aside, path)
     return path
 

@@ -31,7 +31,7 @@ from ddp_asr.evaluate import gather, rounds
 from ddp_asr.features import LogMel
 from ddp_asr.index import Index, read_index
 from ddp_asr.lease import Lease
-from ddp_asr.loader import MicroBatch, cache_shards, eval_loader, on_device, train_loader
+from ddp_asr.loader import MicroBatch, Recordings, Work, cache_shards, eval_loader, on_device, train_loader
 from ddp_asr.model import AcousticModel, count_parameters
 from ddp_asr.optim import WeightAverage, make_optimizer
 from ddp_asr.plan import share
@@ -206,6 +206,7 @@ class Session:
         self.files.write("environment.json", json.dumps(environment(self.world), indent=1) + "\n")
         left_out = [{"key": key, "reason": reason} for key, reason in corpus.targets.left_out(corpus.whole)]
         self.files.write("left_out.jsonl", json_lines(left_out))
+        self._draw_spectrogram(corpus, learner)
         self._status("running", f"attempt began at step {self.progress.step}", retry=True)
         config = self.config
         self.show = display.Display(schedule.total_steps, config.train.epochs, schedule.steps_per_epoch)
@@ -216,6 +217,19 @@ class Session:
             f"{config.train.epochs} epochs, {self.world.world_size} process(es) on {self.world.device.type}, "
             f"{config.train.precision}" + (f", going on from step {self.progress.step}" if state else "")
         )
+
+    def _draw_spectrogram(self, corpus: Corpus, learner: Learner) -> None:
+        """Rank 0, once a run: what SpecAugment does to the first utterance of the plan."""
+        assert self.files is not None
+        if (self.path / "spectrogram.png").exists():
+            return
+        rows = corpus.plan.epoch(0).rows[:1]
+        recordings = Recordings(corpus.index, corpus.vocabulary, self.config, draw_masks=augment.draw, training=True)
+        batch = recordings[Work(epoch=0, step=0, micro_batch=0, rows=rows)].to(self.world.device)
+        before, _ = learner.log_mel(batch.waveforms, batch.samples)
+        after = augment.apply(before, batch.masks) if batch.masks else before
+        pictures = (before[0].cpu().numpy(), after[0].cpu().numpy())
+        self.files.produce("spectrogram.png", lambda: display.draw_spectrogram(self.path, batch.keys[0], *pictures))
 
     @property
     def _writer(self) -> checkpoint.BackgroundWriter:
@@ -341,16 +355,9 @@ class Session:
         if state != "failed":
             self.message(f"{state} at step {self.progress.step}: {reason}")
         if self.follower is not None:
-            self._report_tracking(self.follower.close())
+            self.message(tracking.summary(self.path, self.follower.close()))
         self.files.close()
         self.lease.release()
-
-    def _report_tracking(self, report: tracking.Report) -> None:
-        if report.failures:
-            self.message(
-                f"Comet: {report.failures} failure(s), the last: {report.last_error}; nothing is lost on disk, "
-                f"'python -m ddp_asr.tracking {self.path}' sends or archives it"
-            )
 
 
 def make_schedule(config: Config, steps_per_epoch: int) -> Schedule:
