@@ -2,8 +2,9 @@
 
 The way of an utterance, one module a stage::
 
-    shard --tar + index--> index --rows--> plan --micro-batches--> loader --int16 waveforms (B, S), lengths--> features
-     --log-mel (B, T, F)--> model --logits (B, T', V)--> loss --> trainer --> checkpoint --> evaluate --> decode --> score
+    shard --tar + index--> index --rows--> plan --micro-batches--> loader --int16 waveforms (B, S), lengths-->
+    features --log-mel (B, T, F)--> model --logits (B, T', V)--> loss --> trainer --> checkpoint -->
+    evaluate --> decode --> score
 
 Axes, the same letters in every module:
 

@@ -1,6 +1,7 @@
 """What a run trains on: shard directories and settings -> usable utterances, what is left out and why, and the plan.
 
-Arithmetic on the index: no audio is read and torch is not needed, so `--dry-run` answers for a thousand hours in seconds.
+Arithmetic on the index: no audio is read and torch is not needed, so `--dry-run` answers for a thousand hours in
+seconds.
 """
 
 from dataclasses import dataclass

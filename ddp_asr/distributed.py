@@ -176,7 +176,8 @@ def _place(environment: Any) -> tuple[int, int, int]:
         return 0, 1, 0
     if missing:
         raise UserError(
-            f"{', '.join(missing)} not set beside RANK/WORLD_SIZE: set all of {', '.join(_VARIABLES)}, or start with torchrun"
+            f"{', '.join(missing)} not set beside RANK/WORLD_SIZE: set all of {', '.join(_VARIABLES)}, or start with "
+            "torchrun"
         )
     try:
         rank, world_size, local_rank = (int(environment[name]) for name in _VARIABLES[:3])

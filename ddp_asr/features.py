@@ -70,5 +70,6 @@ def _normalise(log_mel: Tensor, lengths: Tensor) -> Tensor:
     mean = (log_mel * own).sum(1, keepdim=True) / count  # (B, 1, F)
     centred = (log_mel - mean) * own
     deviation = (centred.square().sum(1, keepdim=True) / count).sqrt()
-    # A band without variation (silence, one frame) has nothing to scale up: the floor keeps rounding from becoming signal.
+    # A band without variation (silence, one frame) has nothing to scale up: the floor keeps rounding from becoming
+    # signal.
     return centred / deviation.clamp(min=1e-2)

@@ -1,7 +1,8 @@
-"""CTC loss of each utterance of a micro-batch: logits (B, T', V) -> loss / target length (B,), float32, outside autocast.
+"""CTC loss of each utterance of a micro-batch: logits (B, T', V) -> loss / target length (B,).
 
-The training loss of a step is the mean of these over *all* its utterances (DESIGN 2.5). Micro-batches and ranks therefore
-only ever add: each contributes a weighted sum and a count, and the one division follows the sum over all ranks.
+In float32, outside autocast. The training loss of a step is the mean of these over *all* its utterances (DESIGN 2.5).
+Micro-batches and ranks therefore only ever add: each contributes a weighted sum and a count, and the one division
+follows the sum over all ranks.
 
 Graves et al., "Connectionist temporal classification" (2006); the same mean as `nn.CTCLoss(reduction="mean")`.
 """

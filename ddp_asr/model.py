@@ -1,4 +1,4 @@
-"""The acoustic model: log-mel features (B, T, F) -> strided convolutions -> residual blocks -> BiGRU -> logits (B, T', V).
+"""The acoustic model: log-mel (B, T, F) -> strided convolutions -> residual blocks -> BiGRU -> logits (B, T', V).
 
 The network of AssemblyAI's "Building an End-to-End Speech Recognition Model in PyTorch", Deep Speech 2 in shape
 (Amodei et al., 2015), with the same 23,705,373 parameters at the default sizes, and two things mended:
@@ -8,8 +8,9 @@ The network of AssemblyAI's "Building an End-to-End Speech Recognition Model in 
   before every operation that looks at neighbours, and the backward direction of a BiGRU is a one-directional GRU over
   the sequence reversed *by its own length*. (On a CPU that is 1.4 times faster than packing, too.)
 
-Precision. The caller's autocast covers convolutions and linear layers. GRUs are cast here, explicitly, outside autocast:
-PyTorch's autocast wrapper would send a cuDNN RNN to float16 whatever type autocast was asked for (AutocastRNN.cpp).
+Precision. The caller's autocast covers convolutions and linear layers. GRUs are cast here, explicitly, outside
+autocast: PyTorch's autocast wrapper would send a cuDNN RNN to float16 whatever type autocast was asked for
+(AutocastRNN.cpp).
 """
 
 import torch

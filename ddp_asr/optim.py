@@ -1,7 +1,7 @@
 """AdamW, its one-cycle learning rate, and the moving average of the weights.
 
-The rate is a pure function of the step, so a resumed run needs no scheduler state, and it cannot be stepped past its end:
-the plan knows the number of steps before training, and the cycle ends exactly there.
+The rate is a pure function of the step, so a resumed run needs no scheduler state, and it cannot be stepped past its
+end: the plan knows the number of steps before training, and the cycle ends exactly there.
 Smith and Topin, "Super-convergence" (2018); the arithmetic of `torch.optim.lr_scheduler.OneCycleLR` with two phases.
 """
 

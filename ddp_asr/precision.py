@@ -3,8 +3,8 @@
     fp32   IEEE float32, TF32 off            tf32   float32 storage, TF32 matrix units (NVIDIA)
     bf16   autocast to bfloat16              fp16   autocast to float16, with a gradient scaler
 
-Weights, optimiser and loss are float32 in all of them. `auto` looks at the hardware before it chooses: bfloat16 on a CPU
-without AMX or AVX512-BF16 runs a hundred times slower than float32.
+Weights, optimiser and loss are float32 in all of them. `auto` looks at the hardware before it chooses: bfloat16 on a
+CPU without AMX or AVX512-BF16 runs a hundred times slower than float32.
 """
 
 import torch

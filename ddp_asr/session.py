@@ -159,8 +159,8 @@ class Session:
         theirs = config_from_dict(state["config"], f"the checkpoint {path}")
         for name, ours, other in differences(self.config, theirs):
             raise UserError(
-                f"{path} was trained with {name} = {other!r} and this run has {ours!r}: set --{name}={_shown(other)} to go "
-                "on, or choose another --run.name to begin anew"
+                f"{path} was trained with {name} = {other!r} and this run has {ours!r}: set --{name}={_shown(other)} "
+                "to go on, or choose another --run.name to begin anew"
             )
         if state["fingerprint"] != corpus.whole.fingerprint():
             raise UserError(
