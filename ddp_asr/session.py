@@ -9,6 +9,7 @@ The trainer knows no error rate and no tracker; this module gives it both.
 
 import contextlib
 import json
+import logging
 import os
 import platform
 import socket
@@ -55,6 +56,7 @@ class Session:
         self.files: RunDirectory | None = None  # rank 0 only
         self.show: display.Display | None = None
         self.follower: tracking.Follower | None = None
+        self.log: logging.Logger | None = None
         self.steps_per_epoch = 1
         self.stop = StopRequest(config.distributed.stop_grace_s, self._overdue)
         self.stop.install()
@@ -64,6 +66,7 @@ class Session:
         # What `auto` became belongs to the result: a resume on other hardware must not change it silently.
         self.config = replace(config, train=replace(config.train, precision=precision))
         world.from_rank_zero(self._take_lease)
+        self.log = world.together(lambda: open_rank_log(self.path, world))
 
     def _take_lease(self) -> None:
         job_id = os.environ.get("SLURM_JOB_ID")
@@ -76,7 +79,9 @@ class Session:
         self.files = RunDirectory(self.path, self.lease, job_id, attempt)
 
     def message(self, text: str) -> None:
-        """Shows a sentence where rank 0's user looks."""
+        """Notes a sentence in the rank's log and, on rank 0, shows it where the user looks."""
+        if self.log is not None:
+            self.log.info(text)
         if self.world.rank == 0:
             if self.show is not None:
                 self.show.message(text)
@@ -345,6 +350,9 @@ class Session:
 
     def end(self, state: str, reason: str, *, retry: bool) -> None:
         """Closes what is open, says how the attempt ended and gives the directory free; never hides an error."""
+        self.stop.dismiss()
+        if self.log is not None:
+            self.log.info(f"{state} at step {self.progress.step}: {reason}", exc_info=state == "failed")
         if self.files is None or self.lease is None:
             return
         with contextlib.suppress(UserError):  # the lease may be lost, which is then the error that is being reported
@@ -352,12 +360,34 @@ class Session:
         if self.show is not None:
             self.show.close()
             self.show = None
-        if state != "failed":
+        failed = state == "failed"
+        if not failed:
             self.message(f"{state} at step {self.progress.step}: {reason}")
         if self.follower is not None:
-            self.message(tracking.summary(self.path, self.follower.close()))
+            # After a failure nobody waits for Comet: the follower goes on by itself until its own deadline.
+            report = self.follower.close(timeout_s=0) if failed else self.follower.close()
+            if not failed:
+                self.message(tracking.summary(self.path, report))
         self.files.close()
         self.lease.release()
+
+
+def open_rank_log(run_directory: Path, world: World) -> logging.Logger:
+    """The rank's own log in the run directory, for what the console of one rank out of many does not show."""
+    path = run_directory / f"rank-{world.rank:04d}.log"
+    try:
+        handler = logging.FileHandler(path, encoding="utf8")
+    except OSError as error:
+        raise UserError(
+            f"rank {world.rank} cannot write {path} ({error.strerror}): all ranks must see the run directory"
+        ) from None
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log = logging.getLogger(f"ddp_asr.rank{world.rank}")
+    log.propagate = False
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    log.info(f"rank {world.rank} of {world.world_size}, {socket.gethostname()}, pid {os.getpid()}, {world.device}")
+    return log
 
 
 def make_schedule(config: Config, steps_per_epoch: int) -> Schedule:

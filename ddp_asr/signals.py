@@ -60,6 +60,11 @@ class StopRequest:
         if self.reason is not None:
             self._answered.set()
 
+    def dismiss(self) -> None:
+        """The run has ended: a signal that comes now finds nothing left to stop."""
+        self._at_once = False
+        self._answered.set()
+
     def request(self, reason: str) -> None:
         """Asks for a stop; the first reason stays."""
         if self.reason is None:
