@@ -75,9 +75,16 @@ def run_gru(gru: nn.GRU, x: Tensor) -> Tensor:
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     with torch.autocast(device, enabled=False):
-        weights = [weight.to(dtype) for weight in gru.all_weights[0]]
+        weights = gru.all_weights[0] if dtype == gru.weight_ih_l0.dtype else _cast_together(gru.all_weights[0], dtype)
         state = x.new_zeros(1, x.shape[1], gru.hidden_size, dtype=dtype)
         return torch.gru(x.to(dtype), state, weights, True, 1, 0.0, gru.training, False, False)[0]
+
+
+def _cast_together(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The weights in another type, end to end in one piece of memory: cuDNN copies and warns about scattered ones."""
+    flat = torch.cat([weight.flatten() for weight in weights]).to(dtype)
+    parts = flat.split([weight.numel() for weight in weights])
+    return [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]
 
 
 class AcousticModel(nn.Module):
