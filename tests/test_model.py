@@ -1,0 +1,140 @@
+"""The acoustic model against its oracles: the tutorial's size, PyTorch's packed GRU, and an utterance alone."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from ddp_asr import config
+from ddp_asr.features import LogMel
+from ddp_asr.model import AcousticModel, BiGRU, count_parameters, reverse_by_length
+from ddp_asr.precision import autocast
+
+FEATURES = config.Features(mel_bands=16, n_fft=512)
+STRIDES = [[2], [1], [2, 1], [2, 2], [3, 2]]
+
+
+def small(time_strides=(2,), vocabulary_size=6, **sizes):
+    """A model of all parts, its weights drawn from a fixed seed, that drops nothing out."""
+    settings = config.Model(conv_channels=3, time_strides=list(time_strides), residual_blocks=2, rnn_layers=2, **sizes)
+    torch.manual_seed(0)
+    return AcousticModel(FEATURES, settings, vocabulary_size).eval()
+
+
+@torch.no_grad()
+def relative(one, other):
+    """The largest difference, as a share of the largest number."""
+    return ((one - other).abs().max() / other.abs().max()).item()
+
+
+def test_the_default_sizes_are_the_tutorials():
+    defaults = config.Config()
+    model = AcousticModel(defaults.features, defaults.model, len(defaults.vocabulary.symbols) + 1)
+    assert count_parameters(model) == 23_705_373
+
+
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=4), st.sampled_from(STRIDES))
+def test_the_frames_foretold_are_the_frames_that_come_out(frames, strides):
+    model = small(strides, rnn_size=4)
+    lengths = torch.tensor(frames)
+    logits, left = model(torch.zeros(len(frames), max(frames), 16), lengths)
+    assert logits.shape == (len(frames), left.max(), 6)
+    assert left.tolist() == [model.sizes.output_frames(T) for T in frames]
+    assert left.tolist() == model.sizes.output_frames(lengths.numpy()).tolist()
+
+
+def default_model():
+    settings = config.Config()
+    torch.manual_seed(0)
+    return settings.features, AcousticModel(settings.features, settings.model, 29).eval()
+
+
+@pytest.mark.parametrize("strides", [*STRIDES, "default"], ids=str)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["fp32", "fp64"])
+@torch.no_grad()
+def test_an_utterance_alone_and_beside_31_longer_ones_gives_the_same_logits(strides, dtype, tolerance):
+    """DESIGN 2.4, from waveform to logits; every length leaves another remainder over hop and strides."""
+    features, model = default_model() if strides == "default" else (FEATURES, small(strides, rnn_size=8))
+    model, log_mel = model.to(dtype), LogMel(features).to(dtype)
+    samples = torch.tensor([4_001] + [4_200 + 97 * n for n in range(31)])
+    waveforms = torch.randint(-9_000, 9_000, (32, int(samples.max())), dtype=torch.int16)
+    waveforms[torch.arange(waveforms.shape[1]) >= samples[:, None]] = 0
+    together, frames = model(*log_mel(waveforms, samples))
+    for row in (0, 1, 17):
+        alone, (own,) = model(*log_mel(waveforms[row : row + 1, : samples[row]], samples[row : row + 1]))
+        assert own == frames[row] == alone.shape[1]
+        assert relative(together[row, :own], alone[0]) < tolerance
+
+
+def test_what_lies_in_the_padding_cannot_be_heard():
+    model, frames = small(rnn_size=8).double(), torch.tensor([20, 31])
+    clean = torch.randn(2, 31, 16, dtype=torch.float64)
+    dirty = clean.clone()
+    dirty[0, 20:] = 1e6
+    assert torch.equal(model(clean, frames)[0][0, :10], model(dirty, frames)[0][0, :10])
+
+
+def test_time_runs_along_time_and_never_from_one_utterance_to_another():
+    """The tutorial's GRUs from the second on ran over the batch."""
+    model, frames = small(rnn_size=8).double(), torch.tensor([30, 30, 30])
+    features = torch.randn(3, 30, 16, dtype=torch.float64, requires_grad=True)
+    logits, _ = model(features, frames)
+    (gradient,) = torch.autograd.grad(logits[1, 7].sum(), features)
+    heard = gradient.abs().sum(2) > 0  # (B, T): which frames logit 7 of utterance 1 depends on
+    assert heard[1].all()
+    assert not heard[0].any() and not heard[2].any()
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=5))
+def test_the_bigru_is_torchs_own_over_packed_sequences(frames):
+    torch.manual_seed(2)
+    ours = BiGRU(input_size=5, size=4, dropout=0.0).double()
+    theirs = nn.GRU(5, 4, bidirectional=True).double()
+    for suffix, gru in (("", ours.forward_gru), ("_reverse", ours.backward_gru)):
+        for name, weight in gru.named_parameters():
+            getattr(theirs, name + suffix).data.copy_(weight)
+    lengths = torch.tensor(frames)
+    x = torch.randn(max(frames), len(frames), 5, dtype=torch.float64)
+    packed = nn.utils.rnn.pack_padded_sequence(nn.functional.gelu(ours.norm(x)), lengths, enforce_sorted=False)
+    expected, _ = nn.utils.rnn.pad_packed_sequence(theirs(packed)[0])
+    actual = ours(x, lengths)
+    for row, length in enumerate(frames):
+        assert torch.allclose(actual[:length, row], expected[:length, row], rtol=0, atol=1e-12)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=4))
+def test_reversing_by_length_twice_is_nothing_and_once_is_flip(frames):
+    x, lengths = torch.randn(9, len(frames), 2), torch.tensor(frames)
+    back = reverse_by_length(x, lengths)
+    assert torch.equal(reverse_by_length(back, lengths), x)
+    for row, length in enumerate(frames):
+        assert torch.equal(back[:length, row], x[:length, row].flip(0))
+        assert torch.equal(back[length:, row], x[length:, row])
+
+
+def test_every_parameter_learns():
+    model = small(rnn_size=8)
+    model(torch.randn(2, 40, 16), torch.tensor([40, 33]))[0].square().sum().backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+    assert [name for name, parameter in model.named_parameters() if not parameter.grad.abs().sum() > 0] == []
+
+
+@pytest.mark.parametrize("precision, expected", [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_the_gru_runs_in_the_type_that_was_asked_for(precision, expected, monkeypatch):
+    seen, gru = set(), torch.gru
+    monkeypatch.setattr(torch, "gru", lambda x, *rest: seen.add((x.dtype, rest[1][0].dtype)) or gru(x, *rest))
+    model, frames = small(rnn_size=8), torch.tensor([20])
+    with autocast(precision, torch.device("cpu")):
+        logits, _ = model(torch.randn(1, 20, 16), frames)
+    assert seen == {(expected, expected)}
+    logits.float().sum().backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_bf16_is_near_fp32():
+    model, frames, features = small(rnn_size=8), torch.tensor([20]), torch.randn(1, 20, 16)
+    exact, _ = model(features, frames)
+    with autocast("bf16", torch.device("cpu")):
+        rounded, _ = model(features, frames)
+    assert 0 < relative(rounded.float(), exact) < 0.05
