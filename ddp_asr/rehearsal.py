@@ -13,6 +13,7 @@ import torch
 
 from ddp_asr import SAMPLE_RATE_HZ
 from ddp_asr.corpus import Corpus
+from ddp_asr.distributed import without_sync
 from ddp_asr.errors import UserError
 from ddp_asr.loader import MicroBatch
 from ddp_asr.plan import speed_samples
@@ -37,9 +38,11 @@ def rehearse(corpus: Corpus, learner: Learner) -> list[str]:
             seen.add(shape)
             _run(name, batch, learner)
             ran.append(f"{name}: {_describe(batch)}{_peak_memory(learner)}")
-        # One forward more: DDP rebuilds its buckets at the first forward after a synchronised backward.
-        learner.losses(batch.to(learner.world.device))
-        learner.discard()
+        # One forward more: DDP rebuilds its buckets at the first forward after a synchronised backward. Without
+        # synchronisation, because DDP would await its backward, and join the next one even under `no_sync`: on 3 ranks
+        # those with two micro-batches then reduced once more than the others.
+        with without_sync(learner.model):
+            learner.losses(batch.to(learner.world.device))
     return ran
 
 

@@ -63,3 +63,12 @@ def dev_speech(request) -> Path:
     """Like `train_speech`, with other speakers."""
     real = SHARED_DATA / "LibriSpeech" / "dev-mini"
     return real if real.is_dir() else request.getfixturevalue("synthetic_corpus") / "test"
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory):
+    """Shards and settings for trainings that take a second; see tests/tiny_training.py."""
+    from tests.tiny_training import make_corpus
+
+    os.environ["TINY_TRAINING_LOGS"] = str(tmp_path_factory.mktemp("ranks"))
+    return make_corpus(tmp_path_factory.mktemp("tiny"))
