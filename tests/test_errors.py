@@ -1,0 +1,55 @@
+"""How an entry point ends: a user's mistake is one sentence, a defect of ours keeps its traceback."""
+
+import subprocess
+import sys
+
+import pytest
+
+from ddp_asr.errors import UserError, run_entry_point
+from tests.conftest import REPOSITORY
+
+
+def ending_in(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize("status", [0, 1, 3])
+def test_the_status_is_mains_own(status):
+    assert run_entry_point(lambda: status) == status
+
+
+def test_a_users_mistake_is_one_sentence_and_status_2(capsys):
+    assert run_entry_point(ending_in(UserError("train.epochs must be above 0, not 0"))) == 2
+    assert capsys.readouterr() == ("", "error: train.epochs must be above 0, not 0\n")
+
+
+def test_ctrl_c_is_130_without_a_traceback(capsys):
+    assert run_entry_point(ending_in(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), SystemExit(5), OSError("ours")])
+def test_a_defect_keeps_its_traceback(error):
+    with pytest.raises(type(error)):
+        run_entry_point(ending_in(error))
+
+
+def test_a_reader_that_goes_away_ends_it_silently():
+    program = (
+        "from ddp_asr.errors import run_entry_point\n"
+        "def main():\n"
+        "    for number in range(100_000):\n"
+        "        print(number)\n"
+        "    return 0\n"
+        "raise SystemExit(run_entry_point(main))\n"
+    )
+    command = [sys.executable, "-c", program]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    with process:
+        assert process.stdout.readline() == "0\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 141
