@@ -4,9 +4,9 @@
     config.train.epochs                      # 3
     save_config(config, run_directory / "config.yaml")
 
-Every value, from file and command line alike, is converted by its field's declared type, because YAML 1.1 reads `off`
-as False and `5e-4` as a string. Unknown keys are refused with the nearest valid one. Nothing here imports torch:
-launchers read settings on login nodes that have none.
+Every value, from file and command line alike, is a text that its field's declared type converts, because YAML 1.1 would
+read `off` as False, `5e-4` as a string and `0123` as 83. Unknown keys are refused with the nearest valid one. Nothing
+here imports torch: launchers read settings on login nodes that have none.
 
 The sections in `SHAPES_THE_RESULT` decide what is trained, so a checkpoint only continues under the same ones;
 `differences` names the first that is not. All others may change between attempts of one run.
@@ -14,6 +14,7 @@ The sections in `SHAPES_THE_RESULT` decide what is trained, so a checkpoint only
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import typing
@@ -205,16 +206,19 @@ SHAPES_THE_RESULT = (
 )
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key given twice, of which YAML would silently keep the last."""
+class _TextLoader(yaml.SafeLoader):
+    """Leaves values the texts they are, and refuses a key given twice, of which YAML would silently keep the last."""
+
+    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        seen: set[str] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
-            seen.add(key)
+            if isinstance(key_node, yaml.ScalarNode):
+                if key_node.value in seen:
+                    problem = f"{key_node.value!r} is given twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+                seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
 
@@ -225,14 +229,15 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         UserError: an unreadable file, an unknown key, a value of the wrong type or out of range.
     """
     tree = {} if path is None else _read_yaml(path)
+    _refuse_unknown(tree, str(path))
     for override in overrides:
         name, separator, text = override.removeprefix("--").partition("=")
         section, dot, key = name.partition(".")
         if not (override.startswith("--") and separator and dot):
             raise UserError(f"{override!r} is no setting: write --section.key=value, for instance --train.epochs=3")
-        tree.setdefault(section, {})[key] = _parse_yaml_value(text)
-    origin = "the command line" if path is None else str(path)
-    config = config_from_dict(tree, origin)
+        _refuse_unknown({section: {key: text}}, "the command line")
+        tree.setdefault(section, {})[key] = _parse_list(text)
+    config = config_from_dict(tree, "the command line" if path is None else str(path))
     if not config.run.name:
         named = dataclasses.replace(config.run, name="default" if path is None else path.stem)
         config = dataclasses.replace(config, run=named)
@@ -241,53 +246,53 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(encoding="utf8"), Loader=_UniqueKeyLoader)
+        tree = yaml.load(path.read_text(encoding="utf8"), Loader=_TextLoader)
     except OSError as error:
         raise UserError(f"cannot read the settings {path}: {error.strerror}; --config takes a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
     if tree is None:
         return {}
-    if not isinstance(tree, dict) or not all(isinstance(section, dict | None) for section in tree.values()):
+    if not isinstance(tree, dict) or not all(isinstance(section, dict) or section == "" for section in tree.values()):
         raise UserError(f"{path} must hold sections of settings, such as 'train:' with 'epochs: 3' below it")
     return {name: section or {} for name, section in tree.items()}
 
 
-def _parse_yaml_value(text: str) -> Any:
+def _parse_list(text: str) -> Any:
+    """`[a, b]` as YAML has it; any other text as it is."""
     try:
-        return yaml.safe_load(text) if text[:1] == "[" else text
+        return yaml.load(text, Loader=_TextLoader) if text[:1] == "[" else text
     except yaml.YAMLError:
         return text
 
 
 def config_from_dict(tree: dict[str, dict[str, Any]], origin: str) -> Config:
     """The settings in a plain nested dict, as YAML files and checkpoints hold them; checked like a file's."""
-    sections = {section.name: _section_type(section.name) for section in dataclasses.fields(Config)}
-    values = {}
-    for name, settings in tree.items():
-        if name not in sections:
-            raise UserError(f"unknown section {name!r} in {origin}; {_nearest(name, sections)}")
-        values[name] = _build_section(name, sections[name], settings, origin)
-    config = Config(**values)
+    _refuse_unknown(tree, origin)
+    config = Config(**{section: _build_section(section, settings) for section, settings in tree.items()})
     check(config)
     return config
+
+
+def _refuse_unknown(tree: dict[str, dict[str, Any]], origin: str) -> None:
+    sections = [section.name for section in dataclasses.fields(Config)]
+    for section, settings in tree.items():
+        if section not in sections:
+            raise UserError(f"unknown section {section!r} in {origin}; {_nearest(section, sections)}")
+        names = [f"{section}.{field.name}" for field in dataclasses.fields(_section_type(section))]
+        for name in (f"{section}.{key}" for key in settings):
+            if name not in names:
+                raise UserError(f"unknown setting {name!r} in {origin}; {_nearest(name, names)}")
 
 
 def _section_type(name: str) -> Any:
     return typing.get_type_hints(Config)[name]
 
 
-def _build_section(section: str, kind: Any, settings: dict[str, Any], origin: str) -> Any:
+def _build_section(section: str, settings: dict[str, Any]) -> Any:
+    kind = _section_type(section)
     types = typing.get_type_hints(kind)
-    values = {}
-    for key, value in settings.items():
-        if key not in types:
-            names = [f"{section}.{name}" for name in types]
-            raise UserError(
-                f"unknown setting {f'{section}.{key}'!r} in {origin}; {_nearest(f'{section}.{key}', names)}"
-            )
-        values[key] = _convert(value, types[key], f"{section}.{key}")
-    return kind(**values)
+    return kind(**{key: _convert(value, types[key], f"{section}.{key}") for key, value in settings.items()})
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
@@ -297,7 +302,7 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 
 
 def _convert(value: Any, kind: Any, name: str) -> Any:
-    """`value` as `kind`; YAML's own guess at the type only decides what the user could have meant by it."""
+    """`value`, a text or what a checkpoint holds, as `kind`."""
     wrong = UserError(f"{name} must be {_describe_type(kind)}, not {value!r}")
     if typing.get_origin(kind) is list:
         if isinstance(value, str):
@@ -307,14 +312,9 @@ def _convert(value: Any, kind: Any, name: str) -> Any:
         (item,) = typing.get_args(kind)
         return [_convert(part, item, name) for part in value]
     if kind is str:
-        # YAML 1.1 has read `off` and `no` as False and `on` and `yes` as True: a string setting means the word.
-        if isinstance(value, bool):
-            return "on" if value else "off"
-        if value is None:
-            return ""
-        if not isinstance(value, str | int | float):
+        if not isinstance(value, str):
             raise wrong
-        return str(value)
+        return value
     if kind is bool:
         words = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
         if str(value).lower() not in words:
@@ -323,15 +323,19 @@ def _convert(value: Any, kind: Any, name: str) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise wrong
     try:
-        number = float(value)
-        return number if kind is float else _whole(number)
+        return float(value) if kind is float else _whole(value)
     except (ValueError, OverflowError):
         raise wrong from None
 
 
-def _whole(number: float) -> int:
+def _whole(value: int | float | str) -> int:
+    """Texts such as 1e3, too; without the detour over a float, which rounds large seeds, where there is another way."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return int(value)
+    number = value if isinstance(value, int) else float(value)
     if number != int(number):
-        raise ValueError(number)
+        raise ValueError(value)
     return int(number)
 
 
@@ -367,14 +371,15 @@ _CHOICES = {
 def check(config: Config) -> None:
     """Raises a UserError for the first value out of its range or at odds with another."""
     values = dict(flatten(config))
+    parts = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
 
     def require(names: Iterable[str], allowed: Callable[[float], bool], words: str) -> None:
         for name in names:
-            numbers = values[name] if isinstance(values[name], list) else [values[name]]
-            if not numbers or not all(allowed(number) for number in numbers):
+            if not parts[name] or not all(allowed(number) for number in parts[name]):
                 raise UserError(f"{name} must be {words}, not {values[name]!r}")
 
-    require([n for n, v in values.items() if isinstance(v, float)], lambda x: abs(x) < float("inf"), "finite")
+    fractional = [name for name in parts if any(isinstance(part, float) for part in parts[name])]
+    require(fractional, lambda x: abs(x) < float("inf"), "finite")
     require(_POSITIVE, lambda x: x > 0, "above 0")
     require(_SHARES, lambda x: 0 <= x <= 1, "between 0 and 1")
     require(_SHARES_BELOW_ONE, lambda x: 0 <= x < 1, "at least 0 and below 1")
@@ -395,7 +400,10 @@ def _check_together(config: Config) -> None:
     if window_samples != int(window_samples) or features.hop_ms * 16 != int(features.hop_ms * 16):
         raise UserError("features.window_ms and features.hop_ms must be whole numbers of samples at 16 kHz (1/16 ms)")
     if features.n_fft < window_samples:
-        raise UserError(f"features.n_fft = {features.n_fft} is shorter than the window of {window_samples:.0f} samples")
+        raise UserError(
+            f"features.n_fft = {features.n_fft} is shorter than features.window_ms = {features.window_ms:g}, "
+            f"{window_samples:.0f} samples: raise the former or lower the latter"
+        )
     if features.mel_bands % 2 ** len(config.model.time_strides):
         raise UserError(
             f"features.mel_bands = {features.mel_bands} must be divisible by {2 ** len(config.model.time_strides)}, "
@@ -403,8 +411,8 @@ def _check_together(config: Config) -> None:
         )
     if augment.frequency_mask_bands >= features.mel_bands:
         raise UserError(
-            f"augment.frequency_mask_bands = {augment.frequency_mask_bands} would hide all "
-            f"{features.mel_bands} mel bands: choose a smaller number"
+            f"augment.frequency_mask_bands = {augment.frequency_mask_bands} would hide all bands of "
+            f"features.mel_bands = {features.mel_bands}: choose a smaller number"
         )
     if augment.noise_snr_db_min > augment.noise_snr_db_max:
         raise UserError("augment.noise_snr_db_min is above augment.noise_snr_db_max")
