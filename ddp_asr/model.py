@@ -75,7 +75,9 @@ def run_gru(gru: nn.GRU, x: Tensor) -> Tensor:
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     with torch.autocast(device, enabled=False):
-        weights = gru.all_weights[0] if dtype == gru.weight_ih_l0.dtype else _cast_together(gru.all_weights[0], dtype)
+        weights: list[Tensor] = [*gru.all_weights[0]]
+        if dtype != weights[0].dtype:
+            weights = _cast_together(weights, dtype)
         state = x.new_zeros(1, x.shape[1], gru.hidden_size, dtype=dtype)
         return torch.gru(x.to(dtype), state, weights, True, 1, 0.0, gru.training, False, False)[0]
 
