@@ -209,8 +209,6 @@ SHAPES_THE_RESULT = (
 class _TextLoader(yaml.SafeLoader):
     """Leaves values the texts they are, and refuses a key given twice, of which YAML would silently keep the last."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
@@ -220,6 +218,9 @@ class _TextLoader(yaml.SafeLoader):
                     raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
                 seen.add(key_node.value)
         return super().construct_mapping(node, deep)
+
+
+_TextLoader.yaml_implicit_resolvers = {}  # what would take a text for a truth value, a number or a date
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
