@@ -13,6 +13,7 @@ Lines are flushed one by one, so a killed run has lost at most the line it was w
 line and everything beyond the step that a resumed run continues from.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -97,7 +98,8 @@ class RunDirectory:
     def close(self) -> None:
         """Closes the growing files."""
         for file in self._files.values():
-            file.close()
+            with contextlib.suppress(OSError):  # a line that is still unwritten was reported when it was added
+                file.close()
 
 
 class _naming_the_file:
@@ -118,13 +120,15 @@ class _naming_the_file:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file; a torn last line is passed over, and a missing file has none."""
+    """The objects of a JSONL file; torn lines are passed over, and a missing file has none."""
     if not path.exists():
         return
     with path.open(encoding="utf8", errors="replace") as file:
         for text in file:
-            if text.endswith("\n") and text.startswith("{"):
-                yield json.loads(text)
+            # A machine that loses power leaves blocks of zeros, too, so a line's end does not prove it whole.
+            with contextlib.suppress(ValueError):
+                if text.endswith("\n") and text.startswith("{"):
+                    yield json.loads(text)
 
 
 def read_status(path: Path) -> dict[str, Any] | None:
