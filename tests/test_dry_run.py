@@ -1,0 +1,162 @@
+"""`--dry-run`: what it says of a tiny corpus is what a run would do, and costs neither audio nor a run directory."""
+
+import re
+
+import pytest
+import soundfile
+import torch
+
+from ddp_asr import SAMPLE_RATE_HZ, train
+from ddp_asr.config import config_from_dict
+from ddp_asr.corpus import read_corpus
+from ddp_asr.dry_run import activation_bytes_per_second, report
+from ddp_asr.errors import UserError
+from ddp_asr.loss import ctc_loss
+from ddp_asr.model import AcousticModel
+from tests.tiny_speech import manifest, noise, shard
+
+SECTIONS = {
+    "vocabulary": {"symbols": " ab"},
+    "batch": {"max_seconds": 2.0, "micro_batches": 4},
+    "features": {"mel_bands": 16, "n_fft": 512},
+    "augment": {"frequency_mask_bands": 4},
+    "model": {"conv_channels": 4, "residual_blocks": 1, "rnn_layers": 2, "rnn_size": 8, "dropout": 0.2},
+    "train": {"epochs": 3},
+}
+# 16 that can be trained; then a foreign character, too few frames for CTC, nothing left of it, too long.
+TEXTS = ["ab ba"] * 16 + ["abc", "ab" * 40, "...", "ab"]
+SECONDS = [0.5 + 0.02 * n for n in range(16)] + [0.5, 0.5, 0.5, 2.5]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("dry-run")
+    entries = []
+    for number, (text, seconds) in enumerate(zip(TEXTS, SECONDS, strict=True)):
+        soundfile.write(directory / f"{number:02d}.flac", noise(seconds, seed=number), SAMPLE_RATE_HZ)
+        entries.append({"audio_filepath": f"{number:02d}.flac", "text": text})
+    return shard(manifest(directory / "all.jsonl", entries), directory / "shards")
+
+
+def settings(shards, **sections):
+    data = {"train": [str(shards)], "test": []}
+    vocabulary = {**SECTIONS["vocabulary"], "drop": "."}
+    return config_from_dict({**SECTIONS, "vocabulary": vocabulary, "data": data, **sections}, "the test")
+
+
+def test_it_names_steps_data_and_model(shards):
+    config = settings(shards)
+    text = report(config, world_size=2)
+    corpus = read_corpus(config)
+    steps = corpus.plan.steps_per_epoch
+    assert f"steps             {steps} an epoch, {3 * steps} in all\n" in text
+    assert "training data     16 utterances, 0.00 h\n" in text
+    assert "test data         none\n" in text
+    parameters = sum(p.numel() for p in AcousticModel(config.features, config.model, 4).parameters())
+    assert f"model             {parameters:,} parameters, 4 classes\n" in text
+    assert "4 micro-batches, " in text and "up to 4; " in text
+    assert "symbols: ' ab'" in text and "rnn_size: 8" in text  # every setting, as it would be saved
+
+
+def test_it_names_what_is_left_out_and_why(shards):
+    counts = read_corpus(settings(shards)).targets.counts()
+    assert sum(counts.values()) == 4 and len(counts) == 4
+    text = report(settings(shards), world_size=1)
+    assert "left out          4 utterances" in text
+    for reason, count in counts.items():
+        assert re.search(rf"^ +{count}  {re.escape(reason)}$", text, re.MULTILINE)
+
+
+def test_where_all_is_trained_it_says_so(shards):
+    vocabulary = {"symbols": " abc.", "lowercase": True}
+    clean = settings(
+        shards,
+        vocabulary=vocabulary,
+        batch={"max_seconds": 10.0, "micro_batches": 2},
+        features={"mel_bands": 16, "n_fft": 512, "hop_ms": 2.5},
+    )
+    assert "left out          nothing\n" in report(clean, world_size=1)
+
+
+def test_more_processes_than_micro_batches_are_refused(shards):
+    with pytest.raises(UserError, match="5 processes cannot share out 4 micro-batches"):
+        report(settings(shards), world_size=5)
+    report(settings(shards), world_size=4)
+
+
+def test_what_a_run_would_refuse_is_refused(shards):
+    with pytest.raises(UserError, match="16 usable utterances cannot fill the 17 micro-batches"):
+        report(settings(shards, batch={"max_seconds": 2.0, "micro_batches": 17}), world_size=1)
+
+
+def test_the_command_prints_it_and_leaves_nothing_behind(shards, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    arguments = ["--dry-run", f"--data.train={shards}", "--data.test=", f"--run.dir={tmp_path / 'runs'}"]
+    arguments += ["--vocabulary.symbols= ab", "--vocabulary.drop=.", "--batch.micro_batches=2", "--model.rnn_size=8"]
+    with pytest.raises(UserError, match="3 processes cannot share out 2"):
+        train.main(arguments)
+    monkeypatch.delenv("WORLD_SIZE")
+    assert train.main(arguments) == 0
+    assert f"run               {tmp_path / 'runs'}/" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+def kept_bytes(config, utterances, seconds):
+    """What autograd really keeps of a micro-batch in training: each storage once, weights not counted."""
+    model = AcousticModel(config.features, config.model, 4)
+    frames = config.features.frames(int(seconds * SAMPLE_RATE_HZ))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    alive, total = {}, 0
+
+    def note(tensor):
+        nonlocal total
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights | alive.keys():
+            alive[storage.data_ptr()] = storage
+            total += storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        lengths = torch.full((utterances,), frames)
+        logits, left = model(torch.zeros(utterances, frames, config.features.mel_bands), lengths)
+        targets = torch.zeros(utterances, 4, dtype=torch.int64)
+        ctc_loss(logits, left, targets, torch.full((utterances,), 4))
+    return total
+
+
+def test_the_estimate_is_what_a_micro_batch_really_keeps(shards):
+    config = settings(shards)
+    model = AcousticModel(config.features, config.model, 4)
+    a_second = activation_bytes_per_second(config, model)
+    for utterances, seconds in ((1, 7.0), (6, 2.0), (10, 1.0)):
+        estimate = a_second * utterances * seconds
+        assert estimate == pytest.approx(kept_bytes(config, utterances, seconds), rel=0.1)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "section, changed, least, most",
+    [
+        ("model", {"conv_channels": 8}, 1.3, 2.0),
+        ("model", {"rnn_layers": 8}, 2.0, 4.0),
+        ("model", {"time_strides": [4]}, 0.5, 0.6),
+        ("features", {"hop_ms": 25.0}, 0.48, 0.52),
+    ],
+    ids=str,
+)
+def test_the_estimate_scales_with_what_is_computed(shards, section, changed, least, most):
+    before, after = (settings(shards, **{section: {**SECTIONS[section], **more}}) for more in ({}, changed))
+    one, other = (activation_bytes_per_second(c, AcousticModel(c.features, c.model, 4)) for c in (before, after))
+    assert least < other / one < most
+
+
+def test_the_largest_micro_batches_are_those_that_a_run_rehearses(shards):
+    config = settings(shards)
+    corpus = read_corpus(config)
+    text = report(config, world_size=1)
+    for name, rows in corpus.plan.corners(corpus.target_lengths).items():
+        longest_s = corpus.index.samples[rows].max() / SAMPLE_RATE_HZ
+        assert re.search(rf"^  {name} +{len(rows)} x {longest_s:.1f} s, about \d", text, re.MULTILINE)
