@@ -1,39 +1,220 @@
-"""The design's properties 1, 2, 3, 5 and 6 on one to four real processes: the same training, whoever runs it."""
+"""The design's properties 1, 2, 5 and 6 on one to four real processes: the same training, whoever runs it."""
 
 import json
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
+import torch
 
+from ddp_asr import augment
+from ddp_asr.config import load_config
+from ddp_asr.corpus import read_corpus
+from ddp_asr.distributed import World
+from ddp_asr.features import LogMel
+from ddp_asr.index import Index
+from ddp_asr.loader import train_loader
+from ddp_asr.model import AcousticModel
+from ddp_asr.optim import make_optimizer
+from ddp_asr.trainer import Learner
 from tests import tiny_training as tiny
 
 WORLD_SIZES = (1, 2, 3, 4)
+EPOCHS = 13
+STEPS = EPOCHS * tiny.STEPS_PER_EPOCH  # 52
+TOLERANCE = {"float32": 1e-4, "float64": 1e-9}
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, tiny_corpus):
-    """Runs of the same training on 1, 2, 3 and 4 processes, each with what its ranks wrote down."""
-    runs = tmp_path_factory.mktemp("undisturbed")
+@pytest.fixture(scope="module", params=list(TOLERANCE))
+def runs(request, tmp_path_factory, tiny_corpus) -> tuple[Path, str]:
+    """The same 52 steps on 1, 2, 3 and 4 processes, each with what its ranks were given; and the type they ran in."""
+    directory = tmp_path_factory.mktemp(request.param)
     for processes in WORLD_SIZES:
-        (runs / f"log-{processes}").mkdir()
-        tiny.train(
-            tiny_corpus.arguments(runs, f"w{processes}"), processes, [partial(tiny.writing_down, runs / f"log-{processes}")]
-        )
-    return runs
+        (directory / f"given-{processes}").mkdir()
+        patches = [partial(tiny.writing_down, directory / f"given-{processes}")]
+        patches += [tiny.in_double] if request.param == "float64" else []
+        options = (f"--train.epochs={EPOCHS}", "--train.eval_every_steps=26", "--train.save_every_steps=26")
+        tiny.train(tiny_corpus.arguments(directory, f"w{processes}", *options), processes, patches)
+    return directory, request.param
 
 
+def given(directory: Path, processes: int) -> list[dict]:
+    files = (directory / f"given-{processes}").iterdir()
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", WORLD_SIZES)
-def test_every_utterance_is_trained_once_an_epoch(undisturbed, tiny_corpus, processes):
-    lines = [
-        json.loads(line)
-        for log in (undisturbed / f"log-{processes}").iterdir()
-        for line in log.read_text().splitlines()
-    ]
-    assert sorted((line["step"], line["micro_batch"]) for line in lines) == [
-        (step, k) for step in range(1, tiny.STEPS + 1) for k in range(4)
-    ]
-    for epoch in range(3):
-        first = epoch * tiny.STEPS_PER_EPOCH
-        steps = range(first + 1, first + tiny.STEPS_PER_EPOCH + 1)
-        keys = [key for line in lines if line["step"] in steps for key in line["keys"]]
+def test_every_utterance_is_trained_once_an_epoch(runs, processes):
+    directory, _ = runs
+    lines = given(directory, processes)
+    positions = sorted((line["step"], line["micro_batch"]) for line in lines)
+    assert positions == [(step, k) for step in range(1, STEPS + 1) for k in range(4)]
+    for epoch in range(EPOCHS):
+        keys = [key for line in lines if (line["step"] - 1) // tiny.STEPS_PER_EPOCH == epoch for key in line["keys"]]
         assert sorted(keys) == [f"train-{number:02d}" for number in range(26)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", WORLD_SIZES[1:])
+def test_the_number_of_processes_changes_nothing(runs, processes):
+    directory, dtype = runs
+    alone, together = directory / "w1", directory / f"w{processes}"
+    assert tiny.final_state(alone, STEPS)["model"]["bridge.weight"].dtype == getattr(torch, dtype)
+    tiny.assert_close_runs(together, alone, TOLERANCE[dtype], STEPS)
+
+
+@pytest.mark.slow
+def test_the_runs_did_learn_and_were_random(runs):
+    """Else the agreement above would say little."""
+    directory, _ = runs
+    losses = [line["loss"] for line in tiny.metrics(directory / "w1") if line["kind"] == "train"]
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    assert tiny.final_state(directory / "w1", STEPS)["average_updates"] == STEPS
+    rates = [line["learning_rate"] for line in tiny.metrics(directory / "w1") if line["kind"] == "train"]
+    assert max(rates) == pytest.approx(3e-3, rel=0.05) and rates[-1] == pytest.approx(3e-3 / 25 / 1e4)
+    orders = [[line["keys"] for line in given(directory, 1) if line["step"] == step] for step in (1, 5, 9)]
+    assert orders[0] != orders[1] != orders[2]
+
+
+# ---- property 5 ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def double():
+    """float64 for whatever casts to nothing else."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def step_of(tiny_corpus, index_of=lambda index: index):
+    """A learner without dropout, and a step of four micro-batches of which some have an utterance more."""
+    path, *overrides = tiny_corpus.arguments(Path("runs"), "run", "--model.dropout=0")[1:]
+    config = load_config(Path(path), overrides)
+    corpus = read_corpus(config)
+    torch.manual_seed(0)
+    model = AcousticModel(config.features, config.model, corpus.vocabulary.size)
+    learner = Learner(
+        world=World(0, 1, 0, torch.device("cpu")),
+        model=model,
+        log_mel=LogMel(config.features),
+        optimizer=make_optimizer(model, config.optim),
+        optim=config.optim,
+        precision="fp32",
+        seed=0,
+    )
+    loader = train_loader(
+        index_of(corpus.index), corpus.vocabulary, corpus.plan, augment.draw, config, rank=0, world_size=1
+    )
+    steps = [[next(loader) for _ in range(4)] for _ in range(corpus.plan.steps_per_epoch)]
+    return learner, next(step for step in steps if len({len(batch.rows) for batch in step}) > 1)
+
+
+def by_micro_batches(learner, batches):
+    """Loss and gradients of a step as the trainer takes them."""
+    losses = [
+        learner.accumulate(batch, step=1, micro_batch=k, last=k == len(batches) - 1) for k, batch in enumerate(batches)
+    ]
+    utterances = sum(batch.utterances for batch in batches)
+    gradients = [parameter.grad / utterances for parameter in learner.model.parameters()]
+    learner.discard()
+    return float(torch.cat(losses).sum()) / utterances, gradients
+
+
+def in_one_batch(learner, batches):
+    """Loss and gradients of one plain batch of the same utterances, by `nn.CTCLoss(reduction="mean")`."""
+
+    def joined(rows):
+        longest = max(row.shape[-1] for row in rows)
+        return torch.cat([torch.nn.functional.pad(row, (0, longest - row.shape[-1])) for row in rows])
+
+    batches = [batch for batch in batches if batch.utterances]
+    samples, lengths = (torch.cat([getattr(b, name) for b in batches]) for name in ("samples", "target_lengths"))
+    features, frames = learner.log_mel(joined([batch.waveforms for batch in batches]), samples)
+    masks = {name: torch.cat([batch.masks[name] for batch in batches]) for name in batches[0].masks}
+    logits, frames = learner.model(augment.apply(features, masks), frames)
+    targets = joined([batch.targets for batch in batches])
+    loss = torch.nn.CTCLoss(blank=logits.shape[-1] - 1)(
+        logits.log_softmax(-1).transpose(0, 1), targets, frames, lengths
+    )
+    gradients = list(torch.autograd.grad(loss, list(learner.model.parameters())))
+    return float(loss.detach()), gradients
+
+
+def assert_equal_steps(ours, plain):
+    assert ours[0] == pytest.approx(plain[0], rel=1e-12)
+    whole = sum(float(gradient.square().sum()) for gradient in plain[1]) ** 0.5
+    apart = sum(float((a - b).square().sum()) for a, b in zip(ours[1], plain[1], strict=True)) ** 0.5
+    assert whole > 0.1 and apart < 1e-10 * whole
+
+
+def test_loss_and_gradient_of_uneven_micro_batches_are_those_of_one_batch(tiny_corpus, double):
+    learner, batches = step_of(tiny_corpus)
+    assert len({batch.utterances for batch in batches}) > 1 and batches[0].masks["time"].any()
+    assert_equal_steps(by_micro_batches(learner, batches), in_one_batch(learner, batches))
+
+
+def test_an_emptied_micro_batch_weighs_nothing(tiny_corpus, double, tmp_path):
+    _, (*_, first) = step_of(tiny_corpus)
+
+    def damaged(index: Index) -> Index:
+        data = bytearray(index.shards[0].read_bytes())
+        for row in first.rows.tolist():
+            data[index.offset[row] : index.offset[row] + 100] = bytes(100)
+        (tmp_path / "shard-000000.tar").write_bytes(data)
+        return replace(index, shards=(tmp_path / "shard-000000.tar",))
+
+    learner, batches = step_of(tiny_corpus, damaged)
+    assert batches[-1].utterances == 0 and len(batches[-1].bad) == first.utterances
+    assert batches[-1].weight.tolist() == [0.0]
+    assert_equal_steps(by_micro_batches(learner, batches), in_one_batch(learner, batches))
+
+
+# ---- property 6: the rehearsal -------------------------------------------------------------------------------------
+
+
+def leaving_no_trace() -> None:
+    """Fails a rank whose rehearsal changes a bit of what training goes on from."""
+    import random
+
+    import numpy as np
+
+    from ddp_asr import checkpoint, session
+
+    before = session.rehearse
+
+    def everything(learner):
+        randomness = [torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()]
+        return checkpoint.snapshot({"learner": learner.state(), "random": randomness})
+
+    def rehearse(corpus, learner):
+        was = everything(learner)
+        lines = before(corpus, learner)
+        assert tiny.differences(was, everything(learner)) == []
+        assert all(parameter.grad is None for parameter in learner.model.parameters())
+        print("no trace", flush=True)
+        return lines
+
+    session.rehearse = rehearse
+
+
+def without_rehearsal() -> None:
+    from ddp_asr import session
+
+    session.rehearse = lambda corpus, learner: []
+
+
+def test_the_rehearsal_leaves_no_trace(tiny_corpus, tmp_path):
+    tiny.train(tiny_corpus.arguments(tmp_path, "with"), 1, [leaving_no_trace])
+    tiny.train(tiny_corpus.arguments(tmp_path, "without"), 1, [without_rehearsal])
+    tiny.assert_same_run(tmp_path / "with", tmp_path / "without")
+
+
+@pytest.mark.slow
+def test_the_rehearsal_leaves_no_trace_on_any_rank(tiny_corpus, tmp_path):
+    ranks = tiny.start(tiny_corpus.arguments(tmp_path, "run", "--train.epochs=1"), 3, [leaving_no_trace])
+    output = ranks.succeed()
+    assert ranks.output.count("no trace") == 3
+    assert "rehearsed the longest utterance: 2 utterance(s) of up to 1.0 s" in output
