@@ -4,7 +4,7 @@
     stop.install()
     ...                      # until here a signal raises StoppedBeforeTraining in the main thread
     stop.wait_for_boundary()
-    stop.boundary()          # once a step: the rank looks at `stop.reason` and all ranks agree on it
+    stop.agreed()            # at a step boundary: a rank had a `stop.reason`, and all ranks know it
 
 A Python handler cannot run while the main thread is inside a collective, so signals are also read from the wake-up
 descriptor by a thread. It ends a rank that reaches no step boundary within `grace_s` of a signal, which is how a rank
@@ -55,10 +55,9 @@ class StopRequest:
         """From now on a signal waits for the next step boundary."""
         self._at_once = False
 
-    def boundary(self) -> None:
-        """This rank has reached a step boundary, where it and the others learn of `reason`."""
-        if self.reason is not None:
-            self._answered.set()
+    def agreed(self) -> None:
+        """All ranks know of the stop, at a step boundary: from here on it takes as long as it takes."""
+        self._answered.set()
 
     def dismiss(self) -> None:
         """The run has ended: a signal that comes now finds nothing left to stop."""
@@ -82,7 +81,7 @@ class StopRequest:
         while True:
             if select.select([wakeup], [], [], _PARENT_POLL_S)[0]:
                 for number in wakeup.recv(64):
-                    if number in SIGNALS and not self._at_once:
+                    if number in SIGNALS:
                         self.request(signal.Signals(number).name)
             if os.getppid() != self._parent and self.reason is None:
                 os.kill(os.getpid(), signal.SIGTERM)  # as on SIGTERM, handler included

@@ -39,15 +39,26 @@ command goes on from there, on as many processes as you like, up to batch.micro_
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options, overrides = _parse(sys.argv[1:] if argv is None else argv)
-    config = load_config(_config_path(options.config), overrides)
-    _check_shards(config)
+    options, rest = _parse(sys.argv[1:] if argv is None else argv)
+    mistake: UserError | None = None
+    try:
+        config = load_config(_config_path(options.config), list(_joined(rest)))
+        _check_shards(config)
+    except UserError as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1" or options.dry_run:
+            raise
+        config, mistake = Config(), error  # every rank has made it, and one of them says it
     if options.dry_run:
-        from ddp_asr.dry_run import report
+        return _dry_run(config)
+    return run(config, resume=options.resume, profile_steps=options.profile, mistake=mistake)
 
+
+def _dry_run(config: Config) -> int:
+    from ddp_asr.dry_run import report
+
+    if os.environ.get("RANK", "0") == "0":
         print(report(config, int(os.environ.get("WORLD_SIZE") or 1)))
-        return 0
-    return run(config, resume=options.resume, profile_steps=options.profile)
+    return 0
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -69,8 +80,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and start nothing")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="trace N steps into the run directory")
-    options, rest = parser.parse_known_args(argv)
-    return options, list(_joined(rest))
+    return parser.parse_known_args(argv)
 
 
 def _joined(arguments: Sequence[str]) -> Iterator[str]:
@@ -104,8 +114,11 @@ def _check_shards(config: Config) -> None:
         )
 
 
-def run(config: Config, *, resume: str = "auto", profile_steps: int = 0) -> int:
-    """Trains; returns the exit status of this rank: 0 when the run is done or was stopped, 2 for a user's mistake."""
+def run(config: Config, *, resume: str = "auto", profile_steps: int = 0, mistake: UserError | None = None) -> int:
+    """Trains; returns the exit status of this rank: 0 when the run is done or was stopped, 2 for a user's mistake.
+
+    A `mistake` that this rank has found in the settings is raised once the ranks have met.
+    """
     from ddp_asr.distributed import PeerLost, RaisedElsewhere, join
     from ddp_asr.session import Session
     from ddp_asr.signals import StoppedBeforeTraining
@@ -114,6 +127,7 @@ def run(config: Config, *, resume: str = "auto", profile_steps: int = 0) -> int:
     session: Session | None = None
     world = join(config.distributed)
     try:
+        world.together(lambda: _raise(mistake))
         session = Session(config, world)
         with _profiled(profile_steps, session) as on_step:
             outcome = session.run(resume, on_step)
@@ -134,6 +148,11 @@ def run(config: Config, *, resume: str = "auto", profile_steps: int = 0) -> int:
         if session is not None:
             session.end("failed", f"{type(error).__name__}: {error}", retry=True)
         raise
+
+
+def _raise(mistake: UserError | None) -> None:
+    if mistake is not None:
+        raise mistake
 
 
 def _quiet_torch() -> None:

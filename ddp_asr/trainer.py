@@ -240,12 +240,13 @@ class Trainer:
         if self._evaluate_if_due():  # the attempt before was stopped between a step and its evaluation
             return self._stopped()
         while progress.step < self.schedule.total_steps:
+            if 0 < self.schedule.stop_at_step <= progress.step:  # a resumed run may be there, or beyond, already
+                self.stop.request(f"train.stop_at_step = {self.schedule.stop_at_step}")
+                self.stop.agreed()
+                return self._stopped()
             asked_to_stop = self._step(batches, share_of_step)
             self._save_if_due()
             if asked_to_stop or self._evaluate_if_due():
-                return self._stopped()
-            if progress.step == self.schedule.stop_at_step and progress.step < self.schedule.total_steps:
-                self.stop.request(f"train.stop_at_step = {progress.step}")
                 return self._stopped()
         self._save()
         self._finish()
@@ -267,8 +268,9 @@ class Trainer:
         per_utterance = torch.cat(losses)
         tally.loss = float(per_utterance.sum(dtype=torch.float64))
         tally.stops, tally.failures = float(self.stop.reason is not None), float(self._failure is not None)
-        self.stop.boundary()
         everyones = tally.over_all_ranks(self.world)
+        if everyones.stops:
+            self.stop.agreed()  # not before the reduction: a rank waits there for one that is stuck
         if everyones.failures:
             self._raise_together()
         updated, norm = self._update(step, everyones)
@@ -313,7 +315,7 @@ class Trainer:
         nonfinite = self.progress.skipped - self.progress.overflows
         if nonfinite > self.schedule.max_nonfinite_steps:
             self.hooks.dump(step, mine)
-            raise UserError(
+            raise self.world_error(
                 f"{nonfinite} steps had a non-finite loss or gradient, more than train.max_nonfinite_steps = "
                 f"{self.schedule.max_nonfinite_steps}; the last ones' micro-batches are kept in the run directory: "
                 "lower optim.learning_rate or optim.clip_norm, or look at the utterances named in the log"
@@ -379,7 +381,8 @@ class Trainer:
 
     def _agreed_to_stop(self) -> bool:
         asked = self.world.any(self.stop.reason is not None)
-        self.stop.boundary()
+        if asked:
+            self.stop.agreed()
         return asked
 
     def _save_if_due(self) -> None:
