@@ -146,12 +146,11 @@ class Ranks:
 def start(arguments: Sequence[str], processes: int = 1, patches: Sequence[Patch] = (), **environment: str) -> Ranks:
     """Runs `ddp_asr.train` on so many ranks of one host, as torchrun would."""
     port = str(free_port())
-    runs = next(Path(part.removeprefix("--run.dir=")) for part in reversed(arguments) if part.startswith("--run.dir="))
     ranks, logs = [], []
     for rank in range(processes):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
-        logs.append(_new_log(runs, rank))
+        logs.append(_new_log(rank))
         ranks.append(_processes.Process(target=_run_rank, args=(list(arguments), place, logs[-1], list(patches))))
         ranks[-1].start()
     return Ranks(ranks, logs)
@@ -168,8 +167,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _new_log(runs: Path, rank: int) -> Path:
-    """Beside the runs, so that an unwritable run directory has its output, too."""
+def _new_log(rank: int) -> Path:
     directory = Path(os.environ["TINY_TRAINING_LOGS"])
     log = directory / f"{time.monotonic_ns()}-rank-{rank}.txt"
     log.touch()
@@ -226,8 +224,6 @@ class Torchrun:
             assert not self._reader.is_alive(), "a rank outlives torchrun"
         finally:
             self.kill()
-        assert self.popen.stdout is not None
-        self.popen.stdout.close()
         return code
 
     @property
@@ -241,6 +237,8 @@ class Torchrun:
                 os.kill(pid, signal.SIGKILL)
         self.popen.wait()
         self._reader.join(LIMIT_S)
+        assert self.popen.stdout is not None
+        self.popen.stdout.close()
 
 
 def children(pid: int) -> list[int]:
@@ -409,7 +407,7 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
 
 
 # A bias before a LayerNorm has no gradient but rounding, which in float32 Adam blows up to full steps. In a real model
-# that is lost among millions of weights; here it would be a tenth of a percent of all (the next tensor differs by 1e-7).
+# that is lost among millions of weights; here it would be a tenth of a percent (the next tensor differs by 1e-7).
 NO_GRADIENT = re.compile(r"blocks\.\d+\.convs\.0\.bias")
 
 

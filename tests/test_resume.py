@@ -1,0 +1,232 @@
+"""A stop is invisible (property 3), and what exists is complete (property 7): stopped, killed, resized, damaged."""
+
+import os
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from ddp_asr import checkpoint
+from tests import tiny_training as tiny
+from tests.test_tracking import in_archive
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, tiny_corpus):
+    """Gives the run directory of an undisturbed training on so many processes."""
+    runs, done = tmp_path_factory.mktemp("undisturbed"), set()
+
+    def of(processes: int, *patches: tiny.Patch) -> Path:
+        name = f"w{processes}{'-double' if patches else ''}"
+        if name not in done:
+            tiny.train(tiny_corpus.arguments(runs, name), processes, patches)
+            done.add(name)
+        return runs / name
+
+    return of
+
+
+# ---- stopped -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 3, 4])
+def test_a_stop_at_any_step_is_invisible(undisturbed, tiny_corpus, tmp_path, processes):
+    """In the middle of an epoch, before an evaluation, at one, and at the end of an epoch."""
+    for stop in (2, 4, 5, 8):
+        output = tiny.train(tiny_corpus.arguments(tmp_path, "run", f"--train.stop_at_step={stop}"), processes)
+        assert f"stopped at step {stop}: train.stop_at_step = {stop}" in output
+        found = tiny.status(tmp_path / "run")
+        assert (found["state"], found["retry"], found["step"]) == ("stopped", True, stop)
+        assert checkpoint.step_path(tmp_path / "run", stop).is_file()
+    assert "going on from step 8" in tiny.train(tiny_corpus.arguments(tmp_path), processes)
+    found = tiny.status(tmp_path / "run")
+    assert (found["state"], found["retry"], found["step"], found["attempt"]) == ("done", False, tiny.STEPS, 5)
+    tiny.assert_same_run(tmp_path / "run", undisturbed(processes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("float64", 1e-9)])
+def test_a_stop_may_change_the_number_of_processes(undisturbed, tiny_corpus, tmp_path, dtype, tolerance):
+    patches = [tiny.in_double] if dtype == "float64" else []
+    for processes, stop in ((1, 2), (4, 5), (2, 7), (3, 0)):
+        tiny.train(tiny_corpus.arguments(tmp_path, "run", f"--train.stop_at_step={stop}"), processes, patches)
+    tiny.assert_close_runs(tmp_path / "run", undisturbed(3, *patches), tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2], ids=lambda number: number.name)
+def test_a_signal_to_one_rank_stops_all_at_the_next_boundary(undisturbed, tiny_corpus, tmp_path, number):
+    """Step 5 is one after which an evaluation is due: the stop comes before it, and the resume makes up for it."""
+    gate = tiny.Gate(tmp_path, step=5, rank=2)
+    ranks = tiny.start(tiny_corpus.arguments(tmp_path), 3, [gate])
+    gate.wait()
+    os.kill(ranks.processes[1].pid, number)
+    # The rank that was signalled may be waiting for the one that is held.
+    gate.open()
+    output = ranks.succeed()
+    found = tiny.status(tmp_path / "run")
+    assert (found["state"], found["retry"], found["step"]) == ("stopped", True, 5)
+    assert found["reason"] == number.name and f"stopped at step 5: {number.name}" in output
+    assert [line["step"] for line in tiny.metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    tiny.train(tiny_corpus.arguments(tmp_path), 3)
+    tiny.assert_same_run(tmp_path / "run", undisturbed(3))
+
+
+@pytest.mark.slow
+def test_torchrun_hands_a_sigterm_on(undisturbed, tiny_corpus, tmp_path):
+    arguments = tiny_corpus.arguments(tmp_path, "run", "--train.epochs=200")
+    torchrun = tiny.Torchrun(arguments, 3)
+    ranks = torchrun.ranks()
+    tiny.wait_until(lambda: tiny.lines_of(tmp_path / "run") > 2, "the first steps")
+    os.kill(torchrun.popen.pid, signal.SIGTERM)
+    torchrun.wait()
+    assert not any(map(tiny.is_alive, ranks)) and "Traceback" not in torchrun.output.split("torch/distributed")[0]
+    found = tiny.status(tmp_path / "run")
+    assert (found["state"], found["retry"], found["reason"]) == ("stopped", True, "SIGTERM")
+    assert checkpoint.step_path(tmp_path / "run", found["step"]).is_file()
+    assert f"stopped at step {found['step']}: SIGTERM" in torchrun.output
+
+
+@pytest.mark.slow
+def test_ranks_whose_torchrun_was_killed_stop_as_on_sigterm(tiny_corpus, tmp_path):
+    torchrun = tiny.Torchrun(tiny_corpus.arguments(tmp_path, "run", "--train.epochs=200"), 2)
+    ranks = torchrun.ranks()
+    tiny.wait_until(lambda: tiny.lines_of(tmp_path / "run") > 2, "the first steps")
+    os.kill(torchrun.popen.pid, signal.SIGKILL)
+    tiny.wait_until(lambda: not any(map(tiny.is_alive, ranks)), "the ranks to end", limit_s=30)
+    torchrun.wait()
+    found = tiny.status(tmp_path / "run")
+    assert (found["state"], found["retry"], found["reason"]) == ("stopped", True, "SIGTERM"), torchrun.output
+    assert checkpoint.step_path(tmp_path / "run", found["step"]).is_file()
+
+
+# ---- killed --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_killed_three_times_is_still_the_same_run(tiny_corpus, tmp_path):
+    """kill -9 of everything, torchrun, ranks and tracking: the same weights, and every step once for Comet."""
+    arguments = partial(tiny_corpus.arguments, tmp_path)
+    options = ("--train.epochs=40", "--train.eval_every_steps=50", "--tracking.mode=offline")
+    tiny.train(arguments("undisturbed", *options, "--tracking.mode=off"), 2)
+    run = tmp_path / "run"
+    for steps in (20, 60, 100):
+        torchrun = tiny.Torchrun(arguments("run", *options), 2)
+        tiny.wait_until(lambda steps=steps: tiny.lines_of(run) > steps, f"step {steps}")
+        torchrun.kill()
+        assert torchrun.popen.returncode == -signal.SIGKILL
+        assert tiny.status(run)["state"] == "running"
+    torchrun = tiny.Torchrun(arguments("run", *options), 2)
+    assert torchrun.wait() == 0, torchrun.output
+    assert "going on from step" in torchrun.output
+
+    assert tiny.differences(tiny.final_state(run, 160), tiny.final_state(tmp_path / "undisturbed", 160)) == []
+    assert tiny.metrics(run) == tiny.metrics(tmp_path / "undisturbed")
+    assert tiny.status(run)["state"] == "done" and tiny.status(run)["attempt"] == 4
+
+    counts, _, _ = in_archive(run)
+    lines = tiny.metrics(run)
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 161))
+    assert [line["step"] for line in lines if line["kind"] == "test"] == [50, 100, 150, 160]
+    assert set(counts.values()) == {1}
+    assert {step for context, name, step in counts if (context, name) == ("train", "loss")} == set(range(1, 161))
+    assert {step for context, name, step in counts if (context, name) == ("test", "wer")} == {50, 100, 150, 160}
+    assert (run / "curves.png").is_file() and (run / "spectrogram.png").is_file()
+
+
+@pytest.mark.slow
+def test_a_rank_killed_ends_the_others(undisturbed, tiny_corpus, tmp_path):
+    gate = tiny.Gate(tmp_path, step=8, rank=1)
+    ranks = tiny.start(tiny_corpus.arguments(tmp_path), 3, [gate])
+    gate.wait()
+    ranks.processes[1].kill()
+    codes = ranks.wait(limit_s=30)
+    assert codes == [2, -signal.SIGKILL, 2]
+    assert ranks.output.count("error: ") == 2 and ranks.output.count("lost the others") == 2, ranks.output
+    assert "Traceback" not in ranks.output
+    found = tiny.status(tmp_path / "run")
+    assert (found["state"], found["retry"]) == ("failed", True)
+    assert "going on from step 6" in tiny.train(tiny_corpus.arguments(tmp_path), 3)  # save_every_steps is 3
+    tiny.assert_same_run(tmp_path / "run", undisturbed(3))
+
+
+# ---- what to go on from --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped(tiny_corpus, tmp_path):
+    """A run with checkpoints at steps 3, 6 and 7."""
+    tiny.train(tiny_corpus.arguments(tmp_path, "run", "--train.stop_at_step=7"))
+    return tmp_path / "run"
+
+
+def damage(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "a flipped bit":
+        data[len(data) // 2] ^= 1
+    path.write_bytes(data[: len(data) // 2] if how == "truncated" else data)
+
+
+@pytest.mark.parametrize("how", ["a flipped bit", "truncated"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(undisturbed, tiny_corpus, stopped, how):
+    newest = checkpoint.step_path(stopped, 7)
+    damage(newest, how)
+    output = tiny.train(tiny_corpus.arguments(stopped.parent))
+    assert f"{newest} is damaged" in output and "trying the one before" in output
+    assert "going on from step 6" in output
+    tiny.assert_same_run(stopped, undisturbed(1))
+
+
+def test_when_all_checkpoints_are_damaged_nothing_is_begun_anew(tiny_corpus, stopped):
+    for path in (stopped / "checkpoints").iterdir():
+        damage(path, "truncated")
+    sentence = tiny.start(tiny_corpus.arguments(stopped.parent), 2).fail()
+    assert f"every checkpoint in {stopped / 'checkpoints'} is damaged" in sentence
+
+
+def test_a_named_checkpoint_goes_on_from_there(undisturbed, tiny_corpus, stopped):
+    chosen = checkpoint.step_path(stopped, 3)
+    output = tiny.train([*tiny_corpus.arguments(stopped.parent), "--resume", str(chosen)])
+    assert "going on from step 3" in output
+    tiny.assert_same_run(stopped, undisturbed(1))
+
+
+def test_a_finished_run_says_so(undisturbed, tiny_corpus, tmp_path):
+    shutil.copytree(undisturbed(1), tmp_path / "run")
+    before = tiny.metrics(tmp_path / "run")
+    assert "already finished at step 12" in tiny.train(tiny_corpus.arguments(tmp_path), 2)
+    assert tiny.status(tmp_path / "run")["state"] == "done" and tiny.metrics(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (["--resume", "never"], r"holds checkpoints, the newest of step 7.*--resume never.*another --run.name"),
+        (["--optim.learning_rate=0.1"], r"trained with optim.learning_rate = 0.003 .* 0.1: set --optim.learning_rate="),
+        (["--model.rnn_size=8"], r"trained with model.rnn_size = 16 and this run has 8: set --model.rnn_size=16 to go"),
+        (["--augment.speeds=1.0"], r"trained with augment.speeds = \[0.9, 1.0, 1.1\] .* set --augment.speeds=0.9,1.0"),
+        (["--train.epochs=9"], r"trained with train.epochs = 3 and this run has 9: set --train.epochs=3 to go on"),
+        (["--data.train=TEST"], r"trained on other utterances than those in .*name the shards it was trained on"),
+        (["--resume", "TINY/tiny.yaml"], r"checkpoint .*tiny.yaml is damaged.*--resume PATH"),
+        (["--resume", "nowhere.pt"], r"checkpoint nowhere.pt cannot be read: No such file.*give the path of a .pt"),
+    ],
+)
+def test_what_does_not_fit_the_checkpoint_is_named(tiny_corpus, stopped, options, expected):
+    before = {path: path.read_bytes() for path in stopped.rglob("*.pt")}
+    options = [
+        option.replace("TEST", str(tiny_corpus.test)).replace("TINY", str(tiny_corpus.directory)) for option in options
+    ]
+    sentence = tiny.start([*tiny_corpus.arguments(stopped.parent), *options], 2).fail()
+    assert tiny.matches(expected, sentence)
+    assert {path: path.read_bytes() for path in stopped.rglob("*.pt")} == before
+    assert tiny.status(stopped)["state"] == "failed" and not tiny.status(stopped)["retry"]
+
+
+def test_settings_that_do_not_shape_the_result_may_change(undisturbed, tiny_corpus, stopped):
+    others = ("--data.workers=1", "--distributed.stop_grace_s=3", "--train.keep_last=1", "--tracking.samples=1")
+    tiny.train(tiny_corpus.arguments(stopped.parent, "run", *others))
+    tiny.assert_same_run(stopped, undisturbed(1))
+    assert [path.name for path in (stopped / "checkpoints").iterdir()] == ["step-00000012.pt"]
