@@ -1,0 +1,213 @@
+"""What only a CUDA GPU can show: the number types that really run, overflows, memory, and a resume on its kernels."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddp_asr import augment, config
+from ddp_asr.config import load_config
+from ddp_asr.corpus import read_corpus
+from ddp_asr.distributed import World
+from ddp_asr.features import LogMel
+from ddp_asr.loader import train_loader
+from ddp_asr.model import AcousticModel
+from ddp_asr.optim import make_optimizer
+from ddp_asr.precision import autocast, set_matmul_precision
+from ddp_asr.rehearsal import rehearse
+from ddp_asr.signals import StopRequest
+from ddp_asr.trainer import Hooks, Learner, Progress, Schedule, Trainer
+from tests import tiny_training as tiny
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda", 0)
+K = 4
+
+
+@pytest.fixture
+def settings(tiny_corpus):
+    """Settings of the tiny corpus, without dropout; further overrides come after."""
+
+    def of(*overrides):
+        path, *given = tiny_corpus.arguments(Path("runs"), "run", "--model.dropout=0", *overrides)[1:]
+        return load_config(Path(path), given)
+
+    return of
+
+
+@pytest.fixture(autouse=True)
+def tf32_as_it_was():
+    yield
+    set_matmul_precision("fp32")
+    torch.backends.cudnn.allow_tf32 = True
+
+
+def learner_of(settings, precision="fp32"):
+    """The learner of a run, as its session makes it, and the corpus."""
+    set_matmul_precision(precision)
+    corpus = read_corpus(settings)
+    torch.manual_seed(0)
+    model = AcousticModel(settings.features, settings.model, corpus.vocabulary.size).to(DEVICE)
+    learner = Learner(
+        world=World(0, 1, 0, DEVICE),
+        model=model,
+        log_mel=LogMel(settings.features).to(DEVICE),
+        optimizer=make_optimizer(model, settings.optim),
+        optim=settings.optim,
+        precision=precision,
+        seed=0,
+    )
+    return learner, corpus
+
+
+def batches_of(settings, corpus):
+    """The micro-batches of a whole training, in order, on the device."""
+    loader = train_loader(
+        corpus.index, corpus.vocabulary, corpus.plan, augment.draw, settings, rank=0, world_size=1, pin_memory=False
+    )
+    return (batch.to(DEVICE) for batch in loader)
+
+
+def train(learner, corpus, settings, epochs=1):
+    """The loop itself, with hooks that keep the train lines and the messages."""
+    lines, messages = [], []
+    schedule = Schedule(corpus.plan.steps_per_epoch, epochs, 0, 0, 0.0, 0, max_nonfinite_steps=0, max_bad_samples=0)
+
+    def nothing_to_evaluate(step):
+        return None
+        yield
+
+    hooks = Hooks(
+        log=lines.append,
+        save=lambda state, best: None,
+        flush=lambda: None,
+        message=messages.append,
+        evaluate=nothing_to_evaluate,
+        dump=lambda step, batches: None,
+    )
+    progress = Progress()
+    trainer = Trainer(learner.world, learner, schedule, hooks, StopRequest(60.0, lambda reason: None))
+    outcome = trainer.run(batches_of(settings, corpus), range(K), progress)
+    assert outcome.state == "done"
+    return lines, messages, progress
+
+
+# ---- number types --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("tf32", 0.01), ("bf16", 0.05), ("fp16", 0.02)])
+def test_a_training_in_every_precision_learns_and_keeps_float32_weights(settings, precision, tolerance):
+    chosen = settings("--train.epochs=8")
+    exact, *_ = train(*learner_of(chosen), chosen, epochs=8)
+    learner, corpus = learner_of(chosen, precision)
+    lines, _, progress = train(learner, corpus, chosen, epochs=8)
+    assert lines[0]["loss"] == pytest.approx(exact[0]["loss"], rel=tolerance)
+    assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
+    assert progress.skipped == progress.overflows
+    state = itertools.chain(learner.model.parameters(), *(s.values() for s in learner.optimizer.state.values()))
+    assert {tensor.dtype for tensor in state} == {torch.float32}
+
+
+def test_an_fp16_overflow_is_skipped_answered_and_counted_apart(settings):
+    chosen = settings("--train.epochs=8")
+    learner, corpus = learner_of(chosen, "fp16")
+    learner.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**24)
+    lines, messages, progress = train(learner, corpus, chosen, epochs=8)  # max_nonfinite_steps is 0
+    assert 0 < progress.overflows == progress.skipped < len(lines)
+    assert messages == []
+    assert learner.scaler.get_scale() == 2.0 ** (24 - progress.overflows)
+    assert lines[0]["skipped"] == 1
+    assert all(torch.isfinite(parameter).all() for parameter in learner.model.parameters())
+
+
+class Seen(TorchDispatchMode):
+    """Notes the type of the first tensor of each operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.types = {}
+
+    def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+        if arguments and isinstance(arguments[0], torch.Tensor):
+            self.types.setdefault(operation.overloadpacket.__name__, set()).add(arguments[0].dtype)
+        return operation(*arguments, **(named or {}))
+
+
+@pytest.mark.parametrize(
+    "precision, expected", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
+)
+def test_cudnns_gru_runs_in_the_type_that_was_asked_for(settings, precision, expected):
+    """Autocast's own wrapper would make float16 of it, and a type that cuDNN refuses would run frame by frame.
+
+    cuDNN's warning about scattered weights would be an error here.
+    """
+    learner, _ = learner_of(settings(), precision)
+    frames = torch.tensor([40, 31], device=DEVICE)
+    with Seen() as seen, autocast(precision, DEVICE):
+        logits, _ = learner.model(torch.randn(2, 40, 16, device=DEVICE), frames)
+        logits.float().sum().backward()
+    assert seen.types["_cudnn_rnn"] == {expected}
+    assert seen.types["_cudnn_rnn_backward"] == {expected}
+    assert {parameter.grad.dtype for parameter in learner.model.parameters()} == {torch.float32}
+
+
+# ---- padding -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strides", [[2], [2, 1], [3, 2]], ids=str)
+@torch.no_grad()
+def test_an_utterance_alone_and_beside_31_longer_ones_gives_the_same_logits(strides):
+    set_matmul_precision("fp32")
+    features = config.Features()
+    torch.manual_seed(0)
+    model = AcousticModel(features, config.Model(time_strides=strides, rnn_size=64), 29).to(DEVICE).eval()
+    log_mel = LogMel(features).to(DEVICE)
+    samples = torch.tensor([4_001] + [4_200 + 97 * n for n in range(31)])
+    waveforms = torch.randint(-9_000, 9_000, (32, int(samples.max())), dtype=torch.int16)
+    waveforms[torch.arange(waveforms.shape[1]) >= samples[:, None]] = 0
+    waveforms, samples = waveforms.to(DEVICE), samples.to(DEVICE)
+    together, frames = model(*log_mel(waveforms, samples))
+    for row in (0, 1, 17):
+        alone, (own,) = model(*log_mel(waveforms[row : row + 1, : samples[row]], samples[row : row + 1]))
+        assert own == frames[row] == alone.shape[1]
+        assert (together[row, :own] - alone[0]).abs().max() < 1e-5 * alone.abs().max()
+
+
+# ---- a whole run ---------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_is_invisible_on_a_gpu(tiny_corpus, tmp_path):
+    """DESIGN 2.3: to 1e-4 in float32, because the backward pass of CTC adds in no fixed order there."""
+    tiny.train(tiny_corpus.arguments(tmp_path, "whole"))
+    for stop in (["--train.stop_at_step=6"], []):
+        tiny.train(tiny_corpus.arguments(tmp_path, "resumed", *stop))
+    for run in ("whole", "resumed"):
+        assert json.loads((tmp_path / run / "environment.json").read_text())["cuda"], "not on the GPU"
+    whole, resumed = (
+        torch.cat([weight.flatten() for weight in tiny.final_state(tmp_path / run)["model"].values()])
+        for run in ("whole", "resumed")
+    )
+    assert (whole - resumed).norm() < 1e-4 * whole.norm()
+    losses = [
+        [line["loss"] for line in tiny.metrics(tmp_path / run) if line["kind"] == "train"]
+        for run in ("whole", "resumed")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_no_step_needs_more_memory_than_the_rehearsal(settings, precision):
+    chosen = settings("--model.conv_channels=32", "--model.rnn_size=64")
+    learner, corpus = learner_of(chosen, precision)
+    torch.cuda.reset_peak_memory_stats(DEVICE)
+    lines = rehearse(corpus, learner)
+    rehearsed = torch.cuda.max_memory_allocated(DEVICE)
+    assert all("peak" in line and "GiB" in line for line in lines)
+    torch.cuda.reset_peak_memory_stats(DEVICE)
+    train(learner, corpus, chosen)
+    # cuDNN takes work space as it sees fit for each shape.
+    assert torch.cuda.max_memory_allocated(DEVICE) <= 1.02 * rehearsed
