@@ -102,7 +102,8 @@ def write(path: Path, state: dict[str, Any], may_write: Callable[[], None]) -> N
     """
     check_plain(state)
     # Listed before may_write: whoever took the run over since then has no file in this list.
-    strangers = [temp for temp in path.parent.glob(".*.tmp") if _WRITER not in temp.name]
+    # Only checkpoints': best.pt lies beside files that rank 0 itself is writing meanwhile.
+    strangers = [temp for temp in path.parent.glob(".*.pt.*.tmp") if _WRITER not in temp.name]
     may_write()
     for stranger in strangers:
         _discard(stranger)
