@@ -12,8 +12,12 @@ GPUs, gloo and the CPU otherwise. A peer that is gone surfaces as `PeerLost`, on
 import contextlib
 import datetime
 import os
+import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +29,7 @@ from ddp_asr.errors import UserError
 
 Result = TypeVar("Result")
 
+_HANDSHAKE_S = 10.0  # from a port that is open to a store that answers; it takes milliseconds
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -191,13 +196,11 @@ def _place(environment: Any) -> tuple[int, int, int]:
 
 def _rendezvous(rank: int, world_size: int, device: torch.device, timeout_s: float) -> None:
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    timeout = datetime.timedelta(seconds=timeout_s)
     try:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            rank=rank,
-            world_size=world_size,
-            timeout=datetime.timedelta(seconds=timeout_s),
-        )
+        store = _meet(rank, world_size, timeout)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
@@ -206,3 +209,42 @@ def _rendezvous(rank: int, world_size: int, device: torch.device, timeout_s: flo
             f"rank {rank} could not meet the other {world_size - 1} rank(s) at {address} ({reason[:200]}): check "
             "MASTER_ADDR, MASTER_PORT and that all ranks were started"
         ) from None
+
+
+def _meet(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:
+    """The store through which ranks exchange addresses, as `env://` makes or finds it.
+
+    In a thread, because a store whose port is open but silent is waited for without end, and
+    deaf to Ctrl-C: there the port is another program's.
+    """
+    results: SimpleQueue[dist.Store | Exception] = SimpleQueue()
+
+    def meet() -> None:
+        try:
+            store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+            store.set_timeout(timeout)
+            results.put(store)
+        except Exception as error:
+            results.put(error)
+
+    threading.Thread(target=meet, name="rendezvous", daemon=True).start()
+    silent_since_s: float | None = None
+    while True:
+        with contextlib.suppress(Empty):
+            result = results.get(timeout=1.0)
+            if isinstance(result, Exception):
+                raise result
+            return result
+        if silent_since_s is None and _answers(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])):
+            silent_since_s = time.monotonic()
+        # Rank 0 itself waits for the others there, until `timeout`.
+        if rank and silent_since_s is not None and time.monotonic() - silent_since_s > _HANDSHAKE_S:
+            raise RuntimeError("address already in use: what listens there is not rank 0")
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=1.0):
+            return True
+    except OSError:
+        return False
