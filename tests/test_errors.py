@@ -37,19 +37,21 @@ def test_a_defect_keeps_its_traceback(error):
         run_entry_point(ending_in(error))
 
 
-def test_a_reader_that_goes_away_ends_it_silently():
+@pytest.mark.parametrize("lines", [1, 100_000], ids=["seen at the last flush", "seen on the way"])
+def test_a_reader_that_has_gone_away_ends_it_silently(lines):
     program = (
         "from ddp_asr.errors import run_entry_point\n"
         "def main():\n"
-        "    for number in range(100_000):\n"
+        "    input()\n"
+        f"    for number in range({lines}):\n"
         "        print(number)\n"
         "    return 0\n"
         "raise SystemExit(run_entry_point(main))\n"
     )
-    command = [sys.executable, "-c", program]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
-    with process:
-        assert process.stdout.readline() == "0\n"
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", program], text=True, cwd=REPOSITORY, **pipes) as process:
         process.stdout.close()
+        process.stdin.write("go on\n")
+        process.stdin.flush()
         assert process.stderr.read() == ""
         assert process.wait() == 141
