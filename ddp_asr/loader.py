@@ -395,6 +395,7 @@ def _load(recordings: Recordings, work: Iterable[Work], settings: Data, pin_memo
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=settings.workers,
+        multiprocessing_context="fork",  # Python 3.14's default would import torch anew in each, and unblock signals
         prefetch_factor=settings.prefetch,
         pin_memory=pin,
         worker_init_fn=_start_worker,
