@@ -135,8 +135,8 @@ def read_status(path: Path) -> dict[str, Any] | None:
     """status.json of a run directory; None where there is none."""
     try:
         return json.loads((path / "status.json").read_text(encoding="utf8"))
-    except FileNotFoundError:
-        return None
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return None  # whether the run can be written is the lease's to find out
     except ValueError:
         return None  # only ever renamed into place, so this is somebody's own file: treated as none
 
