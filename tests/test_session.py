@@ -1,0 +1,132 @@
+"""An attempt put together: who may write where, what stands in the run directory, what a run begins with."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from ddp_asr import checkpoint
+from ddp_asr.config import load_config
+from ddp_asr.session import make_schedule
+from tests import tiny_training as tiny
+from tests.conftest import REPOSITORY
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_corpus):
+    """A finished run on two processes."""
+    runs = tmp_path_factory.mktemp("session")
+    tiny.train(tiny_corpus.arguments(runs), 2)
+    return runs / "run"
+
+
+def test_the_schedule_is_that_of_the_settings(tiny_corpus):
+    overrides = ["--train.save_every_min=1.5", "--train.stop_at_step=7"]
+    schedule = make_schedule(load_config(tiny_corpus.directory / "tiny.yaml", overrides), 4)
+    assert schedule.total_steps == tiny.STEPS
+    assert (schedule.save_every_s, schedule.save_every_steps, schedule.stop_at_step) == (90.0, 3, 7)
+
+
+def test_a_run_directory_holds_what_the_design_says(run):
+    assert tiny.status(run)["state"] == "done" and not (run / "lease.json").exists()
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["rnn_size"] == 16
+    assert json.loads((run / "environment.json").read_text())["processes"] == 2
+    newest = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert newest == ["step-00000006.pt", "step-00000009.pt", "step-00000012.pt"]  # train.keep_last
+    for rank in (0, 1):
+        assert f"rank {rank} of 2" in (run / f"rank-{rank:04d}.log").read_text()
+    lines = tiny.read_lines(run / "metrics.jsonl")
+    train = "kind step epoch loss learning_rate gradient_norm audio_s_per_s data_wait padding skipped time_s"
+    test = "kind step epoch loss wer cer time_s"
+    assert all(" ".join(line) == {"train": train, "test": test}[line["kind"]] for line in lines)
+    assert [(line["step"], line["epoch"]) for line in lines if line["kind"] == "train"] == [
+        (step, (step - 1) // 4 + 1) for step in range(1, 13)
+    ]
+    samples = tiny.read_lines(run / "samples.jsonl")
+    assert [each["step"] for each in samples] == [5, 10, 12]
+    assert all(set(pair) == {"key", "reference", "hypothesis"} for each in samples for pair in each["samples"])
+    assert len(samples[0]["samples"]) == 2  # tracking.samples
+
+
+def test_the_best_checkpoint_is_of_the_best_evaluation(run):
+    tests = [line for line in tiny.metrics(run) if line["kind"] == "test"]
+    best = checkpoint.read(run / "best.pt")
+    lowest = min(line["wer"] for line in tests)
+    assert best["progress"]["best"] == lowest
+    assert best["step"] == next(line["step"] for line in tests if line["wer"] == lowest)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_evaluation_on_the_way_is_that_of_the_command(run, tiny_corpus, processes):
+    """The last checkpoint's own numbers, averages of the weights included."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes == 2 else []
+    command = [sys.executable, *launcher, "-m", "ddp_asr.evaluate", str(checkpoint.step_path(run, tiny.STEPS))]
+    done = subprocess.run(
+        [*command, str(tiny_corpus.test), "--json"], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+    found = json.loads(done.stdout)
+    (line,) = [line for line in tiny.metrics(run) if (line["kind"], line["step"]) == ("test", tiny.STEPS)]
+    assert (found["wer"], found["cer"]) == (line["wer"], line["cer"])
+    assert found["loss"] == pytest.approx(line["loss"], rel=1e-5)
+
+
+def test_left_out_utterances_are_listed(tiny_corpus, tmp_path):
+    arguments = tiny_corpus.arguments(tmp_path, "run", "--vocabulary.symbols= ab", "--train.epochs=1")
+    output = tiny.train([*arguments, "--batch.micro_batches=2"])
+    listed = tiny.read_lines(tmp_path / "run" / "left_out.jsonl")
+    assert listed and all("character" in each["reason"] for each in listed)
+    assert f"{26 - len(listed)} utterances, {len(listed)} left out" in output
+
+
+def test_speech_is_cached_once_for_all_ranks(tiny_corpus, tmp_path):
+    arguments = tiny_corpus.arguments(tmp_path, "run", f"--data.cache_dir={tmp_path / 'cache'}", "--train.epochs=1")
+    tiny.train(arguments, 3)
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 2
+    plain = tiny_corpus.arguments(tmp_path, "plain", "--train.epochs=1")
+    tiny.train(plain, 3)
+    assert tiny.differences(tiny.final_state(tmp_path / "run", 4), tiny.final_state(tmp_path / "plain", 4)) == []
+
+
+@pytest.mark.slow
+def test_a_second_run_in_the_same_directory_is_refused(tiny_corpus, tmp_path):
+    gate = tiny.Gate(tmp_path, step=2)
+    first = tiny.start(tiny_corpus.arguments(tmp_path, "run", "--train.epochs=1"), 1, [gate])
+    gate.wait()
+    sentence = tiny.start(tiny_corpus.arguments(tmp_path), 2).fail(limit_s=60)
+    assert tiny.matches(
+        rf"^another run holds {tmp_path / 'run'} \(.*pid {first.processes[0].pid}, .*run.name=", sentence
+    )
+    assert tiny.status(tmp_path / "run")["state"] == "running"
+    gate.open()
+    first.succeed()
+    assert tiny.status(tmp_path / "run")["state"] == "done"
+
+
+# ---- fine-tuning ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_starts_from_anothers_weights(run, tiny_corpus, tmp_path):
+    """From its moving average, with everything else anew."""
+    theirs = checkpoint.step_path(run, tiny.STEPS)
+    options = (f"--train.init_from={theirs}", "--train.stop_at_step=1", "--optim.learning_rate=1e-30")
+    tiny.train(tiny_corpus.arguments(tmp_path, "run", *options), 2)
+    averages, tuned = checkpoint.read(theirs)["averages"], tiny.final_state(tmp_path / "run", 1)
+    assert all(torch.equal(weight, averages[name]) for name, weight in tuned["model"].items())
+    assert tuned["progress"]["step"] == 1
+
+
+@pytest.mark.parametrize(
+    "option, expected",
+    [
+        ("--vocabulary.symbols= ab'c", r"init_from = .* writes the symbols \" ab'\" and this run has .*: set --vocab"),
+        ("--model.rnn_size=8", r"init_from = .* is of another model \(.*\): take over its model settings"),
+        ("--train.init_from=nowhere.pt", r"checkpoint nowhere.pt cannot be read: No such file"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(run, tiny_corpus, tmp_path, option, expected):
+    arguments = tiny_corpus.arguments(tmp_path, "run", f"--train.init_from={checkpoint.step_path(run, 12)}", option)
+    assert tiny.matches(expected, tiny.start(arguments, 2).fail())
