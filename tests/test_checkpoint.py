@@ -302,6 +302,15 @@ def test_temporary_files_of_dead_writers_are_removed(tmp_path):
     ]
 
 
+def test_temporary_files_of_other_things_are_left_alone(tmp_path):
+    """best.pt lies beside status.json and metrics.jsonl, which are written at the same time."""
+    others = [tmp_path / ".status.json.tmp", tmp_path / ".metrics.jsonl.tmp"]
+    for other in others:
+        other.write_text("half")
+    write(tmp_path / "best.pt", state(1), may_write)
+    assert all(other.exists() for other in others)
+
+
 WRITER = """
 import io, sys, time
 from pathlib import Path

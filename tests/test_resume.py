@@ -110,10 +110,10 @@ def test_ranks_whose_torchrun_was_killed_stop_as_on_sigterm(tiny_corpus, tmp_pat
 def test_a_run_killed_three_times_is_still_the_same_run(tiny_corpus, tmp_path):
     """kill -9 of everything, torchrun, ranks and tracking: the same weights, and every step once for Comet."""
     arguments = partial(tiny_corpus.arguments, tmp_path)
-    options = ("--train.epochs=40", "--train.eval_every_steps=50", "--tracking.mode=offline")
+    options = ("--train.epochs=20", "--train.eval_every_steps=30", "--tracking.mode=offline")
     tiny.train(arguments("undisturbed", *options, "--tracking.mode=off"), 2)
     run = tmp_path / "run"
-    for steps in (20, 60, 100):
+    for steps in (10, 30, 50):
         torchrun = tiny.Torchrun(arguments("run", *options), 2)
         tiny.wait_until(lambda steps=steps: tiny.lines_of(run) > steps, f"step {steps}")
         torchrun.kill()
@@ -123,17 +123,17 @@ def test_a_run_killed_three_times_is_still_the_same_run(tiny_corpus, tmp_path):
     assert torchrun.wait() == 0, torchrun.output
     assert "going on from step" in torchrun.output
 
-    assert tiny.differences(tiny.final_state(run, 160), tiny.final_state(tmp_path / "undisturbed", 160)) == []
+    assert tiny.differences(tiny.final_state(run, 80), tiny.final_state(tmp_path / "undisturbed", 80)) == []
     assert tiny.metrics(run) == tiny.metrics(tmp_path / "undisturbed")
     assert tiny.status(run)["state"] == "done" and tiny.status(run)["attempt"] == 4
 
     counts, _, _ = in_archive(run)
     lines = tiny.metrics(run)
-    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 161))
-    assert [line["step"] for line in lines if line["kind"] == "test"] == [50, 100, 150, 160]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 81))
+    assert [line["step"] for line in lines if line["kind"] == "test"] == [30, 60, 80]
     assert set(counts.values()) == {1}
-    assert {step for context, name, step in counts if (context, name) == ("train", "loss")} == set(range(1, 161))
-    assert {step for context, name, step in counts if (context, name) == ("test", "wer")} == {50, 100, 150, 160}
+    assert {step for context, name, step in counts if (context, name) == ("train", "loss")} == set(range(1, 81))
+    assert {step for context, name, step in counts if (context, name) == ("test", "wer")} == {30, 60, 80}
     assert (run / "curves.png").is_file() and (run / "spectrogram.png").is_file()
 
 
