@@ -76,6 +76,19 @@ def test_a_signal_to_one_rank_stops_all_at_the_next_boundary(undisturbed, tiny_c
 
 
 @pytest.mark.slow
+def test_a_stop_in_the_middle_of_an_evaluation_makes_it_anew(undisturbed, tiny_corpus, tmp_path):
+    gate = tiny.Gate(tmp_path, step=5, rank=1, evaluation=True)
+    ranks = tiny.start(tiny_corpus.arguments(tmp_path), 3, [gate])
+    gate.wait()
+    os.kill(ranks.processes[1].pid, signal.SIGTERM)
+    gate.open()
+    assert "stopped at step 5: SIGTERM" in ranks.succeed()
+    assert [line["kind"] for line in tiny.metrics(tmp_path / "run")] == ["train"] * 5
+    tiny.train(tiny_corpus.arguments(tmp_path), 3)
+    tiny.assert_same_run(tmp_path / "run", undisturbed(3))
+
+
+@pytest.mark.slow
 def test_torchrun_hands_a_sigterm_on(undisturbed, tiny_corpus, tmp_path):
     arguments = tiny_corpus.arguments(tmp_path, "run", "--train.epochs=200")
     torchrun = tiny.Torchrun(arguments, 3)
@@ -138,19 +151,56 @@ def test_a_run_killed_three_times_is_still_the_same_run(tiny_corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rank_killed_ends_the_others(undisturbed, tiny_corpus, tmp_path):
-    gate = tiny.Gate(tmp_path, step=8, rank=1)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_killed_ends_the_others(undisturbed, tiny_corpus, tmp_path, victim):
+    gate = tiny.Gate(tmp_path, step=8, rank=victim)
     ranks = tiny.start(tiny_corpus.arguments(tmp_path), 3, [gate])
     gate.wait()
-    ranks.processes[1].kill()
+    ranks.processes[victim].kill()
     codes = ranks.wait(limit_s=30)
-    assert codes == [2, -signal.SIGKILL, 2]
+    assert codes == [-signal.SIGKILL if rank == victim else 2 for rank in range(3)]
     assert ranks.output.count("error: ") == 2 and ranks.output.count("lost the others") == 2, ranks.output
     assert "Traceback" not in ranks.output
     found = tiny.status(tmp_path / "run")
-    assert (found["state"], found["retry"]) == ("failed", True)
+    assert (found["state"], found["retry"]) == ("failed" if victim else "running", True)
+    assert (tmp_path / "run" / "lease.json").exists() == (victim == 0)
     assert "going on from step 6" in tiny.train(tiny_corpus.arguments(tmp_path), 3)  # save_every_steps is 3
     tiny.assert_same_run(tmp_path / "run", undisturbed(3))
+
+
+@pytest.mark.slow
+def test_a_rank_that_does_not_come_is_waited_for_as_long_as_set(undisturbed, tiny_corpus, tmp_path):
+    gate = tiny.Gate(tmp_path, step=8, rank=1)
+    ranks = tiny.start(tiny_corpus.arguments(tmp_path, "run", "--distributed.timeout_s=4"), 3, [gate])
+    gate.wait()
+    for rank in (0, 2):
+        ranks.processes[rank].join(30)
+    gate.open()
+    assert ranks.wait(limit_s=30) == [2, 2, 2]
+    assert ranks.output.count("lost the others") == 3 and "Traceback" not in ranks.output, ranks.output
+    tiny.train(tiny_corpus.arguments(tmp_path), 3)
+    tiny.assert_same_run(tmp_path / "run", undisturbed(3))
+
+
+def test_a_defect_of_ours_on_one_rank_ends_the_others(tiny_corpus, tmp_path):
+    ranks = tiny.start(tiny_corpus.arguments(tmp_path), 3, [failing_at_step_4])
+    assert ranks.wait(limit_s=30) == [2, 1, 2]
+    assert "ZeroDivisionError" in ranks.logs[1].read_text() and ranks.output.count("Traceback") == 1
+    assert ranks.output.count("lost the others") == 2
+    assert (tiny.status(tmp_path / "run")["state"], tiny.status(tmp_path / "run")["retry"]) == ("failed", True)
+
+
+def failing_at_step_4() -> None:
+    from ddp_asr.trainer import Learner
+
+    before = Learner.accumulate
+
+    def accumulate(self, batch, *, step, micro_batch, last):
+        if step == 4 and os.environ["RANK"] == "1":
+            raise ZeroDivisionError
+        return before(self, batch, step=step, micro_batch=micro_batch, last=last)
+
+    Learner.accumulate = accumulate  # type: ignore[method-assign]
 
 
 # ---- what to go on from --------------------------------------------------------------------------------------------

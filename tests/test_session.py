@@ -106,6 +106,28 @@ def test_a_second_run_in_the_same_directory_is_refused(tiny_corpus, tmp_path):
     assert tiny.status(tmp_path / "run")["state"] == "done"
 
 
+def test_a_run_that_is_taken_over_ends_without_writing(tiny_corpus, tmp_path):
+    gate = tiny.Gate(tmp_path, step=2)
+    ranks = tiny.start(tiny_corpus.arguments(tmp_path), 2, [gate])
+    gate.wait()
+    run = tmp_path / "run"
+    lease = json.loads((run / "lease.json").read_text())
+    (run / "lease.json").unlink()
+    (run / "lease.json").write_text(json.dumps({**lease, "nonce": "another", "host": "elsewhere"}))
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file() and path.suffix != ".log"}
+    gate.open()
+    assert f"{run} was taken over by another run (elsewhere, " in ranks.fail()
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_checkpoints_that_cannot_be_written_end_every_rank(tiny_corpus, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("a file where the directory should be")
+    sentence = tiny.start(tiny_corpus.arguments(tmp_path), 3).fail()
+    assert tiny.matches(r"^checkpoint .*step-0.* cannot be written \(.*: free space or mend the directory", sentence)
+    assert tiny.status(tmp_path / "run")["state"] == "failed"
+
+
 # ---- fine-tuning ---------------------------------------------------------------------------------------------------
 
 

@@ -96,6 +96,14 @@ def test_the_commands_that_make_missing_shards_are_named(tiny_corpus, tmp_path):
         assert f"\n  python -m ddp_asr.shard {name} --out no/{name}\n" in done.stderr
 
 
+@pytest.mark.slow
+def test_torchrun_shows_the_sentence_once(tiny_corpus, tmp_path):
+    torchrun = tiny.Torchrun([*tiny_corpus.arguments(tmp_path), "--batch.micro_batches=2"], 3)
+    assert torchrun.wait() == 1
+    assert torchrun.output.count("error: 3 processes cannot share out 2 micro-batches a step") == 1, torchrun.output
+    assert torchrun.output.count("\nerror: ") + torchrun.output.startswith("error: ") == 1, torchrun.output
+
+
 def test_alone_a_mistake_is_found_without_torch(tiny_corpus, tmp_path):
     code = """if True:
         import sys

@@ -297,11 +297,12 @@ def writing_down(directory: Path) -> None:
 
 @dataclass(frozen=True)
 class Gate:
-    """Holds one rank in the middle of a step until the test lets it go on."""
+    """Holds one rank in the middle of a step, or of the evaluation after it, until the test lets it go on."""
 
     directory: Path
     step: int
     rank: int = 0
+    evaluation: bool = False
 
     def __post_init__(self) -> None:
         for pipe in (self._reached, self._opened):
@@ -317,20 +318,31 @@ class Gate:
         return self.directory / f"opened-{self.step}-{self.rank}"
 
     def __call__(self) -> None:
+        from ddp_asr import evaluate
         from ddp_asr.trainer import Learner
 
         if int(os.environ["RANK"]) != self.rank:
             return
-        before, held = Learner.accumulate, []
+        accumulate, hear, now = Learner.accumulate, evaluate.hear, [0]
 
-        def accumulate(learner, batch, *, step, micro_batch, last):
-            if step == self.step and not held:
-                held.append(step)
-                self._reached.write_text("")  # returns when the test reads it
-                self._opened.read_text()
-            return before(learner, batch, step=step, micro_batch=micro_batch, last=last)
+        def accumulating(learner, batch, *, step, micro_batch, last):
+            if step == self.step != now[0] and not self.evaluation:
+                self._hold()
+            now[0] = step
+            return accumulate(learner, batch, step=step, micro_batch=micro_batch, last=last)
 
-        Learner.accumulate = accumulate  # type: ignore[method-assign]
+        def hearing(*arguments):
+            if now[0] == self.step and self.evaluation:
+                now[0] = 0
+                self._hold()
+            return hear(*arguments)
+
+        Learner.accumulate = accumulating  # type: ignore[method-assign]
+        evaluate.hear = hearing
+
+    def _hold(self) -> None:
+        self._reached.write_text("")  # returns when the test reads it
+        self._opened.read_text()
 
     def wait(self) -> None:
         """Returns when the rank is held."""
