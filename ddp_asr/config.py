@@ -2,7 +2,7 @@
 
     config = load_config(Path("configs/an4.yaml"), ["--train.epochs=3"])
     config.train.epochs                      # 3
-    save_config(config, run_directory / "config.yaml")
+    describe(config)                         # all of it as YAML text, which repeats the run
 
 Every value, from file and command line alike, is a text that its field's declared type converts, because YAML 1.1 would
 read `off` as False, `5e-4` as a string and `0123` as 83. Unknown keys are refused with the nearest valid one. Nothing
@@ -202,7 +202,7 @@ class Config:
 # Data is compared by the fingerprint of its utterances, never by path (DESIGN 5), so `data` is not here.
 SHAPES_THE_RESULT = (
     *("vocabulary", "batch", "features", "augment", "model", "optim"),
-    *("train.seed", "train.epochs", "train.precision", "train.init_from"),
+    *("train.seed", "train.epochs", "train.precision"),
 )
 
 
@@ -435,13 +435,6 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 def describe(config: Config) -> str:
     """The settings as YAML text."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)
-
-
-def save_config(config: Config, path: Path) -> None:
-    """Writes every setting, so that the file alone repeats the run."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(describe(config), encoding="utf8")
-    aside.replace(path)
 
 
 def differences(ours: Config, theirs: Config) -> list[tuple[str, Any, Any]]:

@@ -57,7 +57,7 @@ class World:
         on_device = vector.to(self.device)
         with naming_lost_peers(self):
             dist.all_reduce(on_device)
-        return on_device.cpu()
+            return on_device.cpu()  # NCCL tells of a lost peer only here
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on at least one rank."""
@@ -65,10 +65,11 @@ class World:
 
     def gather_objects(self, item: Any) -> list[Any] | None:
         """Every rank's picklable `item`, in rank order, on rank 0; None on the others."""
-        everyones = self._all_objects(item)
+        everyones = self.all_objects(item)
         return everyones if self.rank == 0 else None
 
-    def _all_objects(self, item: Any) -> list[Any]:
+    def all_objects(self, item: Any) -> list[Any]:
+        """Every rank's picklable `item`, in rank order, on every rank."""
         if self.world_size == 1:
             return [item]
         everyones: list[Any] = [None] * self.world_size
@@ -83,7 +84,7 @@ class World:
             result = function()
         except UserError as error:
             message = str(error)
-        messages = self._all_objects(message)
+        messages = self.all_objects(message)
         for rank, text in enumerate(messages):
             if text is not None:
                 raise UserError(text) if rank == self.rank else RaisedElsewhere(text)
@@ -105,15 +106,6 @@ class World:
         if message is not None:
             raise UserError(message) if self.rank == 0 else RaisedElsewhere(message)
         return result  # type: ignore[return-value]
-
-    def share_tensors(self, tensors: list[Tensor]) -> None:
-        """Overwrites the tensors of every rank with rank 0's."""
-        if self.world_size > 1:
-            with naming_lost_peers(self):
-                for tensor in tensors:
-                    on_device = tensor.to(self.device)
-                    dist.broadcast(on_device, src=0)
-                    tensor.copy_(on_device)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model under DDP, whose gradients are the mean over ranks; as it is when alone."""

@@ -24,7 +24,7 @@ def report(config: Config, world_size: int) -> str:
     model = AcousticModel(config.features, config.model, corpus.vocabulary.size)
     sections = [
         _run_lines(config, corpus, count_parameters(model)),
-        _plan_lines(config, corpus),
+        _plan_lines(config, corpus, world_size),
         _memory_lines(config, corpus, model),
         _left_out_lines(corpus),
         [describe(config).rstrip()],
@@ -43,11 +43,11 @@ def _run_lines(config: Config, corpus: Corpus, parameters: int) -> list[str]:
     ]
 
 
-def _plan_lines(config: Config, corpus: Corpus) -> list[str]:
+def _plan_lines(config: Config, corpus: Corpus, world_size: int) -> list[str]:
     plan, epoch = corpus.plan, corpus.plan.epoch(0)
     sizes = np.diff(epoch.bounds)
     audio_s = corpus.index.samples.sum() / SAMPLE_RATE_HZ / plan.steps_per_epoch
-    sizes_of_world = [w for w in _WORLD_SIZES if w <= config.batch.micro_batches]
+    sizes_of_world = [w for w in sorted({*_WORLD_SIZES, world_size}) if 1 < w <= config.batch.micro_batches]
     balance = ", ".join(f"{epoch.balance(w):.3f} on {w}" for w in sizes_of_world) or "1 process only"
     return [
         f"steps             {plan.steps_per_epoch:,} an epoch, {plan.steps_per_epoch * config.train.epochs:,} in all",

@@ -79,10 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0 when the corpus was scored; only rank 0 prints."""
     arguments = parse_arguments(argv)
     from ddp_asr.config import Distributed
-    from ddp_asr.distributed import join
+    from ddp_asr.distributed import RaisedElsewhere, join
 
     world = join(Distributed())
-    evaluate(arguments, world)
+    try:
+        evaluate(arguments, world)
+    except RaisedElsewhere:
+        return 2  # the rank that raised it says so
     world.leave()
     return 0
 
@@ -144,7 +147,7 @@ def _report(
     if summary.bad:
         named = ", ".join(f"{key} ({reason})" for key, reason in summary.bad[:10])
         _warn(f"{len(summary.bad)} utterances no longer decode and are not scored: {named}")
-    if len(summary.bad) > max_bad_samples or not summary.heard:
+    if is_unusable(summary, max_bad_samples):
         raise UserError(
             f"only {len(summary.heard)} of {len(index)} utterances could be scored (data.max_bad_samples = "
             f"{max_bad_samples}): look at the shards with python -m ddp_asr.shard SOURCE --out DIR --verify"
@@ -330,6 +333,11 @@ def summarise(heard: Iterable[Heard], bad: Iterable[tuple[str, str]] = ()) -> Su
         loss=math.fsum(losses) / len(losses) if losses else math.nan,
         without_loss=len(in_order) - len(losses),
     )
+
+
+def is_unusable(summary: Summary, max_bad_samples: int) -> bool:
+    """Whether too much of the corpus no longer decodes for its error rate to mean anything."""
+    return not summary.heard or len(summary.bad) > max_bad_samples
 
 
 def gather(world: World, heard: list[Heard], bad: list[tuple[str, str]]) -> Summary | None:

@@ -49,7 +49,7 @@ from ddp_asr.vocabulary import Vocabulary
 DrawMasks = Callable[[Augment, int, int, np.ndarray, np.ndarray, int], dict[str, np.ndarray] | None]
 Batches = Generator["MicroBatch", None, None]  # closing it ends its workers
 
-_STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+_STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT}
 _SILENCE_SAMPLES = SAMPLE_RATE_HZ // 2  # of the stand-in; enough for a frame at any sensible setting
 _OPEN_SHARDS = 256  # file descriptors a process keeps
 _COPY_BYTES = 8 << 20

@@ -5,8 +5,12 @@ backward, with optimiser state and DDP's buckets allocated. It leaves no trace: 
 the random state is put back.
 
 It is also what makes a resume exact. DDP rebuilds its buckets after the first synchronised backward, and their layout
-decides the order of summation, so every attempt runs one synchronised backward and a forward before its first step.
+decides the order of summation, so every attempt runs one synchronised backward and a forward before its first step
+(`settle`). The corners run without synchronisation, so that one rank's lack of memory is every rank's sentence.
 """
+
+import contextlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -21,16 +25,14 @@ from ddp_asr.trainer import Learner
 
 
 def rehearse(corpus: Corpus, learner: Learner) -> list[str]:
-    """Runs every corner once; returns what was run, a line each.
+    """Runs every corner once on this rank, which meets no other in here; returns what was run, a line each.
 
     Raises:
         UserError: a corner does not fit into the GPU's memory.
     """
-    corners = corpus.plan.corners(corpus.target_lengths)
     ran, seen = [], set()
-    devices = [learner.world.device] if learner.world.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        for name, rows in corners.items():
+    with _leaving_no_trace(learner):
+        for name, rows in corpus.plan.corners(corpus.target_lengths).items():
             batch = _stand_in(corpus, rows)
             shape = (batch.waveforms.shape, batch.targets.shape)
             if shape in seen:
@@ -38,12 +40,28 @@ def rehearse(corpus: Corpus, learner: Learner) -> list[str]:
             seen.add(shape)
             _run(name, batch, learner)
             ran.append(f"{name}: {_describe(batch)}{_peak_memory(learner)}")
-        # One forward more: DDP rebuilds its buckets at the first forward after a synchronised backward. Without
-        # synchronisation, because DDP would await its backward, and join the next one even under `no_sync`: on 3 ranks
-        # those with two micro-batches then reduced once more than the others.
-        with without_sync(learner.model):
-            learner.losses(batch.to(learner.world.device))
     return ran
+
+
+def settle(corpus: Corpus, learner: Learner) -> None:
+    """One synchronised backward and a forward, on all ranks together, after which DDP's buckets stay as they are.
+
+    The forward is without synchronisation, because DDP would await its backward, and join the next one even under
+    `no_sync`: on 3 ranks those with two micro-batches then reduced once more than the others.
+    """
+    batch = _stand_in(corpus, corpus.plan.epoch(0).micro_batch(0, 0)[:1]).to(learner.world.device)
+    with _leaving_no_trace(learner):
+        learner.accumulate(batch, step=0, micro_batch=0, last=True)
+        with without_sync(learner.model):
+            learner.losses(batch)
+
+
+@contextlib.contextmanager
+def _leaving_no_trace(learner: Learner) -> Iterator[None]:
+    devices = [learner.world.device] if learner.world.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        yield
+        learner.discard()
 
 
 def _stand_in(corpus: Corpus, rows: np.ndarray) -> MicroBatch:
@@ -73,7 +91,7 @@ def _stand_in(corpus: Corpus, rows: np.ndarray) -> MicroBatch:
 
 def _run(name: str, batch: MicroBatch, learner: Learner) -> None:
     try:
-        learner.accumulate(batch.to(learner.world.device), step=0, micro_batch=0, last=True)
+        learner.accumulate(batch.to(learner.world.device), step=0, micro_batch=0, last=False)
         learner.discard()
     except torch.OutOfMemoryError:
         total_gib = torch.cuda.get_device_properties(learner.world.device).total_memory / 2**30

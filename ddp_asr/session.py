@@ -28,7 +28,7 @@ from ddp_asr.config import Config, config_from_dict, describe, differences, to_d
 from ddp_asr.corpus import Corpus, read_corpus
 from ddp_asr.distributed import World
 from ddp_asr.errors import UserError
-from ddp_asr.evaluate import gather, rounds
+from ddp_asr.evaluate import gather, is_unusable, rounds
 from ddp_asr.features import LogMel
 from ddp_asr.index import Index, read_index
 from ddp_asr.lease import Lease
@@ -38,7 +38,7 @@ from ddp_asr.optim import WeightAverage, make_optimizer
 from ddp_asr.plan import share
 from ddp_asr.precision import resolve, set_matmul_precision
 from ddp_asr.recogniser import Recogniser
-from ddp_asr.rehearsal import rehearse
+from ddp_asr.rehearsal import rehearse, settle
 from ddp_asr.run_directory import RunDirectory, json_lines, read_status
 from ddp_asr.signals import StopRequest
 from ddp_asr.trainer import Evaluation, Hooks, Learner, Outcome, Progress, Schedule, Trainer
@@ -57,8 +57,13 @@ class Session:
         self.show: display.Display | None = None
         self.follower: tracking.Follower | None = None
         self.log: logging.Logger | None = None
+        self.config = config
         self.steps_per_epoch = 1
         self.stop = StopRequest(config.distributed.stop_grace_s, self._overdue)
+
+    def open(self) -> None:
+        """Takes the signals over, and the run directory, or raises on every rank the UserError of any."""
+        world, config = self.world, self.config
         self.stop.install()
         if world.world_size > config.batch.micro_batches:
             world.together(partial(share, config.batch.micro_batches, 0, world.world_size))
@@ -70,23 +75,26 @@ class Session:
 
     def _take_lease(self) -> None:
         job_id = os.environ.get("SLURM_JOB_ID")
+        status = read_status(self.path) or {}
         if job_id is not None:
             attempt = int(os.environ.get("SLURM_RESTART_COUNT") or 0) + 1
         else:
-            attempt = int((read_status(self.path) or {}).get("attempt", 0)) + 1
+            attempt = int(status.get("attempt", 0)) + 1
         self.lease = Lease.acquire(self.path, job_id=job_id, attempt=attempt, on_wait=self.message)
         self.lease.start_renewing()
         self.files = RunDirectory(self.path, self.lease, job_id, attempt)
+        self.progress.step = int(status.get("step", 0))  # what a status says until the checkpoint is read
 
     def message(self, text: str) -> None:
         """Notes a sentence in the rank's log and, on rank 0, shows it where the user looks."""
         if self.log is not None:
             self.log.info(text)
         if self.world.rank == 0:
-            if self.show is not None:
-                self.show.message(text)
-            else:
-                print(text, flush=True)
+            with contextlib.suppress(OSError):  # a terminal that is gone must not end a run
+                if self.show is not None:
+                    self.show.message(text)
+                else:
+                    print(text, flush=True)
 
     # ---- the run -------------------------------------------------------------------------------------------------
 
@@ -103,14 +111,16 @@ class Session:
         state = world.together(lambda: self._read_checkpoint(found, corpus))
         self.steps_per_epoch = corpus.plan.steps_per_epoch
         schedule = make_schedule(config, corpus.plan.steps_per_epoch)
-        if state is not None:
-            self.progress = Progress(**state["progress"])
-            if self.progress.step >= schedule.total_steps and self.progress.evaluated_step == self.progress.step:
-                return Outcome("done", f"already finished at step {self.progress.step}")
+        self.progress = self._progress(found, state)
+        if self.progress.step >= schedule.total_steps and self.progress.evaluated_step == self.progress.step:
+            world.from_rank_zero(self._finish_tracking)
+            return Outcome("done", f"already finished at step {self.progress.step}")
         learner = world.together(lambda: self._make_learner(corpus, state))
-        world.from_rank_zero(lambda: self._open_files(corpus, learner, schedule, state))
+        learner.model = world.wrap(learner.model)
+        world.from_rank_zero(lambda: self._open_files(corpus, learner, schedule, found, state))
         for line in world.together(lambda: rehearse(corpus, learner)):
             self.message(f"rehearsed {line}")
+        settle(corpus, learner)
         batches = train_loader(
             corpus.index,
             corpus.vocabulary,
@@ -174,6 +184,17 @@ class Session:
             )
         return state
 
+    def _progress(self, path: Path | None, state: dict[str, Any] | None) -> Progress:
+        if path is None or state is None:
+            return Progress()
+        progress = Progress(**state["progress"])
+        if not self._is_own(path):  # another run's best checkpoint and evaluations are not in this directory
+            progress.best, progress.evaluated_step = None, 0
+        return progress
+
+    def _is_own(self, path: Path) -> bool:
+        return self.path.resolve() in path.resolve().parents
+
     def _make_learner(self, corpus: Corpus, state: dict[str, Any] | None) -> Learner:
         config, device = self.config, self.world.device
         # Weights are drawn on the CPU, so that they are the same wherever the run begins.
@@ -195,18 +216,26 @@ class Session:
         )
         if state is not None:
             learner.load(state)
-        learner.model = self.world.wrap(model)
         return learner
 
     # ---- files and hooks -----------------------------------------------------------------------------------------
 
-    def _open_files(self, corpus: Corpus, learner: Learner, schedule: Schedule, state: dict[str, Any] | None) -> None:
+    def _open_files(
+        self,
+        corpus: Corpus,
+        learner: Learner,
+        schedule: Schedule,
+        found: Path | None,
+        state: dict[str, Any] | None,
+    ) -> None:
         """Rank 0: what stands in the run directory before the first step."""
         assert self.files is not None and self.lease is not None
         self.fingerprint = corpus.whole.fingerprint()
-        self.comet_key = tracking.experiment_key(self.path, known=state["comet_key"] if state else None)
-        self.files.cut_after(self.progress.step, self.progress.evaluated_step)
+        own = state is not None and found is not None and self._is_own(found)
+        self.comet_key = tracking.experiment_key(self.path, known=state["comet_key"] if state and own else None)
+        # In this order: metrics that end before the newest checkpoint would lack steps for good.
         checkpoint.set_aside_beyond(self.path, self.progress.step, self.lease.check)
+        self.files.cut_after(self.progress.step, self.progress.evaluated_step)
         self.files.write("config.yaml", describe(self.config))
         self.files.write("environment.json", json.dumps(environment(self.world), indent=1) + "\n")
         left_out = [{"key": key, "reason": reason} for key, reason in corpus.targets.left_out(corpus.whole)]
@@ -236,6 +265,11 @@ class Session:
         pictures = (before[0].cpu().numpy(), after[0].cpu().numpy())
         self.files.produce("spectrogram.png", lambda: display.draw_spectrogram(self.path, batch.keys[0], *pictures))
 
+    def _finish_tracking(self) -> None:
+        """Rank 0: what Comet still lacks of a finished run whose follower was killed."""
+        if not tracking.Report.load(self.path).finished:
+            self.follower = tracking.start(self.path, self.config.tracking.mode)
+
     @property
     def _writer(self) -> checkpoint.BackgroundWriter:
         if not hasattr(self, "_background"):
@@ -259,8 +293,10 @@ class Session:
         def log(line: dict[str, Any]) -> None:
             if self.files is None or self.show is None:
                 return
+            self._writer.raise_if_failed()
             self.files.append("metrics.jsonl", line)
-            self.show.train(line)
+            with contextlib.suppress(OSError):  # a terminal that is gone must not end a run
+                self.show.train(line)
             on_step()
 
         return Hooks(
@@ -294,8 +330,12 @@ class Session:
         self.files.sync()
         path = self.path / "best.pt" if best else checkpoint.step_path(self.path, self.progress.step)
         keep_last = self.config.train.keep_last
-        self._writer.submit(path, state, then=lambda: checkpoint.prune(self.path, keep_last))
+        self._writer.submit(path, state, then=lambda: self._prune(keep_last))
         self._status("running", "training", retry=True)
+
+    def _prune(self, keep_last: int) -> None:
+        self._check_lease()
+        checkpoint.prune(self.path, keep_last)
 
     def _evaluate(
         self, learner: Learner, recogniser: Recogniser, test: Index | None, step: int
@@ -316,6 +356,14 @@ class Session:
 
         def record() -> Evaluation:
             assert summary is not None and self.files is not None and self.show is not None
+            for key, reason in summary.bad:
+                self.message(f"left out of the evaluation, no longer readable: {key} ({reason})")
+            if is_unusable(summary, self.config.data.max_bad_samples):
+                raise UserError(
+                    f"only {len(summary.heard)} of {len(test)} test utterances could be read (data.max_bad_samples = "
+                    f"{self.config.data.max_bad_samples}): check the shards of data.test with "
+                    "'python -m ddp_asr.shard --verify --out DIR'"
+                )
             epoch = (step - 1) // self.steps_per_epoch + 1
             place = {"step": step, "epoch": epoch}
             line = {"kind": "test", **place, "loss": _finite(summary.loss)}
@@ -327,16 +375,18 @@ class Session:
             ]
             self.files.append("samples.jsonl", {**place, "samples": samples})
             self.files.produce("curves.png", lambda: display.draw_curves(self.path))
-            self.show.test(line)
-            for key, reason in summary.bad:
-                self.message(f"left out of the evaluation, no longer readable: {key} ({reason})")
+            with contextlib.suppress(OSError):
+                self.show.test(line)
             return line, summary.wer
 
         return self.world.from_rank_zero(record)
 
     def _dump(self, step: int, batches: list[MicroBatch]) -> None:
         path = self.path / f"nonfinite-step-{step:08d}-rank-{self.world.rank}.pt"
-        torch.save([asdict(batch) for batch in batches], path)
+        try:
+            torch.save([asdict(batch) for batch in batches], path)
+        except (OSError, RuntimeError) as error:  # the run ends with the reason for the dump, not with this
+            self.message(f"{path} could not be written: {error}")
 
     # ---- the end -------------------------------------------------------------------------------------------------
 
@@ -344,6 +394,16 @@ class Session:
         if self.files is not None:
             epoch = self.progress.step // self.steps_per_epoch
             self.files.status(state, reason, retry=retry, step=self.progress.step, epoch=epoch)
+
+    def _account(self) -> str:
+        """What a run that ends has to tell of all its attempts."""
+        progress = self.progress
+        told = [f"{progress.trained_s / 60:.1f} min in training steps"]
+        if progress.skipped:
+            told.append(f"{progress.skipped} step(s) skipped, {progress.overflows} of them for an fp16 overflow")
+        if progress.bad_keys:
+            told.append(f"{len(progress.bad_keys)} utterance(s) no longer readable: {', '.join(progress.bad_keys)}")
+        return ", ".join(told)
 
     def _overdue(self, reason: str) -> None:
         self._status("stopped", reason, retry=True)
@@ -362,14 +422,16 @@ class Session:
             self.show = None
         failed = state == "failed"
         if not failed:
-            self.message(f"{state} at step {self.progress.step}: {reason}")
-        if self.follower is not None:
-            # After a failure nobody waits for Comet: the follower goes on by itself until its own deadline.
-            report = self.follower.close(timeout_s=0) if failed else self.follower.close()
-            if not failed:
-                self.message(tracking.summary(self.path, report))
+            self.message(f"{state} at step {self.progress.step}: {reason}; {self._account()}")
         self.files.close()
         self.lease.release()
+        if self.follower is not None:
+            # Nobody waits long for Comet but a run that is done: torchrun kills a rank 30 s after its signal, and the
+            # follower goes on by itself until its own deadline.
+            patience_s = {"done": tracking.CLOSE_S + 10, "stopped": 5.0}.get(state, 0.0)
+            report = self.follower.close(timeout_s=patience_s)
+            if not failed:
+                self.message(tracking.summary(self.path, report))
 
 
 def open_rank_log(run_directory: Path, world: World) -> logging.Logger:
@@ -381,6 +443,7 @@ def open_rank_log(run_directory: Path, world: World) -> logging.Logger:
         raise UserError(
             f"rank {world.rank} cannot write {path} ({error.strerror}): all ranks must see the run directory"
         ) from None
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk: the run's files say so
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     log = logging.getLogger(f"ddp_asr.rank{world.rank}")
     log.propagate = False

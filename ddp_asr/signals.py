@@ -1,4 +1,4 @@
-"""A request to stop, from wherever it comes: SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C, or a launcher that is gone.
+"""A request to stop, wherever it comes from: a signal (`SIGNALS`), Ctrl-C among them, or a launcher that is gone.
 
     stop = StopRequest(grace_s=20, on_overdue=write_status)
     stop.install()
@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _PARENT_POLL_S = 1.0
 
 
@@ -38,7 +38,8 @@ class StopRequest:
         self._on_overdue = on_overdue
         self._at_once = True
         self._answered = threading.Event()
-        self._parent = os.getppid()
+        # Only torchrun is worth watching: a shell may well end before the run that it has started in the background.
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def install(self) -> None:
         """Takes the signals over and starts the thread. Call it once, in the main thread."""
@@ -48,7 +49,9 @@ class StopRequest:
         signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
         self._wakeup = theirs  # kept alive: the descriptor closes with the object
         for number in SIGNALS:
-            signal.signal(number, self._handle)
+            # `nohup` has a hang-up ignored, and means it.
+            if not (number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN):
+                signal.signal(number, self._handle)
         threading.Thread(target=self._watch, args=(ours,), name="stop request", daemon=True).start()
 
     def wait_for_boundary(self) -> None:
@@ -83,7 +86,8 @@ class StopRequest:
                 for number in wakeup.recv(64):
                     if number in SIGNALS:
                         self.request(signal.Signals(number).name)
-            if os.getppid() != self._parent and self.reason is None:
+            if self._launcher not in (None, os.getppid()) and self.reason is None:
+                self.request("torchrun is gone")
                 os.kill(os.getpid(), signal.SIGTERM)  # as on SIGTERM, handler included
 
     def _end_when_overdue(self) -> None:

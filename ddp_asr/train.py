@@ -33,8 +33,8 @@ examples:
   torchrun --nproc_per_node=2 -m ddp_asr.train --config configs/an4.yaml --train.epochs=3 --run.name=trial
   python -m ddp_asr.train --config configs/an4.yaml --resume runs/an4/checkpoints/step-00000400.pt
 
-A run is stopped with SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C: it writes a checkpoint at the next step and ends. The same
-command goes on from there, on as many processes as you like, up to batch.micro_batches.
+A run is stopped with Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2, SIGHUP or SIGQUIT: it writes a checkpoint at the next step and
+ends. The same command goes on from there, on as many processes as you like, up to batch.micro_batches.
 """
 
 
@@ -80,7 +80,10 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and start nothing")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="trace N steps into the run directory")
-    return parser.parse_known_args(argv)
+    options, rest = parser.parse_known_args(argv)
+    if options.profile < 0:
+        parser.error(f"--profile must be a number of steps, 0 or more, not {options.profile}")
+    return options, rest
 
 
 def _joined(arguments: Sequence[str]) -> Iterator[str]:
@@ -129,6 +132,7 @@ def run(config: Config, *, resume: str = "auto", profile_steps: int = 0, mistake
     try:
         world.together(lambda: _raise(mistake))
         session = Session(config, world)
+        session.open()
         with _profiled(profile_steps, session) as on_step:
             outcome = session.run(resume, on_step)
         session.end(outcome.state, outcome.reason, retry=outcome.state == "stopped")

@@ -19,10 +19,11 @@ Randomness belongs to the micro-batch: dropout is seeded by (seed, step, micro-b
 processes nor a stop changes it. The loop knows no tracker, no decoder and no error rate: it drives `Hooks`.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ from ddp_asr.errors import UserError
 from ddp_asr.features import LogMel
 from ddp_asr.loader import MicroBatch
 from ddp_asr.loss import ctc_loss
+from ddp_asr.model import AcousticModel
 from ddp_asr.optim import WeightAverage, learning_rate
 from ddp_asr.signals import StopRequest
 
@@ -48,10 +50,11 @@ class Progress:
     step: int = 0  # finished steps since the start of the run; (epoch, step in epoch) follows from it
     skipped: int = 0  # steps without an update, for a non-finite loss or gradient
     overflows: int = 0  # of these, fp16 overflows that the scaler answered
-    bad_samples: int = 0  # utterances that no longer decoded
+    emptied: int = 0  # of these, steps of which no utterance could be read
+    bad_keys: list[str] = field(default_factory=list)  # utterances that no longer decoded, each once
     evaluated_step: int = 0  # the newest step whose evaluation is in the metrics
     best: float | None = None  # lowest score of an evaluation
-    trained_s: float = 0.0  # wall-clock seconds in steps, over all attempts
+    trained_s: float = 0.0  # wall-clock seconds in steps, over all attempts; evaluations are not in it
 
 
 @dataclass
@@ -139,9 +142,10 @@ class Learner:
         self.scaler = precision.make_scaler(self.precision, self.world.device)
 
     @property
-    def plain_model(self) -> nn.Module:
+    def plain_model(self) -> AcousticModel:
         """The acoustic model without its wrapper."""
-        return self.model.module if isinstance(self.model, nn.parallel.DistributedDataParallel) else self.model
+        wrapped = isinstance(self.model, nn.parallel.DistributedDataParallel)
+        return cast(AcousticModel, self.model.module if wrapped else self.model)
 
     def losses(self, batch: MicroBatch) -> Tensor:
         """(B,) loss of each utterance; 0 for the stand-in of an emptied micro-batch."""
@@ -226,7 +230,6 @@ class Trainer:
         self.world, self.learner, self.schedule, self.hooks, self.stop = world, learner, schedule, hooks, stop
         self.progress = Progress()
         self._failure: UserError | None = None
-        self._saved_step = 0
         self._saved_at_s = time.monotonic()
 
     def run(self, batches: Iterator[MicroBatch], share_of_step: range, progress: Progress) -> Outcome:
@@ -235,7 +238,7 @@ class Trainer:
         Raises:
             UserError: on every rank, when one of them cannot go on or a limit is passed.
         """
-        self.progress, self._saved_step = progress, progress.step
+        self.progress = progress
         self.stop.wait_for_boundary()
         if self._evaluate_if_due():  # the attempt before was stopped between a step and its evaluation
             return self._stopped()
@@ -298,6 +301,9 @@ class Trainer:
     def _note_skipped(self, step: int, everyones: Tally, losses: Tensor, mine: list[MicroBatch]) -> None:
         """Counts a step without an update, names its utterances, and ends the run at the limit; on all ranks alike."""
         self.progress.skipped += 1
+        if not everyones.utterances:  # `_note_bad_samples` names them, and counts them towards its own limit
+            self.progress.emptied += 1
+            return
         finite_loss = everyones.loss - everyones.loss == 0
         # An overflow is the scaler's normal work, until it has nothing left to lower.
         if finite_loss and self.learner.scaler.is_enabled() and self.learner.scaler.get_scale() >= 1.0:
@@ -306,31 +312,32 @@ class Trainer:
         keys = [key for batch in mine for key in batch.keys]
         if not finite_loss:
             keys = [key for key, loss in zip(keys, losses.tolist(), strict=True) if loss - loss != 0]
+        keys = [key for key in keys if key]  # an emptied micro-batch's stand-in has none
         named = self.world.gather_objects(keys)
         what = "loss" if not finite_loss else "gradient"
         if named is not None:
             of_all = [key for of_rank in named for key in of_rank]
-            where = ", ".join(of_all) or "a step without utterances"
-            self.hooks.message(f"step {step} skipped: non-finite {what} in {where}")
-        nonfinite = self.progress.skipped - self.progress.overflows
+            self.hooks.message(f"step {step} skipped: non-finite {what} in {', '.join(of_all)}")
+        nonfinite = self.progress.skipped - self.progress.overflows - self.progress.emptied
         if nonfinite > self.schedule.max_nonfinite_steps:
             self.hooks.dump(step, mine)
             raise self.world_error(
                 f"{nonfinite} steps had a non-finite loss or gradient, more than train.max_nonfinite_steps = "
-                f"{self.schedule.max_nonfinite_steps}; the last ones' micro-batches are kept in the run directory: "
+                f"{self.schedule.max_nonfinite_steps}; the last one's micro-batches are kept in the run directory: "
                 "lower optim.learning_rate or optim.clip_norm, or look at the utterances named in the log"
             )
 
     def _note_bad_samples(self, mine: list[MicroBatch], everyones: Tally) -> None:
         if not everyones.bad_samples:
             return
-        named = self.world.gather_objects([bad for batch in mine for bad in batch.bad])
-        self.progress.bad_samples += int(everyones.bad_samples)
-        texts = [f"{key} ({reason})" for of_rank in named or [] for key, reason in of_rank]
+        everyones_bad = self.world.all_objects([bad for batch in mine for bad in batch.bad])
+        named = dict(bad for of_rank in everyones_bad for bad in of_rank)
+        self.progress.bad_keys = sorted({*self.progress.bad_keys, *named})
+        texts = [f"{key} ({reason})" for key, reason in named.items()]
         self.hooks.message(f"left out of this step, no longer readable: {', '.join(texts)}")
-        if self.progress.bad_samples > self.schedule.max_bad_samples:
+        if len(self.progress.bad_keys) > self.schedule.max_bad_samples:
             raise self.world_error(
-                f"{self.progress.bad_samples} utterances could not be read, more than data.max_bad_samples = "
+                f"{len(self.progress.bad_keys)} utterances could not be read, more than data.max_bad_samples = "
                 f"{self.schedule.max_bad_samples}: check the shards with 'python -m ddp_asr.shard ... --verify'"
             )
 
@@ -360,16 +367,16 @@ class Trainer:
         step = self.progress.step
         if not self.schedule.evaluation_due(step) or self.progress.evaluated_step == step:
             return False
-        rounds = self.hooks.evaluate(step)
-        while True:
-            try:
-                next(rounds)
-            except StopIteration as finished:
-                result = finished.value
-                break
-            if self._agreed_to_stop():
-                rounds.close()
-                return True
+        # Closed whatever happens: an evaluation's loader workers ignore the signals that end their parent.
+        with contextlib.closing(self.hooks.evaluate(step)) as rounds:
+            while True:
+                try:
+                    next(rounds)
+                except StopIteration as finished:
+                    result = finished.value
+                    break
+                if self._agreed_to_stop():
+                    return True
         self.progress.evaluated_step = step
         if result is not None:
             _, score = result
@@ -397,7 +404,8 @@ class Trainer:
         if self.world.rank == 0:
             state = {**self.learner.state(), "progress": asdict(self.progress)}
             self._guarded(lambda: self.hooks.save(state, best))
-        self._saved_at_s = time.monotonic()
+        if not best:  # a resume does not look at the best one, so it is no checkpoint of the last minutes
+            self._saved_at_s = time.monotonic()
 
     def _stopped(self) -> Outcome:
         self._save()
@@ -415,6 +423,11 @@ class Trainer:
             action()
         except UserError as error:
             self._failure = self._failure or error
+        except OSError as error:
+            self._failure = self._failure or UserError(
+                f"the run directory cannot be written ({error}): free space or mend it, then start again; the run goes "
+                "on from its newest checkpoint"
+            )
 
     def _raise_together(self) -> None:
         def raise_own() -> None:

@@ -75,10 +75,8 @@ def test_alone_every_collective_is_the_identity():
     assert ALONE.sum(vector) is vector and ALONE.any(True) and not ALONE.any(False)
     assert ALONE.gather_objects("mine") == ["mine"]
     assert ALONE.together(lambda: 7) == ALONE.from_rank_zero(lambda: 7) == 7
-    tensor = torch.ones(2)
-    ALONE.share_tensors([tensor])
     model = torch.nn.Linear(1, 1)
-    assert tensor.tolist() == [1.0, 1.0] and ALONE.wrap(model) is model
+    assert ALONE.wrap(model) is model
     with without_sync(model):
         pass
     ALONE.leave()
@@ -135,9 +133,7 @@ def test_collectives_of_three_ranks(tiny_corpus, tmp_path):
         assert world.gather_objects({"rank": rank}) == ([{"rank": 0}, {"rank": 1}, {"rank": 2}] if rank == 0 else None)
         assert world.from_rank_zero(lambda: {"made by": rank}) == {"made by": 0}
         assert world.together(lambda: rank) == rank
-        tensors = [torch.full((2,), float(rank)), torch.tensor(rank)]
-        world.share_tensors(tensors)
-        assert tensors[0].tolist() == [0.0, 0.0] and tensors[1].item() == 0
+        assert world.all_objects(rank) == [0, 1, 2]
 
         # Only one of them is mistaken, and all learn of it; the one that raised it can be told from the others.
         for run in (world.together, world.from_rank_zero):
