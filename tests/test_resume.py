@@ -112,7 +112,8 @@ def test_ranks_whose_torchrun_was_killed_stop_as_on_sigterm(tiny_corpus, tmp_pat
     tiny.wait_until(lambda: not any(map(tiny.is_alive, ranks)), "the ranks to end", limit_s=30)
     torchrun.wait()
     found = tiny.status(tmp_path / "run")
-    assert (found["state"], found["retry"], found["reason"]) == ("stopped", True, "SIGTERM"), torchrun.output
+    assert (found["state"], found["retry"]) == ("stopped", True), torchrun.output
+    assert found["reason"] == "torchrun is gone"
     assert checkpoint.step_path(tmp_path / "run", found["step"]).is_file()
 
 

@@ -109,7 +109,7 @@ def test_a_rank_that_reaches_no_boundary_ends_itself(where):
     assert err.count("\n") == 1 and err.startswith("error: SIGTERM, and no step boundary")
 
 
-def test_a_process_whose_parent_has_gone_stops_as_on_sigterm():
+def test_a_rank_whose_torchrun_has_gone_stops_as_on_sigterm():
     """The parent is killed with -9: the child reports to whoever holds the pipe."""
     parent = """
         import os, sys
@@ -122,6 +122,7 @@ def test_a_process_whose_parent_has_gone_stops_as_on_sigterm():
     child = """
             from ddp_asr.signals import StopRequest, StoppedBeforeTraining
             import threading
+            os.environ["TORCHELASTIC_RUN_ID"] = "by torchrun"
             try:
                 stop = StopRequest(20, print)
                 stop.install()
@@ -133,7 +134,7 @@ def test_a_process_whose_parent_has_gone_stops_as_on_sigterm():
     """
     code = textwrap.dedent(parent).replace("    {child}", textwrap.indent(textwrap.dedent(child).strip(), "    "))
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "stopped by SIGTERM\n"), done.stderr
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "stopped by torchrun is gone\n"), done.stderr
 
 
 def test_ranks_that_wait_for_a_stuck_one_end_within_the_grace(tiny_corpus, tmp_path):
