@@ -500,7 +500,7 @@ def summary(run_directory: Path, report: Report) -> str:
     elif report.mode == "offline" and report.finished:
         text = f"the Comet archive is made; upload it with: comet upload {run_directory / report.archive}"
     elif report.mode == "offline":
-        text = f"the Comet archive is not made; make it with: {command}"
+        text = f"the Comet archive is not finished yet; should it never be, make it with: {command}"
     else:
         text = (
             f"Comet has train steps to {report.sent['train']} and tests to {report.sent['test']} {report.url}".rstrip()
