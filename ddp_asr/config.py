@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unicodedata import category
 
 import yaml
 
@@ -379,6 +380,10 @@ def check(config: Config) -> None:
             if not parts[name] or not all(allowed(number) for number in parts[name]):
                 raise UserError(f"{name} must be {words}, not {values[name]!r}")
 
+    for name, texts in parts.items():
+        # YAML folds some line separators into spaces, so that a saved file would not repeat the run.
+        for broken in (c for text in texts if isinstance(text, str) for c in text if category(c) in ("Cc", "Zl", "Zp")):
+            raise UserError(f"{name} holds the control character {broken!r}: take it out of {values[name]!r}")
     fractional = [name for name in parts if any(isinstance(part, float) for part in parts[name])]
     require(fractional, lambda x: abs(x) < float("inf"), "finite")
     require(_POSITIVE, lambda x: x > 0, "above 0")

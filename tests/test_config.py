@@ -242,7 +242,13 @@ def test_a_run_is_named_after_its_file_unless_it_has_a_name(tmp_path):
     assert load_config(None).run.name == "default"
 
 
-TEXTS = st.text(st.characters(codec="utf8"), max_size=12)
+TEXTS = st.text(st.characters(codec="utf8", exclude_categories=["Cc", "Zl", "Zp"]), max_size=12)
+
+
+@pytest.mark.parametrize("setting", ["run.dir", "vocabulary.drop", "data.test"])
+def test_a_control_character_is_refused(setting):
+    with pytest.raises(UserError, match=rf"{setting} holds the control character '\\x85'"):
+        load_config(None, [f"--{setting}=a\x85b"])
 
 
 @given(
@@ -275,7 +281,7 @@ def test_every_config_in_the_repository_is_sound(path):
 
 FREE = {"run", "data", "tracking", "distributed"}  # sections that may change between attempts of one run
 FREE_IN_TRAIN = {"eval_every_steps", "save_every_steps", "save_every_min", "keep_last", "stop_at_step"}
-FREE_IN_TRAIN |= {"max_nonfinite_steps"}
+FREE_IN_TRAIN |= {"max_nonfinite_steps", "init_from"}
 
 
 @pytest.mark.parametrize("name", NAMES)
