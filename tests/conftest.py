@@ -52,15 +52,8 @@ def synthetic_corpus(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def train_speech(request) -> Path:
-    """A LibriSpeech-layout directory: real speech where it lies beside the checkout, else synthesised."""
-    real = SHARED_DATA / "LibriSpeech" / "train-mini"
-    return real if real.is_dir() else request.getfixturevalue("synthetic_corpus") / "train"
-
-
-@pytest.fixture(scope="session")
 def dev_speech(request) -> Path:
-    """Like `train_speech`, with other speakers."""
+    """A LibriSpeech-layout directory: real speech where it lies beside the checkout, else synthesised."""
     real = SHARED_DATA / "LibriSpeech" / "dev-mini"
     return real if real.is_dir() else request.getfixturevalue("synthetic_corpus") / "test"
 

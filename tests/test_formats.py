@@ -72,7 +72,8 @@ def test_stock_webdataset_reads_the_same(shards, expected):
 
 @pytest.mark.slow
 def test_hugging_face_datasets_reads_the_same(shards, expected, tmp_path):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     # Without features, `datasets` takes "flac" for Audio and wants torchcodec, even undecoded.
     string, integer = datasets.Value("string"), datasets.Value("int64")
     features = datasets.Features(
@@ -90,3 +91,21 @@ def test_hugging_face_datasets_reads_the_same(shards, expected, tmp_path):
     samples = list(stream)
     assert [(s["__key__"], s["txt"], s["flac"]) for s in samples] == expected
     assert [s["json"]["samples"] for s in samples] == read_index([shards]).samples.tolist()
+
+
+@pytest.mark.slow
+def test_real_speech_passes_through_untouched(dev_speech, tmp_path):
+    shards = tiny_speech.shard(dev_speech, tmp_path / "shards", "--verify", "--strict")
+    index = read_index([shards])
+    packed = index.shards[0].read_bytes()
+    recordings = {path.stem: path.read_bytes() for path in dev_speech.rglob("*.flac")}
+    transcripts = dict(
+        line.split(maxsplit=1) for path in dev_speech.rglob("*.trans.txt") for line in path.read_text().splitlines()
+    )
+    assert (
+        len(index.shards) == 1
+        and dict(zip(index.keys.to_pylist(), index.texts.to_pylist(), strict=True)) == transcripts
+    )
+    for row in range(len(index)):
+        start = int(index.offset[row])
+        assert packed[start : start + int(index.bytes[row])] == recordings[index.key(row)]

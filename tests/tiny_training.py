@@ -149,7 +149,8 @@ def start(arguments: Sequence[str], processes: int = 1, patches: Sequence[Patch]
     ranks, logs = [], []
     for rank in range(processes):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
+        # Bits are compared, and more ranks are started than a machine has GPUs: on CPUs everywhere.
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": "", **environment}
         logs.append(_new_log(rank))
         ranks.append(_processes.Process(target=_run_rank, args=(list(arguments), place, logs[-1], list(patches))))
         ranks[-1].start()
@@ -198,6 +199,7 @@ class Torchrun:
         self.popen = subprocess.Popen(
             command,
             cwd=REPOSITORY,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
