@@ -411,8 +411,11 @@ class Session:
     def end(self, state: str, reason: str, *, retry: bool) -> None:
         """Closes what is open, says how the attempt ended and gives the directory free; never hides an error."""
         self.stop.dismiss()
-        if self.log is not None:
-            self.log.info(f"{state} at step {self.progress.step}: {reason}", exc_info=state == "failed")
+        failed = state == "failed"
+        if not failed:
+            self.message(f"{state} at step {self.progress.step}: {reason}; {self._account()}")
+        elif self.log is not None:
+            self.log.info(f"failed at step {self.progress.step}: {reason}", exc_info=True)
         if self.files is None or self.lease is None:
             return
         with contextlib.suppress(UserError):  # the lease may be lost, which is then the error that is being reported
@@ -420,9 +423,6 @@ class Session:
         if self.show is not None:
             self.show.close()
             self.show = None
-        failed = state == "failed"
-        if not failed:
-            self.message(f"{state} at step {self.progress.step}: {reason}; {self._account()}")
         self.files.close()
         self.lease.release()
         if self.follower is not None:
