@@ -36,7 +36,8 @@ class StopRequest:
         self.reason: str | None = None
         self._grace_s = grace_s
         self._on_overdue = on_overdue
-        self._at_once = True
+        self._at_once = self._setting_up = True
+        self._asked = threading.Event()
         self._answered = threading.Event()
         # Only torchrun is worth watching: a shell may well end before the run that it has started in the background.
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -56,7 +57,19 @@ class StopRequest:
 
     def wait_for_boundary(self) -> None:
         """From now on a signal waits for the next step boundary."""
-        self._at_once = False
+        self._at_once = self._setting_up = False
+
+    def reaches_setting_up(self, within_s: float) -> bool:
+        """Whether this rank, still being set up, is asked to stop now or within a moment.
+
+        A signal ends one rank after the other: those that are still waiting for a peer see it gone first.
+        """
+        if not self._setting_up:
+            return False
+        try:
+            return self.reason is not None or self._asked.wait(within_s)
+        except StoppedBeforeTraining:
+            return True
 
     def agreed(self) -> None:
         """All ranks know of the stop, at a step boundary: from here on it takes as long as it takes."""
@@ -71,6 +84,7 @@ class StopRequest:
         """Asks for a stop; the first reason stays."""
         if self.reason is None:
             self.reason = reason
+            self._asked.set()
             threading.Thread(target=self._end_when_overdue, name="stop grace", daemon=True).start()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

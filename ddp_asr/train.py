@@ -143,6 +143,9 @@ def run(config: Config, *, resume: str = "auto", profile_steps: int = 0, mistake
             session.end("stopped", f"{stop} before the first step", retry=True)
         return 0
     except UserError as error:
+        if session is not None and isinstance(error, PeerLost) and session.stop.reaches_setting_up(within_s=2.0):
+            session.end("stopped", f"{session.stop.reason} before the first step", retry=True)
+            return 0
         if session is not None:
             session.end("failed", str(error), retry=isinstance(error, PeerLost))
         if isinstance(error, RaisedElsewhere):

@@ -40,7 +40,7 @@ def first_line(process: subprocess.Popen) -> str:
     return process.stdout.readline()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGQUIT])
 def test_before_training_a_signal_ends_the_setting_up_at_once(number):
     process = script("""
         try:
@@ -52,6 +52,22 @@ def test_before_training_a_signal_ends_the_setting_up_at_once(number):
     assert first_line(process) == "ready\n"
     process.send_signal(number)
     assert ended(process) == (0, f"stopped by {number.name}\n", "")
+
+
+def test_a_rank_that_has_lost_its_peers_in_the_setting_up_waits_for_the_signal_that_ended_them():
+    process = script("""
+        try:
+            say("ready")
+            stopped = stop.reaches_setting_up(within_s=60)
+        except StoppedBeforeTraining:
+            stopped = stop.reaches_setting_up(within_s=0)
+        stop.wait_for_boundary()
+        say(f"{stopped} {stop.reason}, in training {stop.reaches_setting_up(within_s=60)}")
+        stop.dismiss()
+    """)
+    assert first_line(process) == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert ended(process) == (0, "True SIGTERM, in training False\n", "")
 
 
 def test_in_training_a_signal_waits_for_the_boundary():
