@@ -216,7 +216,7 @@ def _meet(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store
             store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
             store.set_timeout(timeout)
             results.put(store)
-        except Exception as error:
+        except Exception as error:  # not swallowed: the main thread, which waits for it, raises it
             results.put(error)
 
     threading.Thread(target=meet, name="rendezvous", daemon=True).start()

@@ -404,7 +404,7 @@ class Mirror:
             self._send_metrics()
             done = self._send_the_rest()
             self._pause_s, self.failures_in_a_row = BACK_OFF_S[0], 0
-        except Exception as error:
+        except Exception as error:  # whatever comet_ml raises: counted, told at the end, and tried again later
             self.failures_in_a_row += 1
             self.report.failed(f"{type(error).__name__}: {error}")
             self._not_before = time.monotonic() + self._pause_s
