@@ -80,7 +80,17 @@ class RunDirectory:
         with _naming_the_file(self.path / name):
             make()
 
-    def status(self, state: str, reason: str, *, retry: bool, step: int, epoch: int) -> None:
+    def status(
+        self,
+        state: str,
+        reason: str,
+        *,
+        retry: bool,
+        step: int,
+        epoch: int,
+        total_steps: int | None = None,
+        best_wer: float | None = None,
+    ) -> None:
         """Says in status.json how the run stands: running, stopped, done or failed."""
         record = {
             "state": state,
@@ -88,6 +98,8 @@ class RunDirectory:
             "retry": retry,
             "step": step,
             "epoch": epoch,
+            "total_steps": total_steps,
+            "best_wer": best_wer,
             "attempt": self._attempt,
             "job_id": self._job_id,
             "host": socket.gethostname(),

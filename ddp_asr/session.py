@@ -59,6 +59,7 @@ class Session:
         self.log: logging.Logger | None = None
         self.config = config
         self.steps_per_epoch = 1
+        self.total_steps: int | None = None  # as soon as the plan says it
         self.stop = StopRequest(config.distributed.stop_grace_s, self._overdue)
 
     def open(self) -> None:
@@ -83,7 +84,9 @@ class Session:
         self.lease = Lease.acquire(self.path, job_id=job_id, attempt=attempt, on_wait=self.message)
         self.lease.start_renewing()
         self.files = RunDirectory(self.path, self.lease, job_id, attempt)
-        self.progress.step = int(status.get("step", 0))  # what a status says until the checkpoint is read
+        # What a status says until the checkpoint and the plan are read.
+        self.progress.step, self.progress.best = int(status.get("step", 0)), status.get("best_wer")
+        self.total_steps = status.get("total_steps")
 
     def message(self, text: str) -> None:
         """Notes a sentence in the rank's log and, on rank 0, shows it where the user looks."""
@@ -111,6 +114,7 @@ class Session:
         state = world.together(lambda: self._read_checkpoint(found, corpus))
         self.steps_per_epoch = corpus.plan.steps_per_epoch
         schedule = make_schedule(config, corpus.plan.steps_per_epoch)
+        self.total_steps = schedule.total_steps
         self.progress = self._progress(found, state)
         if self.progress.step >= schedule.total_steps and self.progress.evaluated_step == self.progress.step:
             world.from_rank_zero(self._finish_tracking)
@@ -392,8 +396,16 @@ class Session:
 
     def _status(self, state: str, reason: str, *, retry: bool) -> None:
         if self.files is not None:
-            epoch = self.progress.step // self.steps_per_epoch
-            self.files.status(state, reason, retry=retry, step=self.progress.step, epoch=epoch)
+            progress = self.progress
+            self.files.status(
+                state,
+                reason,
+                retry=retry,
+                step=progress.step,
+                epoch=progress.step // self.steps_per_epoch,
+                total_steps=self.total_steps,
+                best_wer=None if progress.best is None else _finite(progress.best),
+            )
 
     def _account(self) -> str:
         """What a run that ends has to tell of all its attempts."""

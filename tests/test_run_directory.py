@@ -174,7 +174,7 @@ def test_a_full_disk_is_said_once_and_closing_does_not_hide_it(tmp_path, write, 
 
 def test_the_status_is_what_launchers_read(files, tmp_path):
     assert read_status(tmp_path) is None
-    files.status("stopped", "SIGTERM", retry=True, step=12, epoch=3)
+    files.status("stopped", "SIGTERM", retry=True, step=12, epoch=3, total_steps=40, best_wer=0.25)
     status = read_status(tmp_path)
     assert status.pop("time_s") > 1.7e9 and status.pop("host")
     assert status == {
@@ -183,6 +183,8 @@ def test_the_status_is_what_launchers_read(files, tmp_path):
         "retry": True,
         "step": 12,
         "epoch": 3,
+        "total_steps": 40,
+        "best_wer": 0.25,
         "attempt": 3,
         "job_id": "4711",
     }
