@@ -230,7 +230,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: an unreadable file, an unknown key, a value of the wrong type or out of range.
     """
-    tree = {} if path is None else _read_yaml(path)
+    tree = {} if path is None else _read_sections(path)
     _refuse_unknown(tree, str(path))
     for override in overrides:
         name, separator, text = override.removeprefix("--").partition("=")
@@ -246,7 +246,12 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping, every value in it still a text; {} where it is empty.
+
+    Raises:
+        UserError: an unreadable file, or no mapping in it.
+    """
     try:
         tree = yaml.load(path.read_text(encoding="utf8"), Loader=_TextLoader)
     except OSError as error:
@@ -255,7 +260,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
     if tree is None:
         return {}
-    if not isinstance(tree, dict) or not all(isinstance(section, dict) or section == "" for section in tree.values()):
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold settings by their names, such as 'train:' with 'epochs: 3' below it")
+    return tree
+
+
+def _read_sections(path: Path) -> dict[str, dict[str, Any]]:
+    tree = read_yaml(path)
+    if not all(isinstance(section, dict) or section == "" for section in tree.values()):
         raise UserError(f"{path} must hold sections of settings, such as 'train:' with 'epochs: 3' below it")
     return {name: section or {} for name, section in tree.items()}
 
@@ -280,11 +292,11 @@ def _refuse_unknown(tree: dict[str, dict[str, Any]], origin: str) -> None:
     sections = [section.name for section in dataclasses.fields(Config)]
     for section, settings in tree.items():
         if section not in sections:
-            raise UserError(f"unknown section {section!r} in {origin}; {_nearest(section, sections)}")
+            raise UserError(f"unknown section {section!r} in {origin}; {nearest(section, sections)}")
         names = [f"{section}.{field.name}" for field in dataclasses.fields(_section_type(section))]
         for name in (f"{section}.{key}" for key in settings):
             if name not in names:
-                raise UserError(f"unknown setting {name!r} in {origin}; {_nearest(name, names)}")
+                raise UserError(f"unknown setting {name!r} in {origin}; {nearest(name, names)}")
 
 
 def _section_type(name: str) -> Any:
@@ -294,17 +306,18 @@ def _section_type(name: str) -> Any:
 def _build_section(section: str, settings: dict[str, Any]) -> Any:
     kind = _section_type(section)
     types = typing.get_type_hints(kind)
-    return kind(**{key: _convert(value, types[key], f"{section}.{key}") for key, value in settings.items()})
+    return kind(**{key: convert(value, types[key], f"{section}.{key}") for key, value in settings.items()})
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
+def nearest(name: str, names: Iterable[str]) -> str:
+    """What to say beside an unknown name: the one that was meant, or all there are."""
     names = list(names)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(names)}"
 
 
-def _convert(value: Any, kind: Any, name: str) -> Any:
-    """`value`, a text or what a checkpoint holds, as `kind`."""
+def convert(value: Any, kind: Any, name: str) -> Any:
+    """`value`, a text or what a checkpoint holds, as the type `kind`; a UserError that names the setting otherwise."""
     wrong = UserError(f"{name} must be {_describe_type(kind)}, not {value!r}")
     if typing.get_origin(kind) is list:
         if isinstance(value, str):
@@ -312,7 +325,7 @@ def _convert(value: Any, kind: Any, name: str) -> Any:
         if not isinstance(value, list):
             value = [value]
         (item,) = typing.get_args(kind)
-        return [_convert(part, item, name) for part in value]
+        return [convert(part, item, name) for part in value]
     if kind is str:
         if not isinstance(value, str):
             raise wrong
