@@ -130,7 +130,7 @@ def _find_profile(name: str) -> Path | None:
     if name in EXECUTORS:
         return None
     known = sorted({*EXECUTORS, *(path.stem for folder in (PROFILES, installed) for path in folder.glob("*.yaml"))})
-    raise UserError(f"there is no cluster {name!r}; {nearest(name, known)}, or the path of a YAML file")
+    raise UserError(f"--cluster is a profile's name or file, and {name!r} is neither; {nearest(name, known)}")
 
 
 def _check(request: Request) -> None:
@@ -213,12 +213,14 @@ def sbatch_text(
     after: Sequence[str] = (),
 ) -> str:
     """The batch script that `submit` would hand to sbatch."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
     if request.executor != "slurm":
         raise UserError(f"there is no sbatch file for the cluster {request.executor!r}: only Slurm has one")
-    executor: Any = _executor(folder, request, name=name, code=code, parallel=parallel, after=after)
-    if jobs > 1:
-        executor.parameters["map_count"] = jobs
-    return executor._make_submission_file_text(executor._submitit_command_str, "")
+    parameters = _slurm_parameters(request, name, code, parallel, after) | ({"map_count": jobs} if jobs > 1 else {})
+    # Not asked of an executor, which exists only where Slurm's commands are.
+    command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    return _make_sbatch_string(command=command, folder=folder, **parameters)
 
 
 def _executor(

@@ -1,0 +1,213 @@
+"""Queues a training: `python -m launch.submit --config FILE --nodes 4 --gpus-per-node 8`, one rank a GPU.
+
+    settings, checked  ->  runs/NAME/jobs/STAMP/  (frozen code, resolved settings)  ->  cluster.submit  ->  job.json
+
+What is queued depends on nothing that may change before it runs: the job has its own copy of the code, and its settings
+are written out, with absolute paths. Whatever can be known to be wrong is said now and not after a night in the queue:
+settings, shards, the plan, more ranks than micro-batches, a run that another job is already training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ddp_asr.config import Config, describe, load_config, require_shards, settings_help
+from ddp_asr.errors import UserError, run_entry_point
+from ddp_asr.run_directory import read_status
+from launch import cluster, job
+from launch.cluster import Request, Submission
+
+EXAMPLES = """\
+examples:
+  python -m launch.submit --config configs/librispeech_960.yaml --nodes 4 --gpus-per-node 8 --time 8:00:00
+  python -m launch.submit --config configs/an4.yaml --gpus-per-node 2 --partition short --train.epochs=3 --dry-run
+  python -m launch.submit --config configs/librispeech_100.yaml --cluster infiniband8 --nodes 1-4
+  python -m launch.submit --config configs/an4.yaml --cluster local --tasks-per-node 2
+
+The job stops, checkpoints and requeues itself when it is pre-empted or meets its time limit, and goes on as the same
+run. The same command again goes on with a run that was cancelled or has failed.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options, settings = _parse(sys.argv[1:] if argv is None else argv)
+    config = load_config(options.config, settings)
+    request = cluster.request_from(options)
+    run = run_directory(config)
+    folder = submission_folder(run)
+    if options.dry_run:
+        check(config, request)
+        print(_dry_run(folder, request, config.run.name), end="")
+        return 0
+    if (read_status(run) or {}).get("state") == "done":
+        print(f"{run} is done: nothing to submit; train on under another --run.name")
+        return 0
+    submission = submit_training([config], request, folder, name=config.run.name, resume=options.resume)
+    if request.executor != "debug":
+        print(_told(submission, request, run))
+    return 0
+
+
+def submit_training(
+    configs: Sequence[Config],
+    request: Request,
+    folder: Path,
+    *,
+    name: str,
+    parallel: int = 0,
+    resume: str = "auto",
+) -> Submission:
+    """Queues a job for each of the runs, as one array where there are several; `folder` must not exist yet.
+
+    Raises:
+        UserError: anything wrong with settings, shards or the request, before anything is queued.
+    """
+    for config in configs:
+        check(config, request)
+        _refuse_living(run_directory(config))
+    folder.mkdir(parents=True)
+    runs = [run_directory(config) for config in configs]
+    code = job.freeze_code(folder)
+    functions = []
+    for number, config in enumerate(configs):
+        settings = folder / ("config.yaml" if len(configs) == 1 else f"config-{number:03d}.yaml")
+        settings.write_text(describe(resolved(config)), encoding="utf8")
+        functions.append(
+            job.Training(settings, resume if resume in ("auto", "never") else str(Path(resume).absolute()))
+        )
+    record: dict[str, Any] = {"name": name, "executor": request.executor, "runs": [str(run) for run in runs]}
+    _write(folder / "submission.json", record)  # the jobs read it, and may start before submit returns
+    after = [job.conclude_command(folder)]
+    submission = cluster.submit(functions, folder, request, name=name, code=code, parallel=parallel, after=after)
+    now_s = time.time()
+    _write(folder / "submission.json", record | {"job_ids": submission.job_ids, "time_s": now_s})
+    for run, job_id in zip(runs, submission.job_ids, strict=True):
+        run.mkdir(parents=True, exist_ok=True)
+        _write(
+            run / "job.json",
+            {"job_id": job_id, "executor": request.executor, "folder": str(folder), "time_s": now_s},
+        )
+    return submission
+
+
+def check(config: Config, request: Request) -> None:
+    """Raises a UserError for whatever would end the run before its first step, as far as a login node can tell."""
+    from ddp_asr.corpus import read_corpus
+
+    require_shards(config)
+    if request.max_ranks > config.batch.micro_batches:
+        raise UserError(
+            f"{request.max_nodes} node(s) x {request.ranks_per_node} are {request.max_ranks} ranks, and a step has "
+            f"only batch.micro_batches = {config.batch.micro_batches}: ask for fewer, or raise it, which changes "
+            "the result"
+        )
+    read_corpus(config)
+
+
+def run_directory(config: Config) -> Path:
+    """Where the run lies, as an absolute path."""
+    return (Path(config.run.dir) / config.run.name).absolute()
+
+
+def submission_folder(run: Path) -> Path:
+    """A folder under the run that no submission has used yet."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    names = itertools.chain([stamp], (f"{stamp}-{number}" for number in itertools.count(2)))
+    return next(folder for name in names if not (folder := run / "jobs" / name).exists())
+
+
+def resolved(config: Config) -> Config:
+    """The settings with absolute paths: the job runs elsewhere."""
+    data = dataclasses.replace(
+        config.data,
+        train=[str(Path(path).absolute()) for path in config.data.train],
+        test=[str(Path(path).absolute()) for path in config.data.test],
+        cache_dir=str(Path(config.data.cache_dir).absolute()) if config.data.cache_dir else "",
+    )
+    init_from = config.train.init_from
+    return dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, dir=str(Path(config.run.dir).absolute())),
+        data=data,
+        train=dataclasses.replace(config.train, init_from=str(Path(init_from).absolute()) if init_from else ""),
+    )
+
+
+def read_job(run: Path) -> dict[str, Any] | None:
+    """job.json of a run directory, its newest job; None: no launcher has submitted it."""
+    try:
+        return json.loads((run / "job.json").read_text(encoding="utf8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _refuse_living(run: Path) -> None:
+    record = read_job(run)
+    if record is None or record["executor"] != "slurm":
+        return  # a local run that lives holds the lease, and the newcomer says so
+    state = cluster.job_states([record["job_id"]])[record["job_id"]]
+    if state.living:
+        raise UserError(
+            f"{run} is still trained by job {record['job_id']} ({state.state}): wait for it, cancel it with 'scancel "
+            f"{record['job_id']}', or choose another --run.name"
+        )
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf8")
+    aside.replace(path)
+
+
+def _dry_run(folder: Path, request: Request, name: str) -> str:
+    after = [job.conclude_command(folder)]
+    return cluster.sbatch_text(folder, request, name=name, code=folder / "code", after=after)
+
+
+def _told(submission: Submission, request: Request, run: Path) -> str:
+    """What a user wants to know of a job that has just been queued."""
+    job_id = submission.job_ids[0]
+    cancel = f"scancel {job_id}" if request.executor == "slurm" else f"kill {job_id}"
+    lines = [
+        f"job {job_id}: {request.nodes} node(s) x {request.ranks_per_node} rank(s), run {run}",
+        f"logs    {submission.log()} (and one for each other rank beside it)",
+        f"watch   python -m launch.status {run} --watch",
+        f"cancel  {cancel}",
+        "resume  the same command, once the job has ended",
+    ]
+    return "\n".join(lines)
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.submit",
+        description="Trains on Slurm, on this machine, or in this process: the same run everywhere.",
+        epilog=EXAMPLES + "\nsettings, with their defaults:\n" + settings_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage="%(prog)s --config FILE [job options] [--dry-run] [--section.key=value ...]",
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="settings in YAML")
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto: from the newest good checkpoint of the run, if any; never: refuse a directory with checkpoints; "
+        "PATH: from that checkpoint (default: auto)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the sbatch file, and submit nothing")
+    cluster.add_options(parser)
+    options, rest = parser.parse_known_args(argv)
+    return options, rest
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_entry_point(main))
