@@ -476,3 +476,15 @@ def settings_help() -> str:
             shown = ",".join(map(str, default)) if isinstance(default, list) else default
             lines.append(f"  --{section.name}.{key.name}={shown}\n        {key.metadata['meaning']}")
     return "\n".join(lines)
+
+
+def require_shards(config: Config) -> None:
+    """Raises a UserError that names the commands which make the shards that are not there."""
+    missing = [Path(path) for path in (*config.data.train, *config.data.test) if not Path(path).is_dir()]
+    if missing:
+        commands = "\n".join(f"  python -m ddp_asr.shard {path.name} --out {path}" for path in missing)
+        names = ", ".join(map(str, missing))
+        raise UserError(
+            f"there are no shards at {names}; make them with (the source is a LibriSpeech split, directory, .tar.gz "
+            f"or JSONL manifest):\n{commands}"
+        )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddp_asr import config as settings_module
-from ddp_asr.config import Config, load_config
+from ddp_asr.config import Config, load_config, require_shards
 from ddp_asr.errors import UserError, run_entry_point
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     mistake: UserError | None = None
     try:
         config = load_config(_config_path(options.config), list(_joined(rest)))
-        _check_shards(config)
+        require_shards(config)
     except UserError as error:
         if os.environ.get("WORLD_SIZE", "1") == "1" or options.dry_run:
             raise
@@ -103,18 +103,6 @@ def _config_path(given: Path | None) -> Path:
         return given
     installed = Path(__file__).parent.parent / DEFAULT_CONFIG
     return DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else installed
-
-
-def _check_shards(config: Config) -> None:
-    """Names the commands that make the shards that are not there."""
-    missing = [Path(path) for path in (*config.data.train, *config.data.test) if not Path(path).is_dir()]
-    if missing:
-        commands = "\n".join(f"  python -m ddp_asr.shard {path.name} --out {path}" for path in missing)
-        names = ", ".join(map(str, missing))
-        raise UserError(
-            f"there are no shards at {names}; make them with (the source is a LibriSpeech split, directory, .tar.gz "
-            f"or JSONL manifest):\n{commands}"
-        )
 
 
 def run(config: Config, *, resume: str = "auto", profile_steps: int = 0, mistake: UserError | None = None) -> int:
