@@ -63,6 +63,20 @@ class World:
         """Whether the flag is set on at least one rank."""
         return bool(self.sum(torch.tensor([float(flag)], dtype=torch.float64))[0] > 0)
 
+    def all_reduce_s(self, size_bytes: int, repeats: int) -> float:
+        """Seconds that an all-reduce of so many bytes takes: the mean of `repeats`, after one that is not counted."""
+        vector = torch.zeros(size_bytes // 4, device=self.device)  # float32, as gradients are
+        if self.world_size == 1:
+            return 0.0
+        with naming_lost_peers(self):
+            dist.all_reduce(vector)
+            self.any(False)  # all start together
+            started_s = time.perf_counter()
+            for _ in range(repeats):
+                dist.all_reduce(vector)
+            vector[0].item()  # a GPU works behind
+            return (time.perf_counter() - started_s) / repeats
+
     def gather_objects(self, item: Any) -> list[Any] | None:
         """Every rank's picklable `item`, in rank order, on rank 0; None on the others."""
         everyones = self.all_objects(item)

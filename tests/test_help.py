@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-ENTRY_POINTS = ["shard", "train", "evaluate", "transcribe", "tracking"]
+ENTRY_POINTS = ["shard", "train", "evaluate", "transcribe", "tracking", "bandwidth"]
 SLOW_TO_IMPORT = ["torch", "torchaudio", "webdataset", "comet_ml", "matplotlib", "pyarrow"]
 
 ASK = """

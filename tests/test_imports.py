@@ -17,7 +17,7 @@ GROUPS = {
     "data": "vocabulary sources shard index plan loader corpus",
     "mathematics": "features augment model loss optim precision decode score",
     "machine": "distributed checkpoint lease tracking display signals run_directory",
-    "runs": "trainer rehearsal session dry_run train recogniser evaluate transcribe",
+    "runs": "trainer rehearsal session dry_run train recogniser evaluate transcribe bandwidth",
 }
 MAY_IMPORT = {
     "ground": {"ground"},

@@ -1,0 +1,109 @@
+"""How fast ranks add up their gradients: `torchrun --nproc_per_node=8 -m ddp_asr.bandwidth`, timed all-reduces alone.
+
+    RANK, WORLD_SIZE ... -> join the other ranks -> all-reduces of several sizes -> a line of JSON on rank 0
+
+The bus bandwidth is that of NVIDIA's nccl-tests, `S / t x 2 (n - 1) / n` (their doc/PERFORMANCE.md): what a link has to
+carry whatever the number of ranks n, so it compares with the hardware's own number. `launch.doctor` runs this on all
+ranks of a job.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+from ddp_asr.config import Distributed
+from ddp_asr.errors import UserError, run_entry_point
+
+SIZES_MIB = "1,8,64"  # the gradients of the default model are 90 MiB; DDP sends them in pieces of up to 25
+REPEATS = 5
+
+EXAMPLES = """\
+examples:
+  torchrun --nproc_per_node=8 -m ddp_asr.bandwidth
+  srun torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=node1:29500 -m ddp_asr.bandwidth
+  torchrun --nproc_per_node=2 -m ddp_asr.bandwidth --sizes-mib 1,256 --repeats 20
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parse(argv)
+    # Whatever it waits for: a rank that never comes, a driver that never answers. The default action ends even C code.
+    signal.alarm(options.limit_s)
+    measured = _measure(options.sizes_mib, options.repeats, options.limit_s)
+    if measured is not None:
+        print(json.dumps(measured), flush=True)
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m ddp_asr.bandwidth",
+        description="Times all-reduces over all ranks; rank 0 prints the bandwidths as a line of JSON.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--sizes-mib",
+        type=_sizes,
+        default=_sizes(SIZES_MIB),
+        metavar="N,N",
+        help=f"sizes, in MiB of float32 (default: {SIZES_MIB})",
+    )
+    parser.add_argument(
+        "--repeats", type=_positive, default=REPEATS, metavar="N", help="all-reduces a size (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--limit-s",
+        type=_positive,
+        default=120,
+        metavar="N",
+        help="after so many seconds the process is killed, wherever it hangs (default: %(default)s)",
+    )
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text!r}")
+    return int(text)
+
+
+def _sizes(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]
+
+
+def _measure(sizes_mib: Sequence[int], repeats: int, limit_s: int) -> dict[str, Any] | None:
+    """The measurement on rank 0, None on the others."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # one message a mistake: torch logs broken sockets on its own
+    import torch
+
+    from ddp_asr.distributed import join
+
+    world = join(Distributed(timeout_s=0.75 * limit_s))  # so that a rank that never comes is named, not only ended
+    total = world.sum(torch.ones(1, dtype=torch.float64)).item()
+    if total != world.world_size:
+        raise UserError(
+            f"the sum of {world.world_size} ones over all ranks is {total:g} on rank {world.rank}: the network or "
+            "a GPU computes wrongly; do not train on these nodes"
+        )
+    places = world.gather_objects({"host": socket.gethostname(), "device": str(world.device)})
+    sizes = [bandwidth(size << 20, world.all_reduce_s(size << 20, repeats), world.world_size) for size in sizes_mib]
+    world.leave()
+    return None if places is None else {"world_size": world.world_size, "ranks": places, "sizes": sizes}
+
+
+def bandwidth(size_bytes: int, seconds: float, world_size: int) -> dict[str, Any]:
+    """The numbers of one size; without a bandwidth where a rank is alone and nothing is sent."""
+    bus = size_bytes / seconds * 2 * (world_size - 1) / world_size / 1e9 if seconds else None
+    return {"bytes": size_bytes, "seconds": seconds, "bus_gb_per_s": bus}
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_entry_point(main))
