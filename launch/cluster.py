@@ -361,7 +361,12 @@ def scontrol_job(job_id: str) -> dict[str, str] | None:
         if "Invalid job id" in str(error):
             return None
         raise
-    return dict(re.findall(r"(\w[\w:/]*)=(.*?)(?= \w[\w:/]*=|\s*$)", text.splitlines()[0])) if text.strip() else None
+    return fields_of(text.splitlines()[0]) if text.strip() else None
+
+
+def fields_of(line: str) -> dict[str, str]:
+    """A line of `scontrol --oneliner` as a mapping; values may hold spaces and equals signs."""
+    return dict(re.findall(r"(\w[\w:/]*)=(.*?)(?= \w[\w:/]*=|\s*$)", line))
 
 
 def job_states(job_ids: Iterable[str]) -> dict[str, JobState]:

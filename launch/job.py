@@ -99,8 +99,8 @@ def attempt_of_job() -> int:
 
 
 def rendezvous_port(job_id: str, attempt: int) -> int:
-    """A port that no other attempt of this job uses, and another job with a chance of 1 in 12,000."""
-    return _PORTS[zlib.crc32(f"{job_id}.{attempt}".encode()) % len(_PORTS)]
+    """A port that no other attempt of this job uses, and another job of a node with a chance of 1 in 12,000."""
+    return _PORTS[(zlib.crc32(job_id.encode()) + attempt) % len(_PORTS)]
 
 
 @dataclass(frozen=True)

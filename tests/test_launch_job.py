@@ -1,0 +1,172 @@
+"""What becomes of a job whose ranks have ended, and where each rank of an attempt stands."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ddp_asr.errors import UserError
+from launch import job
+from launch.job import Ended, History, Place, judge
+from tests.conftest import REPOSITORY
+
+NOTHING_BEFORE = History()
+
+
+def ended(state=None, *, retry=True, reason="SIGTERM", slurm="RUNNING", exit_code=0, step=40, job_id="7", attempt=2):
+    status = None
+    if state is not None:
+        status = {"state": state, "reason": reason, "retry": retry, "step": step, "job_id": job_id, "attempt": attempt}
+    return Ended("7", 2, slurm, status, exit_code)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "requeued", "good", "said"),
+    [
+        (ended("done", reason="all 3 epochs"), False, True, "done: all 3 epochs"),
+        (ended("stopped"), True, True, "stopped by SIGTERM: requeued"),
+        (ended("stopped", slurm="TIMEOUT"), True, True, "stopped by SIGTERM: requeued"),
+        (ended("stopped", slurm="CANCELLED"), False, False, "cancelled: not requeued"),
+        (ended("running", slurm="CANCELLED"), False, False, "cancelled: not requeued"),
+        (
+            ended("stopped", retry=False, reason="train.stop_at_step = 9"),
+            False,
+            True,
+            "stopped: train.stop_at_step = 9",
+        ),
+        (ended("failed", retry=False, reason="bad shards"), False, False, "failed: bad shards; not requeued"),
+        (
+            ended("failed", reason="rank 3 is gone"),
+            True,
+            True,
+            r"failed: rank 3 is gone; requeued \(failure 1 at step 40",
+        ),
+        (ended("running", exit_code=137), True, True, r"ended without a word \(srun's exit code 137\)"),
+        (ended("stopped", slurm="NODE_FAIL"), False, False, "Slurm says NODE_FAIL: it requeues the job by itself"),
+        (ended("stopped", slurm="PENDING"), False, False, "Slurm says PENDING"),
+        (ended(exit_code=143), True, True, "stopped while it was still starting: requeued"),
+        (ended(exit_code=140), True, True, "stopped while it was still starting: requeued"),
+        (ended(exit_code=2), True, True, "ended before the run began"),
+        # What another job, or an attempt before, left there says nothing of this one.
+        (ended("done", job_id="6", exit_code=2), True, True, "ended before the run began"),
+        (ended("failed", attempt=1, retry=False, exit_code=143), True, True, "stopped while it was still starting"),
+    ],
+)
+def test_what_becomes_of_a_job(attempt, requeued, good, said):
+    verdict = judge(attempt, NOTHING_BEFORE)
+    assert (verdict.requeue, verdict.good) == (requeued, good)
+    assert re.search(said, verdict.sentence), verdict.sentence
+
+
+statuses = st.sampled_from([None, "running", "stopped", "done", "failed"])
+
+
+@given(statuses, st.booleans(), st.integers(0, 255), st.integers(0, 9))
+def test_a_cancelled_job_is_never_requeued(state, retry, exit_code, failures):
+    verdict = judge(ended(state, retry=retry, slurm="CANCELLED", exit_code=exit_code), History("7", failures=failures))
+    assert not verdict.requeue
+
+
+@given(st.sampled_from(["done", "failed", "stopped"]), st.text(min_size=1), st.integers(0, 255))
+def test_what_would_only_end_the_same_way_is_never_requeued(state, slurm, exit_code):
+    assert not judge(ended(state, retry=False, slurm=slurm, exit_code=exit_code), NOTHING_BEFORE).requeue
+
+
+@given(st.sampled_from([None, "running", "failed"]), st.lists(st.integers(0, 3), min_size=12, max_size=12))
+def test_failures_end_when_there_is_no_progress_and_only_then(state, progress):
+    """Each attempt gets some steps further, and fails; three in a row that get nowhere are the last."""
+    history, step, stuck = NOTHING_BEFORE, 0, 0
+    for attempt, steps in enumerate(progress):
+        step += steps
+        stuck = 1 if steps or not attempt else stuck + 1
+        record = {
+            "state": state or "done",
+            "retry": True,
+            "reason": "",
+            "step": step,
+            "job_id": "7",
+            "attempt": attempt,
+        }
+        own = attempt if state else attempt + 1  # an attempt that wrote nothing finds what the one before has left
+        verdict = judge(Ended("7", own, "RUNNING", record, 1), history)
+        assert verdict.requeue == (stuck < job.MAX_FAILURES)
+        if not verdict.requeue:
+            return
+        history = History("7", failures=verdict.failures, failed_step=step)
+
+
+def test_a_stop_between_two_failures_forgets_the_first():
+    assert judge(ended("stopped"), History("7", failures=2, failed_step=40)).failures == 0
+
+
+def test_failures_of_another_job_do_not_count():
+    assert judge(ended("running"), History("6", failures=2, failed_step=40)).requeue
+
+
+def test_every_attempt_has_a_port_of_its_own():
+    ports = [job.rendezvous_port("4711", attempt) for attempt in range(1, 40)]
+    assert len(set(ports)) == len(ports)
+    assert all(20000 <= port < 32000 for port in ports)
+
+
+def test_the_place_of_a_task(monkeypatch):
+    slurm = {"JOB_ID": "12", "NTASKS": "4", "PROCID": "3", "LOCALID": "1", "JOB_NODELIST": "node[1-2]", "NODEID": "1"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    place = Place.of_task()
+    assert place == Place(3, 4, 1, ("node1", "node2"), "12", 3)
+    environment = place.environment()
+    assert environment.pop("MASTER_PORT") == str(job.rendezvous_port("12", 3))
+    assert environment == {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node1"}
+    alone = dataclasses.replace(place, hosts=("node1",))
+    assert alone.environment()["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_the_frozen_code_is_what_runs(tmp_path):
+    code = job.freeze_code(tmp_path)
+    ours = [
+        f"{package}/{path.name}" for package in ("ddp_asr", "launch") for path in (REPOSITORY / package).glob("*.py")
+    ]
+    assert sorted(str(path.relative_to(code)) for path in code.rglob("*") if path.is_file()) == sorted(ours)
+    ask = "import ddp_asr.config, launch.job; print(ddp_asr.config.__file__, launch.job.__file__)"
+    environment = {**os.environ, "PYTHONPATH": str(code)}
+    command = [sys.executable, "-c", ask]
+    answer = subprocess.run(command, cwd=code, env=environment, check=True, capture_output=True, text=True)
+    assert answer.stdout.split() == [str(code / "ddp_asr/config.py"), str(code / "launch/job.py")]
+
+
+def test_a_task_of_an_array_finds_its_run(tmp_path, monkeypatch):
+    (tmp_path / "submission.json").write_text(json.dumps({"runs": ["/runs/a", "/runs/b"]}))
+    assert str(job.run_of_submission(tmp_path)) == "/runs/a"
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    assert str(job.run_of_submission(tmp_path)) == "/runs/b"
+
+
+def test_a_task_of_an_array_is_requeued_without_the_others(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert job._name_of_job() == "12"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "5")
+    assert job._name_of_job() == "12_5"
+
+
+def test_conclude_outside_a_job_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(UserError, match="SLURM_JOB_ID is not set: 'conclude' is for the batch script"):
+        job.main(["conclude", "--run", str(tmp_path)])
+
+
+def test_the_run_of_settings(tmp_path):
+    settings = tmp_path / "small.yaml"
+    settings.write_text("run: {dir: elsewhere}\n")
+    options, rest = job._parse(["conclude", "--config", str(settings), "--run.name=other", "--exit-code", "3"])
+    assert options.exit_code == 3
+    assert str(job._run_directory(options, rest)) == "elsewhere/other"
