@@ -8,7 +8,7 @@ SIGNALS := SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2
 DEMO_RUN := demo/runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-gpu lint types bench clean
+.PHONY: help install demo test test-fast test-gpu test-slurm lint types bench clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -39,16 +39,19 @@ demo: $(STAMP)  ## synthesise a corpus, shard, train with two processes, evaluat
 	@echo "Comet archive $$(ls $(DEMO_RUN)/comet/*.zip) (upload it with: $(BIN)/comet upload ARCHIVE)"
 	@echo "Curves        $(DEMO_RUN)/curves.png"
 
-test: $(STAMP)  ## every test this machine can run
+test: $(STAMP)  ## every test this machine can run, but for those on a cluster
 	$(BIN)/python -m pytest
 
 test-fast: $(STAMP)  ## the tests without the slow ones
-	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm"
+	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-gpu: $(STAMP)  ## the tests that need a GPU
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 		then $(BIN)/python -m pytest -m gpu; \
 		else echo "no GPU here: the tests marked gpu were not run"; fi
+
+test-slurm: $(STAMP)  ## the tests on a real Slurm cluster of namespaces; takes root, and Debian or its packages
+	$(BIN)/python -m pytest tests/slurm
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -1,7 +1,6 @@
 """What every test gets: no network mirror, one thread a process, speech to work on, skips with their reason."""
 
 import os
-import shutil
 from pathlib import Path
 
 import hypothesis
@@ -23,22 +22,16 @@ SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 
 def pytest_collection_modifyitems(items):
-    reasons = {"gpu": _why_no_gpu, "slurm": _why_no_slurm}
-    for marker, why_not in reasons.items():
-        marked = [item for item in items if item.get_closest_marker(marker)]
-        reason = why_not() if marked else ""
-        for item in marked if reason else []:
-            item.add_marker(pytest.mark.skip(reason=reason))
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    reason = _why_no_gpu() if marked else ""
+    for item in marked if reason else []:
+        item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def _why_no_gpu() -> str:
     import torch
 
     return "" if torch.cuda.is_available() else "no CUDA GPU here"
-
-
-def _why_no_slurm() -> str:
-    return "" if shutil.which("sbatch") else "no sbatch here"
 
 
 @pytest.fixture(scope="session")
