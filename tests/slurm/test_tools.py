@@ -1,0 +1,117 @@
+"""The doctor, a sweep and its ranking, the list of runs, and shard, train and evaluate one after the other."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+from ddp_asr.run_directory import read_lines
+from tests import tiny_speech, tiny_training
+from tests.conftest import REPOSITORY
+from tests.slurm import harness
+from tests.slurm.harness import Gate, Job
+
+NODES = ("node1", "node2", "node3", "node4")
+
+
+# ---- the doctor ----------------------------------------------------------------------------------------------------
+
+
+def test_the_doctor_finds_nothing_wrong_with_four_nodes(tmp_path):
+    answer = harness.launch("doctor", "--nodes=4", "--tasks-per-node=1", f"--run.dir={tmp_path}")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert all(node in answer.stdout for node in NODES)
+
+
+def test_the_doctor_names_a_node_whose_link_is_cut(tmp_path):
+    harness.cluster("cut", "node3")
+    answer = harness.launch("doctor", "--nodes=4", "--tasks-per-node=1", f"--run.dir={tmp_path}", "--json")
+    assert answer.returncode == 1, answer.stdout + answer.stderr
+    wrong = json.loads(answer.stdout)["wrong"]
+    assert wrong and all("node3" in sentence for sentence in wrong)
+
+
+# ---- a sweep -------------------------------------------------------------------------------------------------------
+
+SWEEP = """
+config: {config}
+name: trials
+parallel: 2
+settings:
+  optim.learning_rate: [1e-3, 3e-3, 1e-2]
+  model.dropout: [0, 0.2]
+fixed: {{run.dir: {runs}, data.train: {train}, data.test: {test}, train.epochs: 1}}
+"""
+
+
+def test_a_sweep_of_six_runs_two_at_a_time_and_ranks(tiny_corpus, tmp_path):
+    gate = Gate(tmp_path / "gate").hold(2)
+    place = {"config": tiny_corpus.directory / "tiny.yaml", "runs": tmp_path / "runs"}
+    (tmp_path / "sweep.yaml").write_text(SWEEP.format(**place, train=tiny_corpus.train, test=tiny_corpus.test))
+    output = tmp_path / "sweep.out"
+    command = [sys.executable, "-m", "launch.sweep", str(tmp_path / "sweep.yaml"), "--tasks-per-node=1"]
+    with output.open("w") as file:
+        sweep = subprocess.Popen(
+            command, cwd=REPOSITORY, env=harness.environment(gate), stdout=file, stderr=subprocess.STDOUT
+        )
+    try:
+        harness.wait_until(lambda: list(gate.directory.glob("held-2.*")), "the first trial to train")
+        queue = harness.ask("squeue", "-h", "-r", "-o", "%T %r").splitlines()
+        assert sorted(queue) == ["PENDING JobArrayTaskLimit"] * 4 + ["RUNNING None"] * 2
+        gate.open(2)
+        assert sweep.wait(harness.LIMIT_S) == 0, output.read_text()
+    finally:
+        sweep.kill()
+        sweep.wait()
+    assert "6 of 6 trials finished" in output.read_text()
+    ranked = re.findall(r"^ *(\d+) +(\d{3}) ", output.read_text(), flags=re.MULTILINE)
+    assert [int(rank) for rank, _ in ranked] == [1, 2, 3, 4, 5, 6]
+    assert [trial for _, trial in ranked] == by_score(tmp_path / "runs" / "trials")
+
+    listed = harness.launch("status", str(tmp_path / "runs"), "--json")
+    assert listed.returncode == 0, listed.stderr
+    assert [run["state"] for run in json.loads(listed.stdout)] == ["done"] * 6
+
+
+def by_score(directory):
+    """The numbers of the trials, the lowest word error rate first, then the lowest loss."""
+    scores = {}
+    for run in directory.glob("[0-9]*"):
+        tests = [line for line in read_lines(run / "metrics.jsonl") if line["kind"] == "test"]
+        scores[run.name[:3]] = min((line["wer"], line["loss"]) for line in tests)
+    return sorted(scores, key=scores.__getitem__)
+
+
+# ---- by sbatch, one after the other --------------------------------------------------------------------------------
+
+
+def test_shard_train_and_evaluate_wait_for_each_other(tiny_corpus, tmp_path):
+    for split, speakers in (("train", 6), ("test", 2)):
+        tiny_speech.librispeech(tmp_path / "source" / split, speakers=speakers, seconds=1.6)
+    settings = [f"--data.{split}={tmp_path / 'shards' / split}" for split in ("train", "test")]
+    letters = "--vocabulary.symbols= abcdefghijklmnopqrstuvwxyz0123456789"
+    settings += [f"--run.dir={tmp_path}", "--run.name=run", "--train.epochs=1", letters]
+    config, trained = str(tiny_corpus.directory / "tiny.yaml"), str(tmp_path / "run")
+    sources = [str(tmp_path / "source" / split) for split in ("train", "test")]
+    shards = queue(tmp_path, "shard.sbatch", *sources, options=["--array=0-1"])
+    train = queue(tmp_path, "train.sbatch", config, *settings, after=shards)
+    score = queue(tmp_path, "evaluate.sbatch", trained, str(tmp_path / "shards" / "test"), after=train)
+    score.succeed()
+    assert tiny_training.status(tmp_path / "run")["state"] == "done"
+    assert "WER" in (tmp_path / f"{score.id}.out").read_text()
+
+
+def queue(directory, script, *arguments, options=(), after=None) -> Job:
+    waiting = [f"--dependency=afterok:{after.id}", "--kill-on-invalid-dep=yes"] if after else []
+    chosen = ["--parsable", "--nodes=1", "--cpus-per-task=1", f"--output={directory}/%j.out", *options, *waiting]
+    answer = subprocess.run(
+        ["sbatch", *chosen, f"slurm/{script}", *arguments],
+        cwd=REPOSITORY,
+        env=harness.environment(SHARDS=str(directory / "shards"), DATA=os.devnull, RANKS_PER_NODE="2"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr
+    return Job(answer.stdout.strip())
