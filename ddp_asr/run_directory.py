@@ -146,7 +146,8 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 def read_status(path: Path) -> dict[str, Any] | None:
     """status.json of a run directory; None where there is none."""
     try:
-        return json.loads((path / "status.json").read_text(encoding="utf8"))
+        record = json.loads((path / "status.json").read_text(encoding="utf8"))
+        return record if isinstance(record, dict) else None
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return None  # whether the run can be written is the lease's to find out
     except ValueError:

@@ -144,9 +144,11 @@ def resolved(config: Config) -> Config:
 def read_job(run: Path) -> dict[str, Any] | None:
     """job.json of a run directory, its newest job; None: no launcher has submitted it."""
     try:
-        return json.loads((run / "job.json").read_text(encoding="utf8"))
+        record = json.loads((run / "job.json").read_text(encoding="utf8"))
     except (OSError, ValueError):
         return None
+    complete = isinstance(record, dict) and {"job_id", "executor", "folder", "time_s"} <= record.keys()
+    return record if complete else None  # somebody's own file of that name is none of ours
 
 
 def _refuse_living(run: Path) -> None:

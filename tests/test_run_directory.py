@@ -190,8 +190,9 @@ def test_the_status_is_what_launchers_read(files, tmp_path):
     }
 
 
-def test_somebodys_own_status_file_is_none_of_ours(tmp_path):
-    (tmp_path / "status.json").write_text("all is well")
+@pytest.mark.parametrize("text", ["all is well", '["all", "is", "well"]'])
+def test_somebodys_own_status_file_is_none_of_ours(tmp_path, text):
+    (tmp_path / "status.json").write_text(text)
     assert read_status(tmp_path) is None
 
 
