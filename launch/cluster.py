@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 EXECUTORS = ("slurm", "local", "debug")
 PROFILES = Path("configs/clusters")
 
-# The ranks' own stop takes its time; a task that ends early, or badly, must not have the others killed meanwhile.
-_SRUN_OPTIONS = ("--kill-on-bad-exit=0", "--wait=0")
+# The ranks' own stop takes its time; one that ends early, or badly, must not have the others killed meanwhile. Nor may
+# one that hangs keep the job: rank 0 is the last, and waits for Comet half a minute at most.
+_SRUN_OPTIONS = ("--kill-on-bad-exit=0", "--wait=60")
 _OUTLIVE_SIGNALS = "trap : TERM USR1 USR2"
 _TEXTS = ("partition", "account", "qos", "constraint", "exclude", "nodelist", "mem", "time")
 

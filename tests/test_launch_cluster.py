@@ -92,7 +92,7 @@ def test_the_batch_script_says_what_was_asked_for_and_outlives_its_ranks():
     commands = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert commands[:3] == ["module load x", "trap : TERM USR1 USR2", "cd '/runs/a/co de'"]
     assert commands[3].startswith("export PYTHONPATH='/runs/a/co de'")
-    assert commands[5].startswith("srun --unbuffered ") and " --kill-on-bad-exit=0 --wait=0 " in commands[5]
+    assert commands[5].startswith("srun --unbuffered ") and " --kill-on-bad-exit=0 --wait=60 " in commands[5]
     assert commands[6:] == ["status=$?", "conclude $status"]
 
 
