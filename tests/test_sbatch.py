@@ -1,0 +1,235 @@
+"""The batch scripts and cluster profiles, as far as no cluster is needed (tests/slurm runs them on one).
+
+Every option in them exists where it is used, the scripts and docs/slurm.md agree with what they name, and what a script
+does before and without `srun` is run for real.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ddp_asr import sources
+from ddp_asr.config import Config, load_config
+from ddp_asr.index import read_dataset_json
+from ddp_asr.signals import SIGNALS
+from launch import cluster
+from tests import tiny_speech
+from tests.conftest import REPOSITORY
+from tests.test_readme import PAGES, commands, help_of, text_of
+
+SCRIPTS = sorted((REPOSITORY / "slurm").glob("*.sbatch"))
+PROFILES = sorted((REPOSITORY / "configs" / "clusters").glob("*.yaml"))
+
+# Options of Slurm 22.05 and newer that scripts and pages use; `test_slurm_knows_these_options` asks Slurm itself.
+SBATCH = {
+    *("account", "array", "cpus-per-task", "dependency", "gpus-per-node", "job-name", "kill-on-invalid-dep", "nodes"),
+    *("ntasks-per-node", "open-mode", "output", "parsable", "requeue", "signal", "time"),
+}
+SRUN = {"cpu-bind", "cpus-per-task", "export", "kill-on-bad-exit", "nodes", "ntasks", "ntasks-per-node", "wait"}
+
+
+def text(script: Path) -> str:
+    return script.read_text(encoding="utf-8")
+
+
+def code(script: Path) -> str:
+    """The script without comments, continued lines joined."""
+    lines = [line for line in text(script).splitlines() if not line.lstrip().startswith("#")]
+    return "\n".join(lines).replace("\\\n", " ")
+
+
+def directives(script: Path) -> list[str]:
+    return re.findall(r"^#SBATCH (.*)$", text(script), re.MULTILINE)
+
+
+def options(words: str) -> list[str]:
+    """`name` of each `--name` or `--name=value`."""
+    return re.findall(r"(?<![^\s\"'+{-])--([a-z][\w.-]*)", words)
+
+
+def run(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The script by bash, as Slurm would start it, with these variables beside the usual ones."""
+    usual = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{usual['PATH']}"
+    return subprocess.run(
+        ["bash", str(REPOSITORY / "slurm" / script), *arguments],
+        cwd=REPOSITORY,
+        env={**usual, "PATH": path, **variables},
+        capture_output=True,
+        text=True,
+    )
+
+
+# ---- options --------------------------------------------------------------------------------------------------------
+
+
+def test_there_are_three_scripts():
+    assert [script.name for script in SCRIPTS] == ["evaluate.sbatch", "shard.sbatch", "train.sbatch"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_bash_reads_the_script(script):
+    answer = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    assert (answer.returncode, answer.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_slurm_reads_every_directive(script):
+    assert text(script).startswith("#!/bin/bash\n")
+    before_the_first_command = re.split(r"^[^#\n]", text(script), maxsplit=1, flags=re.MULTILINE)[0]
+    assert re.findall(r"^#SBATCH (.*)$", before_the_first_command, re.MULTILINE) == directives(script)
+    for directive in directives(script):
+        assert re.fullmatch(r"--[a-z-]+(=\S+)?", directive), f"not one option: {directive}"
+        assert set(options(directive)) <= SBATCH
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_runs_on_any_cluster_but_for_the_account(script):
+    named = {option for directive in directives(script) for option in options(directive)}
+    assert not named & {"account", "partition", "qos", "time", "gpus-per-node", "constraint", "mem"}
+    assert re.findall(r"^##SBATCH (.*)$", text(script), re.MULTILINE) == ["--account=NAME"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_options_of_ours_exist(script):
+    found = re.findall(r"-m ((?:ddp_asr|launch)\.\w+)([^\n&|;)]*)", code(script))
+    assert found
+    for module, rest in found:
+        assert (REPOSITORY / module.replace(".", "/")).with_suffix(".py").exists()
+        for option in options(rest):
+            assert f"--{option}" in help_of(module), f"{script.name}: {module} has no --{option}"
+        if module == "launch.job":
+            assert rest.split()[0] in ("port", "conclude") and rest.split()[0] in help_of(module)
+
+
+@pytest.mark.parametrize("name", ["train.sbatch", "evaluate.sbatch"])
+def test_options_of_srun_and_torchrun_exist(name):
+    from torch.distributed.run import get_args_parser
+
+    script = code(REPOSITORY / "slurm" / name)
+    srun = re.search(r"\bsrun (--.*?) bash -c ", script)
+    torchrun = re.search(r"\" torchrun (.*?) -m ddp_asr", script)
+    in_task = re.search(r"exec torchrun (.*?)\"\$@\"'", script)
+    assert srun and torchrun and in_task
+    assert set(options(srun[1])) <= SRUN
+    known = get_args_parser()._option_string_actions
+    assert {f"--{option}" for option in options(torchrun[1] + in_task[1])} <= known.keys()
+
+
+def test_torchrun_hands_the_trainers_signals_on_in_every_place():
+    places = [REPOSITORY / "slurm" / "train.sbatch", REPOSITORY / "Makefile", REPOSITORY / "README.md"]
+    for place in places:
+        (told,) = set(re.findall(r"\bSIG[A-Z0-9]+(?:,SIG[A-Z0-9]+)+", text(place)))
+        assert set(told.split(",")) == {number.name for number in SIGNALS}, place
+
+
+@pytest.mark.parametrize(("command", "known"), [("sbatch", SBATCH), ("srun", SRUN)])
+def test_slurm_knows_these_options(command, known):
+    if shutil.which(command) is None:
+        pytest.skip(f"no {command} here")
+    shown = subprocess.run([command, "--help"], capture_output=True, text=True)
+    if shown.returncode:
+        pytest.skip(f"{command} has no configuration here")  # it says nothing at all without one
+    assert known <= set(re.findall(r"--([a-z-]+)", shown.stdout))
+
+
+# ---- what scripts do before and without srun ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "complaint"),
+    [
+        ("train.sbatch", [], "no config: no such file"),
+        ("train.sbatch", ["configs/nope.yaml"], "configs/nope.yaml: no such file"),
+        ("evaluate.sbatch", ["runs/demo"], "say what to score, and on what"),
+    ],
+)
+def test_a_mistake_is_one_sentence(script, arguments, complaint):
+    answer = run(script, *arguments)
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("error: ") and answer.stderr.count("\n") == 1 and complaint in answer.stderr
+
+
+def test_the_array_has_a_task_for_every_split():
+    named = re.search(r"sources=\((\w.*)\)", text(REPOSITORY / "slurm" / "shard.sbatch"))
+    assert named and sorted(named[1].split()) == sorted(sources.LIBRISPEECH_MD5)
+    assert f"--array=0-{len(sources.LIBRISPEECH_MD5) - 1}" in directives(REPOSITORY / "slurm" / "shard.sbatch")
+
+
+def test_a_task_shards_its_own_source(tmp_path):
+    split = tiny_speech.librispeech(tmp_path / "split", speakers=1)
+    archive = tiny_speech.archive(tmp_path / "packed.tar.gz", split)
+    arguments = ["--shard-mb=1", f"{split}/", str(archive)]
+    variables = {"SHARDS": str(tmp_path / "shards"), "DATA": str(tmp_path), "SLURM_ARRAY_TASK_MAX": "1"}
+    for task, name in enumerate(["split", "packed"]):
+        answer = run("shard.sbatch", *arguments, SLURM_ARRAY_TASK_ID=str(task), **variables)
+        assert answer.returncode == 0, answer.stderr
+        assert read_dataset_json(tmp_path / "shards" / name)["utterances"] == 4
+    assert sorted(path.name for path in (tmp_path / "shards").iterdir()) == ["packed", "split"]
+
+
+def test_a_task_ends_with_the_status_of_its_sharding(tmp_path):
+    answer = run("shard.sbatch", str(tmp_path / "nothing"), SHARDS=str(tmp_path / "shards"))
+    assert answer.returncode == 2
+    assert "no such source" in answer.stderr
+
+
+def test_an_array_of_another_size_than_the_sources():
+    answer = run("shard.sbatch", "a", "b", SLURM_ARRAY_TASK_ID="2", SLURM_ARRAY_TASK_MAX="6")
+    assert (answer.returncode, answer.stdout) == (0, "task 2 has nothing to do: there are 2 source(s)\n")
+    answer = run("shard.sbatch", "/nope/a", "/nope/b", "/nope/c", SLURM_ARRAY_TASK_ID="0", SLURM_ARRAY_TASK_MAX="0")
+    assert "nobody shards /nope/b /nope/c" in answer.stderr
+
+
+# ---- pages and profiles ---------------------------------------------------------------------------------------------
+
+
+def sbatch_commands(page: str) -> list[list[str]]:
+    """The words after `sbatch` of each command that runs one of our scripts, in code blocks and script headers."""
+    lines = re.sub(r"\\\n#?\s*", "", text_of(page))
+    found = re.findall(r"\bsbatch ((?:--\S+\s+)*slurm/\w+\.sbatch[^\n)`\"]*)", lines)
+    return [shlex.split(re.split(r"\s#\s|\s{3,}", command)[0]) for command in found]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *(f"slurm/{script.name}" for script in SCRIPTS)])
+def test_sbatch_commands_name_what_exists(page):
+    for words in sbatch_commands(page):
+        chosen = list(itertools.takewhile(lambda word: word.startswith("--"), words))
+        script, *arguments = words[len(chosen) :]
+        assert {option for word in chosen for option in options(word)} <= SBATCH, f"{page}: {words}"
+        assert (REPOSITORY / script).exists(), f"{page}: {words}"
+        for argument in arguments:
+            if argument.startswith("configs/"):
+                load_config(REPOSITORY / argument)
+            section, dot, setting = argument.lstrip("[-").partition(".")
+            if argument.lstrip("[").startswith("--") and dot and section != "section":
+                assert hasattr(getattr(Config(), section), setting.partition("=")[0]), f"{page}: {words}"
+
+
+def test_the_slurm_page_is_tried():
+    assert len(sbatch_commands("docs/slurm.md")) >= 3
+    assert {re.search(r"-m (\S+)", line)[1] for line in commands(text_of("docs/slurm.md"))} >= {
+        "launch.doctor",
+        "launch.submit",
+        "launch.status",
+        "launch.sweep",
+    }
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem)
+def test_a_profile_is_a_request(profile):
+    assert text(profile).startswith("# "), "a profile opens with what it is for"
+    parser = argparse.ArgumentParser()
+    cluster.add_options(parser)
+    request = cluster.request_from(parser.parse_args(["--cluster", str(profile)]))
+    if profile.stem in cluster.EXECUTORS:
+        assert request == dataclasses.replace(cluster.Request(), executor=profile.stem)
