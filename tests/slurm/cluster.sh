@@ -269,8 +269,10 @@ start_accounting() {
     sacctmgr -i add cluster ddpasr >/dev/null
 }
 
-start_controller() {  # which insists on running on the host that slurm.conf names
-    spawn slurmctld unshare --uts bash -c 'echo head >/proc/sys/kernel/hostname; exec slurmctld -D'
+start_controller() {  # which insists on running on the host that slurm.conf names, and looks its name up
+    spawn slurmctld unshare --uts --mount bash -c 'echo head >/proc/sys/kernel/hostname
+                 mount --bind "$1/hosts" /etc/hosts
+                 exec slurmctld -D' bash "$STATE/etc"
     wait_for 60 slurmctld scontrol ping
 }
 
