@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import runpy
 import shlex
 import shutil
 import signal
@@ -116,12 +117,14 @@ class Training:
             signal.signal(number, signal.SIG_DFL)
         os.environ.update(Place.of_task().environment())
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the node's cores
-        from ddp_asr.train import main
-
-        status = run_entry_point(lambda: main(["--config", str(self.config), "--resume", self.resume]))
-        if status:
-            # Not by an exception of ours: submitit would print its traceback below the sentence that says it all.
-            raise SystemExit(status)
+        # As `python -m ddp_asr.train` in this process; nothing in `launch` imports what needs torch.
+        sys.argv = ["ddp_asr.train", "--config", str(self.config), "--resume", self.resume]
+        try:
+            runpy.run_module("ddp_asr.train", run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            # Passed on, not raised anew: submitit prints no traceback below the sentence that the trainer has said.
+            if end.code:
+                raise
 
 
 def freeze_code(folder: Path) -> Path:

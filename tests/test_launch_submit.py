@@ -18,9 +18,9 @@ from tests.conftest import REPOSITORY
 from tests.tiny_training import LIMIT_S, STEPS, wait_until
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return tiny_training.make_corpus(tmp_path_factory.mktemp("corpus"))
+@pytest.fixture
+def corpus(tiny_corpus):
+    return tiny_corpus
 
 
 @pytest.fixture
