@@ -446,13 +446,21 @@ def test_a_listener_is_reached_by_name_on_both_ports():
         ]
 
 
+def answer_once(listening):
+    caller, _ = listening.accept()
+    with caller:
+        caller.sendall(b"HTTP/1.1 400 Bad Request\r\n")
+
+
 def test_a_port_that_is_taken_closed_or_another_programs():
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         with Listener("here", port) as listener:
             assert listener.error == "address already in use" and len(listener.ports) == 1
-        threading.Thread(target=lambda: taken.accept()[0].sendall(b"HTTP/1.1 400\r\n"), daemon=True).start()
+        answering = threading.Thread(target=answer_once, args=[taken])
+        answering.start()
         assert probes.reach("localhost", port, 20).answered == "another program"
+        answering.join()
     assert probes.reach("localhost", port, 0.5) == Link("localhost", port, "connection refused")
     with socket.create_server(("", port)):
         pass  # a listener that has ended leaves its port to the rendezvous
@@ -772,9 +780,12 @@ def test_a_refused_job_leaves_nothing_behind(tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "runs") == []
 
 
+WIDE = os.environ | {"COLUMNS": "200"}
+
+
 def call(*arguments):
     command = [sys.executable, "-m", "launch.doctor", "--cluster", "local", *map(str, arguments)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False, env=WIDE)
 
 
 @pytest.mark.slow
@@ -801,11 +812,11 @@ def test_what_is_wrong_with_this_machine_is_said(tmp_path):
     assert answer.returncode == 1, answer.stdout + answer.stderr
     lines = answer.stdout.splitlines()
     assert lines[-1].startswith("1 thing(s) wrong; logs: ")
-    assert lines[-2] == (
+    assert [line for line in lines if line.startswith("wrong: ")] == [
         f"wrong: the shards at {tmp_path}/gone cannot be used on {socket.gethostname()} (no such file or directory): "
         "see that it is on a file system which every node mounts, and may be read"
-    )
-    assert socket.gethostname() in answer.stdout.splitlines()[2]
+    ]
+    assert lines[2].startswith(socket.gethostname())
     assert list((tmp_path / "runs" / ".doctor").glob("*/*_0_log.out"))
 
 
