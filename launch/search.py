@@ -232,7 +232,7 @@ def label_of(values: Values) -> str:
     if exact and len(label) <= LABEL_CHARACTERS:
         return label
     digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()[:6]
-    return f"{label[: LABEL_CHARACTERS - 7]}~{digest}"
+    return f"{label[: LABEL_CHARACTERS - 7]}@{digest}"
 
 
 def names_of(trials: Sequence[Values], taken: Iterable[str]) -> list[str]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -230,11 +231,11 @@ def test_a_range_in_numbers():
     [
         ({"optim.learning_rate": "1e-3"}, "learning_rate=1e-3"),
         ({"optim.learning_rate": "1e-3", "model.dropout": "0.1"}, "learning_rate=1e-3,dropout=0.1"),
-        ({"data.train": "shards/a,shards/b"}, r"train=shards-a-shards-b~\w{6}"),
-        ({"vocabulary.drop": ""}, r"drop=none~\w{6}"),
-        ({"vocabulary.drop": "none"}, r"drop=none~\w{6}"),
+        ({"data.train": "shards/a,shards/b"}, r"train=shards-a-shards-b@\w{6}"),
+        ({"vocabulary.drop": ""}, r"drop=none@\w{6}"),
+        ({"vocabulary.drop": "none"}, r"drop=none@\w{6}"),
         ({"run.name": "a", "model.name": "b"}, "run.name=a,model.name=b"),
-        ({"a.b": "x" * 80}, r"b=x{51}~\w{6}"),
+        ({"a.b": "x" * 80}, r"b=x{51}@\w{6}"),
     ],
 )
 def test_a_trial_is_known_by_its_values(values, label):
@@ -248,7 +249,7 @@ texts = st.text(st.sampled_from("ab,/=~ -1."), max_size=40)
 def test_other_values_have_another_name_which_is_short_and_plain(trials):
     labels = [label_of(values) for values in trials]
     assert len(set(labels)) == len(labels)
-    assert all(re.fullmatch(r"[\w.+=,~-]{1,60}", label) for label in labels)
+    assert all(re.fullmatch(r"[\w.+=,@-]{1,60}", label) for label in labels)
 
 
 def test_trials_are_numbered_in_their_order():
@@ -330,7 +331,11 @@ def test_a_run_that_was_begun_under_other_settings_is_not_ranked_with_these(writ
 
 
 def overview(name="000-a", state="done", **changes) -> Overview:
-    fields = dict.fromkeys(Overview.__dataclass_fields__) | {"name": name, "path": Path(name), "state": state}
+    fields: dict[str, Any] = dict.fromkeys(Overview.__dataclass_fields__) | {
+        "name": name,
+        "path": Path(name),
+        "state": state,
+    }
     fields |= {"note": "", "error": "", "living": False, "finished": state == "done"}
     return Overview(**fields | changes)
 
@@ -358,7 +363,8 @@ class Scheduler:
     """Takes submissions down; trials then stand as the test says, by their numbers."""
 
     def __init__(self, follower: Follower, monkeypatch, states):
-        self.states, self.submitted, self.follower = states, [], follower
+        self.states = states
+        self.submitted: list[tuple[list[int], int]] = []
         self.now_s, self.complaint = 0.0, ""
         follower._clock = lambda: self.now_s
         monkeypatch.setattr(follower, "_reader", self)
@@ -626,10 +632,7 @@ def test_a_sweep_on_this_machine_is_trained_ranked_and_not_trained_again(tiny_co
     assert [rank for rank, _ in ranked] == ["1", "2", "-", "-"]
     assert sorted(number for _, number in ranked[:2]) == ["000", "002"]
     assert [number for _, number in ranked[2:]] == ["001", "003"]
-    assert (
-        "failed: there is no checkpoint /nowhere.pt" in first.stdout
-        or "/nowhere.pt" in first.stdout.split("failed: ")[1]
-    )
+    assert re.search(r"failed: .*/nowhere.pt", first.stdout)
     best = next(folder.glob(f"{ranked[0][1]}-*"))
     assert f"  python -m ddp_asr.evaluate {best} {tiny_corpus.test}\n" in first.stdout
 
