@@ -18,7 +18,8 @@
 # A node has network, PID, mount and host-name namespaces of its own; files, users, memory and cores are the machine's.
 # Nodes reach each other and `head`, which is the machine itself, by name, and nothing else. No file of the machine is
 # changed: names are bind-mounted into the nodes, addresses stand in slurm.conf, and SLURM_CONF says where that is.
-# The switches below may be set in the environment; give SLURM_CLUSTER_DIR to every command alike.
+# The switches below may be set in the environment; give SLURM_CLUSTER_DIR and SLURM_CLUSTER_NET, of which a second one
+# on this machine needs its own, to every command alike.
 set -euo pipefail
 
 STATE=${SLURM_CLUSTER_DIR:-/var/tmp/ddp-asr-slurm}  # configuration, logs (log/), databases, pids
@@ -27,13 +28,14 @@ CPUS=${SLURM_CLUSTER_CPUS:-32}                      # per node, as Slurm is told
 MEMORY_MB=${SLURM_CLUSTER_MEM:-256000}
 GPUS=${SLURM_CLUSTER_GPUS:-8}                       # copies of /dev/null
 GRACE_S=${SLURM_CLUSTER_GRACE:-10}                  # from the pre-emption's warning to its kill, in partition `low`
-REQUEUE_WAIT_S=${SLURM_CLUSTER_REQUEUE_WAIT:-10}    # how long a requeued job is held back (Slurm's default: 120)
-NODE_TIMEOUT_S=${SLURM_CLUSTER_NODE_TIMEOUT:-10}    # silence after which a node counts as down (Slurm's default: 300)
+REQUEUE_WAIT_S=${SLURM_CLUSTER_REQUEUE_WAIT:-10}    # how long a requeued job is held back, at least 5 (usual: 120)
+NODE_TIMEOUT_S=${SLURM_CLUSTER_NODE_TIMEOUT:-10}    # silence after which a node counts as down (usual: 300)
 EXTRA=${SLURM_CLUSTER_EXTRA:-}                      # more lines of slurm.conf
 
 CONF=$STATE/etc/slurm.conf
-BRIDGE=ddpasr0
-PORT=26817  # slurmctld's; slurmd and slurmdbd take the next two
+IFS=. read -r _ second third <<<"$NET"
+BRIDGE=asr$second-$third
+PORT=$((20000 + 3 * ((256 * second + third) % 4000)))  # slurmctld's; slurmd and slurmdbd take the next two
 PACKAGES=(slurmctld slurmd slurm-client slurmdbd munge mariadb-server iproute2)
 COMMANDS=(slurmctld slurmd sbatch slurmdbd munged mariadbd mariadb-install-db ip unshare nsenter setsid)
 
@@ -352,7 +354,7 @@ cmd_status() {
     squeue
 }
 
-cmd_env() { printf "export SLURM_CONF='%s' SLURM_CLUSTER_DIR='%s'\n" "$CONF" "$STATE"; }
+cmd_env() { printf "export SLURM_CONF='%s' SLURM_CLUSTER_DIR='%s' SLURM_CLUSTER_NET='%s'\n" "$CONF" "$STATE" "$NET"; }
 
 # First the link: no FIN and no RST of the dying may reach the others, who are to see what a power failure is, silence.
 cmd_crash() {

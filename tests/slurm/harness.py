@@ -30,7 +30,7 @@ SCRIPT = Path(__file__).with_name("cluster.sh")
 STATE = Path(os.environ.get("SLURM_CLUSTER_DIR", "/var/tmp/ddp-asr-slurm"))
 GATE_CODE = Path(__file__).with_name("gate")
 # Short, so that pre-emptions and lost nodes take seconds.
-SWITCHES = {"SLURM_CLUSTER_REQUEUE_WAIT": "4", "SLURM_CLUSTER_GRACE": "10", "SLURM_CLUSTER_NODE_TIMEOUT": "6"}
+SWITCHES = {"SLURM_CLUSTER_REQUEUE_WAIT": "5", "SLURM_CLUSTER_GRACE": "10", "SLURM_CLUSTER_NODE_TIMEOUT": "6"}
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL")
 LIMIT_S = 150.0
 
