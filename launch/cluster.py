@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import io
 import os
 import re
 import shlex
@@ -192,7 +193,8 @@ def submit(
     # Only one process is left to inherit these where there is no batch script to write them into.
     with _refusals(request), _inside(code) if request.executor == "local" else contextlib.nullcontext():
         if request.executor == "slurm":
-            with executor.batch():
+            # submitit repeats on stderr what sbatch complains of, which `_refusals` says in a sentence.
+            with contextlib.redirect_stderr(io.StringIO()), executor.batch():
                 jobs = [executor.submit(function) for function in functions]
         else:
             jobs = [executor.submit(function) for function in functions]

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -86,7 +87,11 @@ def submit_training(
     record: dict[str, Any] = {"name": name, "executor": request.executor, "runs": [str(run) for run in runs]}
     _write(folder / "submission.json", record)  # the jobs read it, and may start before submit returns
     after = [job.conclude_command(folder)]
-    submission = cluster.submit(functions, folder, request, name=name, code=code, parallel=parallel, after=after)
+    try:
+        submission = cluster.submit(functions, folder, request, name=name, code=code, parallel=parallel, after=after)
+    except UserError:
+        shutil.rmtree(folder)  # nobody was given what lies there
+        raise
     now_s = time.time()
     _write(folder / "submission.json", record | {"job_ids": submission.job_ids, "time_s": now_s})
     for run, job_id in zip(runs, submission.job_ids, strict=True):
