@@ -8,7 +8,10 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-ENTRY_POINTS = ["shard", "train", "evaluate", "transcribe", "tracking", "bandwidth"]
+ENTRY_POINTS = [
+    *(f"ddp_asr.{name}" for name in ("shard", "train", "evaluate", "transcribe", "tracking", "bandwidth")),
+    *(f"launch.{name}" for name in ("submit", "doctor", "sweep", "status", "job")),
+]
 SLOW_TO_IMPORT = ["torch", "torchaudio", "webdataset", "comet_ml", "matplotlib", "pyarrow"]
 
 ASK = """
@@ -22,11 +25,11 @@ except SystemExit as end:
 """
 
 
-@pytest.mark.parametrize("name", ENTRY_POINTS)
-def test_help_answers_at_once_and_with_examples(name):
-    module = f"ddp_asr.{name}"
+@pytest.mark.parametrize("module", ENTRY_POINTS)
+def test_help_answers_at_once_and_with_examples(module):
     command = [sys.executable, "-W", "error", "-c", ASK, module, json.dumps(SLOW_TO_IMPORT)]
     answer = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True)
     assert json.loads(answer.stderr) == {"status": 0, "loaded": []}
     assert answer.stdout.startswith("usage: ")
-    assert "examples:" in answer.stdout and f"python -m {module}" in answer.stdout.split("examples:")[1]
+    _, heading, examples = answer.stdout.partition("\nexamples")
+    assert heading and f" -m {module}" in examples
