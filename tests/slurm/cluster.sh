@@ -96,13 +96,16 @@ pid_of() {
     [[ -n $since && $(start_time "$pid") == "$since" ]] && echo "$pid"
 }
 
-# A clean environment, for what daemons see their jobs see; a session of its own, out of reach of the terminal's Ctrl-C.
+# A clean environment, for what daemons see their jobs see; a session of its own, out of reach of the terminal's Ctrl-C;
+# and none of the caller's open files, a lock of which it would hold for as long as it lives.
 spawn() {
     local name=$1
     shift
-    env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 \
-        SLURM_CONF="$CONF" MYSQL_UNIX_PORT="$STATE/db/mysqld.sock" \
-        setsid "$@" </dev/null >>"$STATE/log/$name.out" 2>&1 &
+    {
+        for fd in "/proc/$BASHPID/fd"/*; do ((${fd##*/} < 3)) || eval "exec ${fd##*/}>&-"; done
+        exec env -i PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8 \
+            SLURM_CONF="$CONF" MYSQL_UNIX_PORT="$STATE/db/mysqld.sock" setsid "$@"
+    } </dev/null >>"$STATE/log/$name.out" 2>&1 &
     echo "$! $(start_time $!)" >"$STATE/run/$name.pid"
 }
 
