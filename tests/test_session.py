@@ -31,7 +31,9 @@ def test_the_schedule_is_that_of_the_settings(tiny_corpus):
 
 
 def test_a_run_directory_holds_what_the_design_says(run):
-    assert tiny.status(run)["state"] == "done" and not (run / "lease.json").exists()
+    status, wers = tiny.status(run), [line["wer"] for line in tiny.metrics(run) if line["kind"] == "test"]
+    assert status["state"] == "done" and not (run / "lease.json").exists()
+    assert (status["step"], status["total_steps"], status["best_wer"]) == (tiny.STEPS, tiny.STEPS, min(wers))
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["rnn_size"] == 16
     assert json.loads((run / "environment.json").read_text())["processes"] == 2
     newest = sorted(path.name for path in (run / "checkpoints").iterdir())
