@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -178,7 +179,7 @@ class Reader:
 
     def read(self, runs: Sequence[Path], root: Path | None = None) -> list[Overview]:
         """How the runs stand, named relative to `root`; in their order."""
-        found = [(run, read_status(run), read_job(run)) for run in runs]
+        found = [(run, status, read_job(run) or _job_of(status)) for run in runs for status in [read_status(run)]]
         states = self._ask_slurm([job for _, status, job in found if job and (status or {}).get("state") != "done"])
         return [self._overview(run, root, status, job, states) for run, status, job in found]
 
@@ -202,7 +203,7 @@ class Reader:
         watch = self._watches.setdefault(run, Watch(run, clock=self._clock))
         seen = Witnesses(
             status=status,
-            job=states.get(str(job["job_id"])) if job else None,
+            job=_state_of(job, status, states) if job else None,
             process=_has_process(job) if job and job["executor"] == "local" else None,
             lease=watch.verdict(),
             silent_s=_age_s(run / "lease.json"),
@@ -228,7 +229,7 @@ class Reader:
             audio_s_per_s=train.get("audio_s_per_s"),
             job_id=str(job["job_id"]) if job else status.get("job_id"),
             attempt=status.get("attempt"),
-            submitted_s=job["time_s"] if job else None,
+            submitted_s=job.get("time_s") if job else None,
             seen_s=max((float(line["time_s"]) for line in (train, test, status) if "time_s" in line), default=None),
             error="" if standing.living or standing.finished else error_of(standing, status, job),
         )
@@ -248,6 +249,20 @@ def find_runs(directory: Path) -> list[Path]:
 
 def is_run(directory: Path) -> bool:
     return any((directory / mark).is_file() for mark in MARKS)
+
+
+def _job_of(status: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The Slurm job of a run that no launcher has submitted, such as one of slurm/train.sbatch."""
+    job_id = (status or {}).get("job_id")
+    return {"job_id": job_id, "executor": "slurm"} if job_id is not None and shutil.which("squeue") else None
+
+
+def _state_of(job: dict[str, Any], status: dict[str, Any] | None, states: dict[str, JobState]) -> JobState | None:
+    state = states.get(str(job["job_id"]))
+    # An interactive allocation goes on when the run in it has ended; a job of ours is for this run alone.
+    if "folder" not in job and state and state.state == "RUNNING" and (status or {}).get("state") != "running":
+        return None
+    return state
 
 
 def _has_process(job: dict[str, Any]) -> bool:
@@ -320,7 +335,7 @@ def error_of(standing: Standing, status: dict[str, Any], job: dict[str, Any] | N
     """The last line of what ended a run; "" where nothing is known."""
     if standing.state == "failed" and status.get("state") == "failed":
         return str(status.get("reason", ""))
-    if job is None or standing.state not in ("failed", "dead", "unknown"):
+    if job is None or "folder" not in job or standing.state not in ("failed", "dead", "unknown"):
         return ""
     logs = sorted(Path(job["folder"]).glob(f"{job['job_id']}_*_log.out"), key=lambda path: (len(path.name), path.name))
     texts = [_tail(log) for log in logs]

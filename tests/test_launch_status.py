@@ -328,6 +328,31 @@ def test_slurm_is_asked_once_for_all_and_not_at_all_for_none(tmp_path, slurm):
     assert called() == ["squeue", "sacct"]
 
 
+def test_a_run_of_somebodys_own_batch_script_is_asked_for_by_the_job_that_it_names(tmp_path, slurm):
+    slurm(squeue="12|RUNNING|None\n13|PENDING|BeginTime\n14|RUNNING|None", sacct="15|CANCELLED by 0")
+    for name, state, job_id in (
+        ("a", "running", "12"),
+        ("b", "stopped", "13"),
+        ("c", "failed", "14"),
+        ("d", "stopped", "15"),
+    ):
+        write_run(tmp_path / name, state, job_id=job_id, reason="SIGTERM")
+    shown = [(run.state, run.note, run.job_id) for run in Reader().read(find_runs(tmp_path))]
+    assert shown == [
+        ("RUNNING", "starting", "12"),
+        ("PENDING", "BeginTime, requeued once", "13"),
+        ("failed", "", "14"),  # in an interactive allocation that goes on
+        ("cancelled", "SIGTERM", "15"),
+    ]
+
+
+def test_a_run_that_was_copied_to_where_there_is_no_slurm_is_just_a_run(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", "stopped", job_id="12", reason="SIGTERM")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    reader = Reader()
+    assert (reader.read([run])[0].state, reader.complaint) == ("stopped", "")
+
+
 def test_where_slurm_does_not_answer_the_files_speak_and_it_is_said(tmp_path, slurm, capsys):
     slurm(squeue="x")
     script = tmp_path / "commands" / "squeue"
