@@ -123,7 +123,7 @@ def run(config: Config, *, resume: str = "auto", profile_steps: int = 0, mistake
         session.open()
         with _profiled(profile_steps, session) as on_step:
             outcome = session.run(resume, on_step)
-        session.end(outcome.state, outcome.reason, retry=outcome.state == "stopped")
+        session.end(outcome.state, outcome.reason, retry=outcome.retry)
         world.leave()
         return 0
     except StoppedBeforeTraining as stop:

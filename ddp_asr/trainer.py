@@ -102,6 +102,10 @@ class Schedule:
         every = self.evaluate_every_steps or self.steps_per_epoch
         return step > 0 and (step % every == 0 or step == self.total_steps)
 
+    def stops_at(self, step: int) -> bool:
+        """Whether the settings want no step after `step`."""
+        return 0 < self.stop_at_step <= step
+
 
 @dataclass(frozen=True)
 class Hooks:
@@ -122,6 +126,7 @@ class Outcome:
 
     state: str  # "done" or "stopped"
     reason: str
+    retry: bool = False  # whether the same command has something left to do
 
 
 @dataclass
@@ -243,7 +248,7 @@ class Trainer:
         if self._evaluate_if_due():  # the attempt before was stopped between a step and its evaluation
             return self._stopped()
         while progress.step < self.schedule.total_steps:
-            if 0 < self.schedule.stop_at_step <= progress.step:  # a resumed run may be there, or beyond, already
+            if self.schedule.stops_at(progress.step):  # a resumed run may be there, or beyond, already
                 self.stop.request(f"train.stop_at_step = {self.schedule.stop_at_step}")
                 self.stop.agreed()
                 return self._stopped()
@@ -411,7 +416,9 @@ class Trainer:
         self._save()
         self._finish()
         reasons = self.world.gather_objects(self.stop.reason) or [self.stop.reason]
-        return Outcome("stopped", next((reason for reason in reasons if reason), "another rank was asked to stop"))
+        reason = next((reason for reason in reasons if reason), "another rank was asked to stop")
+        # Where it was to stop, whoever asked for it, a launcher that goes on would be here again at once.
+        return Outcome("stopped", reason, retry=not self.schedule.stops_at(self.progress.step))
 
     def _finish(self) -> None:
         self._guarded(self.hooks.flush)

@@ -39,7 +39,7 @@ def test_a_stop_at_any_step_is_invisible(undisturbed, tiny_corpus, tmp_path, pro
         output = tiny.train(tiny_corpus.arguments(tmp_path, "run", f"--train.stop_at_step={stop}"), processes)
         assert f"stopped at step {stop}: train.stop_at_step = {stop}" in output
         found = tiny.status(tmp_path / "run")
-        assert (found["state"], found["retry"], found["step"]) == ("stopped", True, stop)
+        assert (found["state"], found["retry"], found["step"]) == ("stopped", False, stop)  # nothing to go on for
         assert checkpoint.step_path(tmp_path / "run", stop).is_file()
     assert "going on from step 8" in tiny.train(tiny_corpus.arguments(tmp_path), processes)
     found = tiny.status(tmp_path / "run")

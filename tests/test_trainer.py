@@ -20,6 +20,11 @@ def test_an_evaluation_is_due_at_each_epochs_end_or_every_so_many_steps_and_at_t
     assert [step for step in range(13) if schedule(evaluate_every_steps=5).evaluation_due(step)] == [5, 10, 12]
 
 
+def test_a_run_that_is_to_stop_at_a_step_wants_none_after_it():
+    assert [step for step in range(13) if schedule(stop_at_step=11).stops_at(step)] == [11, 12]
+    assert not any(schedule().stops_at(step) for step in range(13))
+
+
 def test_padding_is_a_share_of_what_is_computed():
     assert Tally(samples=3.0, computed_samples=4.0).padding == 0.25 and Tally().padding == 1.0
 
