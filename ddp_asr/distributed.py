@@ -4,19 +4,23 @@
     totals = world.sum(vector)               # the one small all-reduce of a step
     state = world.from_rank_zero(function)   # rank 0 runs it, all get the result, or all raise its UserError
     world.together(function)                 # all run it; if any raises a UserError, all raise that one
+    world.at(120, "waiting for data")        # where this rank is, for the others to know (see positions.py)
 
 With a single process there is no process group and every collective is the identity. NCCL and CUDA where there are
-GPUs, gloo and the CPU otherwise. A peer that is gone surfaces as `PeerLost`, one sentence, on every rank that waits.
+GPUs, gloo and the CPU otherwise. A peer that is gone surfaces as `PeerLost`, one sentence that names it, on every rank
+that waits. Under Slurm the ranks meet under a key of this job and attempt, so that those of two attempts never do.
 """
 
 import contextlib
 import datetime
 import os
+import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
@@ -26,11 +30,15 @@ from torch import Tensor, nn
 
 from ddp_asr import config
 from ddp_asr.errors import UserError
+from ddp_asr.positions import Alone, Positions
 
 Result = TypeVar("Result")
 
 _HANDSHAKE_S = 10.0  # from a port that is open to a store that answers; it takes milliseconds
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# gloo raises when a collective has taken too long, so it is left the time to. NCCL would end the process with a trace
+# of its own: there the watch over positions speaks first, and has as long to write what the flight recorder holds.
+_GLOO_GRACE_S, _NCCL_GRACE_S = 5.0, 60.0
 
 
 class PeerLost(UserError):
@@ -49,13 +57,18 @@ class World:
     world_size: int
     local_rank: int
     device: torch.device
+    positions: Alone = field(default_factory=Alone, compare=False, repr=False)
+
+    def at(self, step: int, phase: str) -> None:
+        """Notes where this rank is; costs nothing."""
+        self.positions.at(step, phase)
 
     def sum(self, vector: Tensor) -> Tensor:
         """The element-wise sum over all ranks of a small float64 vector; returned on the CPU, the same everywhere."""
         if self.world_size == 1:
             return vector
         on_device = vector.to(self.device)
-        with naming_lost_peers(self):
+        with self._meeting():
             dist.all_reduce(on_device)
             return on_device.cpu()  # NCCL tells of a lost peer only here
 
@@ -87,7 +100,7 @@ class World:
         if self.world_size == 1:
             return [item]
         everyones: list[Any] = [None] * self.world_size
-        with naming_lost_peers(self):
+        with self._meeting():
             dist.all_gather_object(everyones, item)
         return everyones
 
@@ -114,7 +127,7 @@ class World:
                 message = str(error)
         if self.world_size > 1:
             carried = [(result, message)]
-            with naming_lost_peers(self):
+            with self._meeting():
                 dist.broadcast_object_list(carried, src=0)
             result, message = carried[0]
         if message is not None:
@@ -125,14 +138,38 @@ class World:
         """The model under DDP, whose gradients are the mean over ranks; as it is when alone."""
         if self.world_size == 1:
             return model
-        return nn.parallel.DistributedDataParallel(
-            model, device_ids=[self.device] if self.device.type == "cuda" else None, gradient_as_bucket_view=True
-        )
+        device_ids = [self.device] if self.device.type == "cuda" else None
+        with self._meeting():
+            return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+    @contextlib.contextmanager
+    def _meeting(self) -> Iterator[None]:
+        """Around whatever waits for the other ranks."""
+        self.positions.meet()
+        with naming_lost_peers(self):
+            yield
+        self.positions.met()
+
+    @contextlib.contextmanager
+    def parting(self) -> Iterator[None]:
+        """Tells the others of an error that ends this rank, so that those who wait for it can say why it is gone."""
+        try:
+            yield
+        except BaseException as error:
+            self.positions.farewell(describe(error))
+            self.positions.linger()
+            raise
 
     def leave(self) -> None:
         """Ends the process group. Not called after an error: a lost peer would be waited for."""
+        self.positions.close()
         if self.world_size > 1:
             dist.destroy_process_group()
+
+
+def describe(error: BaseException) -> str:
+    """An error in words: a user's mistake is a sentence already, a defect of ours needs its kind."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 def without_sync(model: nn.Module) -> contextlib.AbstractContextManager[None]:
@@ -148,19 +185,18 @@ def naming_lost_peers(world: World) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        lines = str(error).strip().splitlines() or [""]
-        if not isinstance(error, dist.DistError) and not any(
-            word in str(error) for word in ("gloo", "NCCL", "timed out")
-        ):
+        text = str(error)
+        if not isinstance(error, dist.DistError) and not any(word in text for word in ("gloo", "NCCL", "timed out")):
             raise
-        raise PeerLost(
-            f"rank {world.rank} of {world.world_size} lost the others ({lines[0][:160]}): look at the first rank that "
-            "ended in the logs; started again, the run resumes from its newest checkpoint"
-        ) from error
+        first_line = (text.strip().splitlines() or [""])[0]
+        reason = re.sub(r"^\[[^\]]*\] *", "", first_line)[:160]  # gloo begins with its source's file and line
+        raise PeerLost(world.positions.lose(reason, timed_out="timed out" in text.lower())) from error
 
 
-def join(settings: config.Distributed) -> World:
+def join(settings: config.Distributed, run_directory: Path | None = None) -> World:
     """This process's place, from the environment that torchrun, srun or a shell has set; alone where none is set.
+
+    What NCCL's flight recorder holds when a collective fails is written to the run directory.
 
     Raises:
         UserError: an incomplete environment, an unusable address or port, peers that do not come in time.
@@ -175,9 +211,12 @@ def join(settings: config.Distributed) -> World:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    if world_size > 1:
-        _rendezvous(rank, world_size, device, settings.timeout_s)
-    return World(rank, world_size, local_rank, device)
+    if world_size == 1:
+        return World(rank, world_size, local_rank, device)
+    if device.type == "cuda":
+        _record_flights(run_directory)
+    positions = _rendezvous(rank, world_size, device, settings.timeout_s)
+    return World(rank, world_size, local_rank, device, positions)
 
 
 def _place(environment: Any) -> tuple[int, int, int]:
@@ -200,13 +239,18 @@ def _place(environment: Any) -> tuple[int, int, int]:
     return rank, world_size, local_rank
 
 
-def _rendezvous(rank: int, world_size: int, device: torch.device, timeout_s: float) -> None:
+def _rendezvous(rank: int, world_size: int, device: torch.device, timeout_s: float) -> Positions:
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    timeout = datetime.timedelta(seconds=timeout_s)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    longest_s = timeout_s + (_NCCL_GRACE_S if backend == "nccl" else 0.0)
     try:
-        store = _meet(rank, world_size, timeout)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        store = _meet(rank, world_size, datetime.timedelta(seconds=timeout_s))
+        store = dist.PrefixStore(_attempt(os.environ), store)
+        positions = _post(rank, world_size, backend, store, timeout_s)
+        limit = datetime.timedelta(seconds=longest_s)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
+        positions.start()
+        return positions
     except (RuntimeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
@@ -215,6 +259,56 @@ def _rendezvous(rank: int, world_size: int, device: torch.device, timeout_s: flo
             f"rank {rank} could not meet the other {world_size - 1} rank(s) at {address} ({reason[:200]}): check "
             "MASTER_ADDR, MASTER_PORT and that all ranks were started"
         ) from None
+
+
+def _attempt(environment: Mapping[str, str]) -> str:
+    """The key under which the ranks of this attempt meet: a job that Slurm has requeued may find an old one's store."""
+    return f"{environment.get('SLURM_JOB_ID', 'run')}.{environment.get('SLURM_RESTART_COUNT') or 0}"
+
+
+def _post(rank: int, world_size: int, backend: str, store: dist.Store, timeout_s: float) -> Positions:
+    """The positions of the ranks, with this one's first post made: once all have met, all have posted."""
+    # A clone has a connection of its own; the store's would be held by a main thread that waits in it.
+    own_client = store.clone()  # type: ignore[attr-defined]
+    positions = Positions(
+        rank,
+        world_size,
+        own_client,
+        timeout_s,
+        # torchrun's agent keeps the store of its workers.
+        keeps_store=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        grace_s=_GLOO_GRACE_S if backend == "gloo" else 0.0,
+    )
+    if backend == "nccl":
+        positions.dump = _write_flight
+    positions.post()
+    return positions
+
+
+# The name that torch 2.11 reads, an older one that it still heeds, and a value.
+_FLIGHT_FILES = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+_FLIGHT_SETTINGS = (
+    (("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"), "2000"),
+    (("TORCH_NCCL_DUMP_ON_TIMEOUT",), "1"),
+)
+
+
+def _record_flights(run_directory: Path | None) -> None:
+    """Has NCCL keep its last collectives and write them down when one fails, unless the environment says otherwise."""
+    for names, value in _FLIGHT_SETTINGS:
+        if not any(name in os.environ for name in names):
+            os.environ[names[0]] = value
+    if run_directory is not None and not any(name in os.environ for name in _FLIGHT_FILES):
+        os.environ[_FLIGHT_FILES[0]] = f"{run_directory.absolute()}/flight-rank-"
+
+
+def _write_flight() -> None:
+    """Writes this rank's flight record where NCCL would; `torchfrtrace` compares those of all ranks."""
+    prefix = next((os.environ[name] for name in _FLIGHT_FILES if os.environ.get(name)), None)
+    if prefix is not None:
+        from torch._C._distributed_c10d import _dump_nccl_trace  # type: ignore[attr-defined]
+
+        Path(f"{prefix}{dist.get_rank()}").write_bytes(_dump_nccl_trace())
 
 
 def _meet(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:

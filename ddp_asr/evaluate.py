@@ -83,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     world = join(Distributed())
     try:
-        evaluate(arguments, world)
+        with world.parting():
+            evaluate(arguments, world)
     except RaisedElsewhere:
         return 2  # the rank that raised it says so
     world.leave()
@@ -96,12 +97,14 @@ def evaluate(arguments: argparse.Namespace, world: World) -> None:
     from ddp_asr.loader import eval_loader
     from ddp_asr.recogniser import build_recogniser
 
+    world.at(0, "reading the checkpoint")
     # Rank 0 alone reads, because a training run may put a better best.pt in place between two ranks' looks.
     trained = world.from_rank_zero(lambda: _prepare(arguments))
     recogniser = world.together(lambda: build_recogniser(trained, world.device, arguments.precision))
     index = world.together(lambda: read_index(arguments.shards))
     config = _with_overrides(recogniser.config, arguments)
     batches = eval_loader(index, recogniser.vocabulary, config, rank=world.rank, world_size=world.world_size)
+    world.at(trained.step, "scoring")
     started = time.monotonic()
     heard: list[Heard] = []
     bad: list[tuple[str, str]] = []

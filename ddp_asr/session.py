@@ -60,11 +60,13 @@ class Session:
         self.config = config
         self.steps_per_epoch = 1
         self.total_steps: int | None = None  # as soon as the plan says it
+        world.positions.report_to(self._lost, self._note)
         self.stop = StopRequest(config.distributed.stop_grace_s, self._overdue)
 
     def open(self) -> None:
         """Takes the signals over, and the run directory, or raises on every rank the UserError of any."""
         world, config = self.world, self.config
+        world.at(0, "taking the run directory")
         self.stop.install()
         if world.world_size > config.batch.micro_batches:
             world.together(partial(share, config.batch.micro_batches, 0, world.world_size))
@@ -109,8 +111,11 @@ class Session:
         """
         world, config = self.world, self.config
         set_matmul_precision(config.train.precision)
+        world.at(0, "looking for a checkpoint")
         found = world.from_rank_zero(lambda: self._find(resume))
+        world.at(0, "reading the corpus")
         corpus, test = world.together(self._read_data)
+        world.at(0, "reading the checkpoint")
         state = world.together(lambda: self._read_checkpoint(found, corpus))
         self.steps_per_epoch = corpus.plan.steps_per_epoch
         schedule = make_schedule(config, corpus.plan.steps_per_epoch)
@@ -119,9 +124,12 @@ class Session:
         if self.progress.step >= schedule.total_steps and self.progress.evaluated_step == self.progress.step:
             world.from_rank_zero(self._finish_tracking)
             return Outcome("done", f"already finished at step {self.progress.step}")
+        world.at(self.progress.step, "making the model")
         learner = world.together(lambda: self._make_learner(corpus, state))
         learner.model = world.wrap(learner.model)
+        world.at(self.progress.step, "opening the run's files")
         world.from_rank_zero(lambda: self._open_files(corpus, learner, schedule, found, state))
+        world.at(self.progress.step, "rehearsing")
         for line in world.together(lambda: rehearse(corpus, learner)):
             self.message(f"rehearsed {line}")
         settle(corpus, learner)
@@ -147,6 +155,7 @@ class Session:
         corpus = read_corpus(self.config)
         test = read_index(data.test) if data.test else None
         if data.cache_dir:
+            self.world.at(0, "copying shards")
             corpus = replace(corpus, index=cache_shards(corpus.index, Path(data.cache_dir)))
             test = cache_shards(test, Path(data.cache_dir)) if test is not None else None
         return corpus, test
@@ -417,8 +426,19 @@ class Session:
             told.append(f"{len(progress.bad_keys)} utterance(s) no longer readable: {', '.join(progress.bad_keys)}")
         return ", ".join(told)
 
-    def _overdue(self, reason: str) -> None:
-        self._status("stopped", reason, retry=True)
+    def _overdue(self, reason: str) -> str:
+        explained = "; ".join(filter(None, (reason, self.world.positions.explain())))
+        self._status("stopped", explained, retry=True)
+        return explained
+
+    def _lost(self, sentence: str) -> None:
+        """The others no longer come, and this process is about to end itself."""
+        self._note(sentence)
+        self._status("failed", sentence, retry=True)
+
+    def _note(self, words: str) -> None:
+        if self.log is not None:
+            self.log.info(words)
 
     def end(self, state: str, reason: str, *, retry: bool) -> None:
         """Closes what is open, says how the attempt ended and gives the directory free; never hides an error."""

@@ -1,6 +1,6 @@
 """A request to stop, wherever it comes from: a signal (`SIGNALS`), Ctrl-C among them, or a launcher that is gone.
 
-    stop = StopRequest(grace_s=20, on_overdue=write_status)
+    stop = StopRequest(grace_s=20, on_overdue=write_status)     # which may have more to say, for the last sentence
     stop.install()
     ...                      # until here a signal raises StoppedBeforeTraining in the main thread
     stop.wait_for_boundary()
@@ -32,7 +32,7 @@ class StoppedBeforeTraining(BaseException):
 class StopRequest:
     """Whether, and why, this rank has been asked to stop."""
 
-    def __init__(self, grace_s: float, on_overdue: Callable[[str], None]) -> None:
+    def __init__(self, grace_s: float, on_overdue: Callable[[str], str | None]) -> None:
         self.reason: str | None = None
         self._grace_s = grace_s
         self._on_overdue = on_overdue
@@ -109,7 +109,7 @@ class StopRequest:
             return
         reason = f"{self.reason}, and no step boundary within distributed.stop_grace_s = {self._grace_s:g} s"
         try:
-            self._on_overdue(reason)
+            reason = self._on_overdue(reason) or reason
         finally:
             print(f"error: {reason}; resumes from the newest checkpoint", file=sys.stderr, flush=True)
             os._exit(1)

@@ -110,13 +110,21 @@ def run(config: Config, *, resume: str = "auto", profile_steps: int = 0, mistake
 
     A `mistake` that this rank has found in the settings is raised once the ranks have met.
     """
-    from ddp_asr.distributed import PeerLost, RaisedElsewhere, join
+    from ddp_asr.distributed import PeerLost, RaisedElsewhere, describe, join
     from ddp_asr.session import Session
     from ddp_asr.signals import StoppedBeforeTraining
 
     _quiet_torch()
     session: Session | None = None
-    world = join(config.distributed)
+    world = join(config.distributed, Path(config.run.dir) / config.run.name)
+
+    def end(state: str, reason: str, *, retry: bool) -> None:
+        world.positions.farewell(reason)  # before all that may take a while: others may be waiting for this rank
+        if session is not None:
+            session.end(state, reason, retry=retry)
+        if state == "failed":
+            world.positions.linger()
+
     try:
         world.together(lambda: _raise(mistake))
         session = Session(config, world)
@@ -127,21 +135,18 @@ def run(config: Config, *, resume: str = "auto", profile_steps: int = 0, mistake
         world.leave()
         return 0
     except StoppedBeforeTraining as stop:
-        if session is not None:
-            session.end("stopped", f"{stop} before the first step", retry=True)
+        end("stopped", f"{stop} before the first step", retry=True)
         return 0
     except UserError as error:
         if session is not None and isinstance(error, PeerLost) and session.stop.reaches_setting_up(within_s=2.0):
-            session.end("stopped", f"{session.stop.reason} before the first step", retry=True)
+            end("stopped", f"{session.stop.reason} before the first step", retry=True)
             return 0
-        if session is not None:
-            session.end("failed", str(error), retry=isinstance(error, PeerLost))
+        end("failed", str(error), retry=isinstance(error, PeerLost))
         if isinstance(error, RaisedElsewhere):
             return 2  # the rank that raised it says so
         raise
     except BaseException as error:
-        if session is not None:
-            session.end("failed", f"{type(error).__name__}: {error}", retry=True)
+        end("failed", describe(error), retry=True)
         raise
 
 

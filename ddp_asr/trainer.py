@@ -171,6 +171,7 @@ class Learner:
         with torch.enable_grad(), naming_lost_peers(self.world):
             if last:
                 losses = self.losses(batch)
+                self.world.positions.meet("reducing the gradients")
                 self.scaler.scale(losses.sum()).backward()
             else:
                 with without_sync(self.model):
@@ -267,16 +268,20 @@ class Trainer:
         step = self.progress.step + 1
         for micro_batch in share_of_step:
             wait_from = time.monotonic()
+            self.world.at(step, "waiting for data")
             batch = next(batches)
             tally.wait_s += time.monotonic() - wait_from
             mine.append(batch)
             last = micro_batch == share_of_step[-1]
+            self.world.at(step, f"forward and backward of micro-batch {micro_batch}")
             losses.append(self.learner.accumulate(batch, step=step, micro_batch=micro_batch, last=last))
             self._count(batch, tally)
         per_utterance = torch.cat(losses)
         tally.loss = float(per_utterance.sum(dtype=torch.float64))
         tally.stops, tally.failures = float(self.stop.reason is not None), float(self._failure is not None)
+        self.world.at(step, "reducing")
         everyones = tally.over_all_ranks(self.world)
+        self.world.at(step, "updating")
         if everyones.stops:
             self.stop.agreed()  # not before the reduction: a rank waits there for one that is stuck
         if everyones.failures:
@@ -365,6 +370,7 @@ class Trainer:
             "skipped": self.progress.skipped,
             "time_s": time.time(),
         }
+        self.world.at(step, "writing the metrics")
         self._guarded(lambda: self.hooks.log(line))
 
     def _evaluate_if_due(self) -> bool:
@@ -372,6 +378,7 @@ class Trainer:
         step = self.progress.step
         if not self.schedule.evaluation_due(step) or self.progress.evaluated_step == step:
             return False
+        self.world.at(step, "evaluating")
         # Closed whatever happens: an evaluation's loader workers ignore the signals that end their parent.
         with contextlib.closing(self.hooks.evaluate(step)) as rounds:
             while True:
@@ -406,6 +413,7 @@ class Trainer:
             self._save()
 
     def _save(self, best: bool = False) -> None:
+        self.world.at(self.progress.step, "saving")
         if self.world.rank == 0:
             state = {**self.learner.state(), "progress": asdict(self.progress)}
             self._guarded(lambda: self.hooks.save(state, best))

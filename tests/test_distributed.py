@@ -79,6 +79,7 @@ def test_alone_every_collective_is_the_identity():
     assert ALONE.wrap(model) is model
     with without_sync(model):
         pass
+    ALONE.at(1, "reducing")
     ALONE.leave()
 
 
@@ -171,6 +172,8 @@ def test_a_lost_peer_is_one_sentence_on_every_rank_that_waits(tiny_corpus, tmp_p
                 world.sum(torch.zeros(1))
         except PeerLost as error:
             print(error)
+            world.positions.farewell(str(error))
+            world.positions.linger()
         """,
         tmp_path,
     )
@@ -178,6 +181,7 @@ def test_a_lost_peer_is_one_sentence_on_every_rank_that_waits(tiny_corpus, tmp_p
     for rank in (0, 2):
         text = ranks.logs[rank].read_text()
         assert text.startswith(f"rank {rank} of 3 lost the others (") and text.count("\n") == 1
+        assert f"): rank 1 on {socket.gethostname()} was last seen " in text
 
 
 def test_a_mistake_of_ours_keeps_its_traceback():

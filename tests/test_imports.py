@@ -16,7 +16,7 @@ GROUPS = {
     "ground": "__init__ errors config draws",
     "data": "vocabulary sources shard index plan loader corpus",
     "mathematics": "features augment model loss optim precision decode score",
-    "machine": "distributed checkpoint lease tracking display signals run_directory",
+    "machine": "distributed positions checkpoint lease tracking display signals run_directory",
     "runs": "trainer rehearsal session dry_run train recogniser evaluate transcribe bandwidth",
 }
 MAY_IMPORT = {
@@ -34,7 +34,9 @@ NEVER = {
     "rehearsal": {"tracking", "display", "decode", "score", "evaluate", "checkpoint", "session", "train"},
 }
 # Not even through what they import: launchers use these on login nodes that have no torch, and `plan` is arithmetic.
-WITHOUT_TORCH = ["errors", "config", "draws", "plan", "index", "corpus", "score", "lease", "run_directory"]
+WITHOUT_TORCH = [
+    *("errors", "config", "draws", "plan", "index", "corpus", "score", "lease", "run_directory", "positions"),
+]
 TORCH = {"torch", "torchaudio", "webdataset"}  # webdataset imports torch
 ONLY_IN = {"torch.distributed": {"distributed"}, "comet_ml": {"tracking"}, "webdataset": {"shard"}}
 DISTRIBUTIONS = {"yaml": "pyyaml"}  # where a package is imported by another name

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -176,8 +177,9 @@ def test_a_rank_that_does_not_come_is_waited_for_as_long_as_set(undisturbed, tin
     gate.wait()
     for rank in (0, 2):
         ranks.processes[rank].join(30)
-    gate.open()
-    assert ranks.wait(limit_s=30) == [2, 2, 2]
+    threading.Thread(target=gate.open, daemon=True).start()  # waits for ever if the rank has ended by itself
+    codes = ranks.wait(limit_s=30)
+    assert (codes[0], codes[2]) == (2, 2) and codes[1] in (1, 2)  # 1: it noticed by itself that the others had ended
     assert ranks.output.count("lost the others") == 3 and "Traceback" not in ranks.output, ranks.output
     tiny.train(tiny_corpus.arguments(tmp_path), 3)
     tiny.assert_same_run(tmp_path / "run", undisturbed(3))
