@@ -71,11 +71,10 @@ def submit_training(
     Raises:
         UserError: anything wrong with settings, shards or the request, before anything is queued.
     """
-    for config in configs:
-        check(config, request)
-        _refuse_living(run_directory(config))
-    folder.mkdir(parents=True)
+    check_all(configs, request)
     runs = [run_directory(config) for config in configs]
+    _refuse_living(runs)
+    folder.mkdir(parents=True)
     code = job.freeze_code(folder)
     functions = []
     for number, config in enumerate(configs):
@@ -117,6 +116,17 @@ def check(config: Config, request: Request) -> None:
     read_corpus(config)
 
 
+def check_all(configs: Sequence[Config], request: Request) -> None:
+    """`check`, once for all runs whose data and plan are the same: the trials of a sweep are many."""
+    checked: list[tuple[Any, ...]] = []
+    for config in configs:
+        shapes = (config.model.time_strides, config.augment.speeds)
+        plan = (config.data, config.vocabulary, config.batch, config.features, *shapes)
+        if plan not in checked:
+            check(config, request)
+            checked.append(plan)
+
+
 def run_directory(config: Config) -> Path:
     """Where the run lies, as an absolute path."""
     return (Path(config.run.dir) / config.run.name).absolute()
@@ -156,16 +166,17 @@ def read_job(run: Path) -> dict[str, Any] | None:
     return record if complete else None  # somebody's own file of that name is none of ours
 
 
-def _refuse_living(run: Path) -> None:
-    record = read_job(run)
-    if record is None or record["executor"] != "slurm":
-        return  # a local run that lives holds the lease, and the newcomer says so
-    state = cluster.job_states([record["job_id"]])[record["job_id"]]
-    if state.living:
-        raise UserError(
-            f"{run} is still trained by job {record['job_id']} ({state.state}): wait for it, cancel it with 'scancel "
-            f"{record['job_id']}', or choose another --run.name"
-        )
+def _refuse_living(runs: Sequence[Path]) -> None:
+    """One question to Slurm for all. A local run that lives holds the lease, and the newcomer says so."""
+    records = {run: record for run in runs if (record := read_job(run)) and record["executor"] == "slurm"}
+    states = cluster.job_states(record["job_id"] for record in records.values())
+    for run, record in records.items():
+        state = states[record["job_id"]]
+        if state.living:
+            raise UserError(
+                f"{run} is still trained by job {record['job_id']} ({state.state}): wait for it, cancel it with "
+                f"'scancel {record['job_id']}', or choose another --run.name"
+            )
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:

@@ -120,8 +120,7 @@ class Follower:
             raise UserError(f"what is still in the queue cannot be told, so nothing was submitted: {self.complaint}")
         self.waiting = [trial for trial in self.trials if is_due(self.runs[trial.name], retry_failed)]
         if self.request.executor == "local":  # one after the other, so that the last is submitted long after the first
-            for trial in self.waiting:
-                submit.check(trial.config, self.request)
+            submit.check_all([trial.config for trial in self.waiting], self.request)
         self.go_on()
 
     def go_on(self) -> None:
@@ -375,8 +374,7 @@ def _come_back(follower: Follower, arguments: Sequence[str]) -> str:
 def _dry_run(follower: Follower, retry_failed: bool) -> str:
     """The trials and what would become of each, and the array that would be submitted."""
     due = [trial for trial in follower.trials if is_due(follower.runs[trial.name], retry_failed)]
-    for trial in due:
-        submit.check(trial.config, follower.request)
+    submit.check_all([trial.config for trial in due], follower.request)
     settings = list(follower.trials[0].values)
     rows = [
         [trial.name, *trial.values.values(), "to submit" if trial in due else follower.runs[trial.name].state]

@@ -1,5 +1,6 @@
 """Queueing a training: what is refused before, what is written down, and real trainings on this machine."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -47,6 +48,17 @@ def test_a_plan_that_cannot_be_is_refused(corpus, tmp_path):
     config = load_config(Path(path), [*settings, "--batch.micro_batches=4000"])
     with pytest.raises(UserError, match="micro_batches"):
         submit.check(config, Request())
+
+
+def test_many_runs_of_one_plan_are_checked_once_and_another_plan_by_itself(config, monkeypatch):
+    checked = []
+    monkeypatch.setattr(submit, "check", lambda config, request: checked.append(config))
+    rates = [
+        dataclasses.replace(config, optim=dataclasses.replace(config.optim, learning_rate=x)) for x in (1e-3, 2e-3)
+    ]
+    other = dataclasses.replace(config, batch=dataclasses.replace(config.batch, micro_batches=3))
+    submit.check_all([*rates, other, *rates], Request())
+    assert checked == [rates[0], other]
 
 
 def test_missing_shards_are_named_before_anything_is_queued(tmp_path):

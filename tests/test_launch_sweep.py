@@ -368,7 +368,7 @@ class Scheduler:
         self.now_s, self.complaint = 0.0, ""
         follower._clock = lambda: self.now_s
         monkeypatch.setattr(follower, "_reader", self)
-        monkeypatch.setattr(submit, "check", lambda config, request: None)
+        monkeypatch.setattr(submit, "check_all", lambda configs, request: None)
         for name in ("_submit", "_submit_detached"):
             monkeypatch.setattr(sweep, name, self.submit)
 
