@@ -261,7 +261,8 @@ class _Job:
     def _why_not_started(self, state: JobState) -> str:
         if self._started_s is not None:
             return f"Slurm has taken the job back and would start it anew ({state.reason or 'a node failed'})"
-        self.tell(f"job {self.id} waits ({state.reason or 'no reason yet'}); Ctrl-C takes it back")
+        if state.reason:
+            self.tell(f"job {self.id} waits ({state.reason}); Ctrl-C takes it back")
         why = self._blocked(state)
         self._blocked_since_s = (self._blocked_since_s or time.monotonic()) if why else None
         believed = self._blocked_since_s is not None and time.monotonic() - self._blocked_since_s >= BLOCKED_FOR_S
@@ -382,8 +383,9 @@ def complaints(folder: Path) -> list[str]:
     for log in sorted(folder.glob("*_log.*")):
         with contextlib.suppress(OSError):
             text = log.read_text(encoding="utf8", errors="replace")
-            found |= dict.fromkeys(re.findall(r"^(?:srun|slurmstepd): error: (?!\*\*\*)(.*\S)", text, re.MULTILINE))
-    return list(found)[:3]
+            found |= dict.fromkeys(re.findall(r"^srun: error: (.*\S)", text, re.MULTILINE))
+    victims = re.compile(r": tasks? [\d,-]+: ")  # "node2: task 1: Killed": tasks that ended with the step
+    return [complaint for complaint in found if not victims.search(complaint)][:3]
 
 
 # ---- what is shown -------------------------------------------------------------------------------------------------
@@ -436,16 +438,18 @@ def _last_part(path: str) -> str:
 
 
 def _reached_by(host: str, evidence: Evidence) -> str:
-    others = [report for report in evidence.reports.values() if report.node != host]
+    if len(evidence.hosts) < 2:
+        return "-"
+    others = [report for report in evidence.reports.values() if report.node != host and report.links]
     reached = [r for r in others if any(link.to == host and not link.error for link in r.links)]
     whole = [r for r in reached if not any(link.to == host for link in r.unreached)]
-    return f"{len(whole)} of {len(evidence.hosts) - 1}" if len(evidence.hosts) > 1 else "-"
+    return f"{len(whole)} of {len(others)}" if others else "?"
 
 
 def _shown_gpus(report: Report) -> str:
     gpus = report.gpus
     if not gpus.names:
-        return "none"
+        return "none" if report.stage == "done" else "?"
     return f"{len(gpus.names)} x {gpus.names[0]}, driver {gpus.driver}"
 
 

@@ -9,6 +9,7 @@ cluster. A finding that is not `wrong` is worth knowing and stops no run.
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -131,9 +132,8 @@ def out_of_use(node: Node) -> bool:
     return node.state.lower().startswith(_OUT_OF_USE) or node.state.endswith("*")
 
 
-def describe(node: Node) -> str:
-    reason = f" ({node.reason})" if node.reason and node.reason != "none" else ""
-    return f"{node.name} is {node.state} for Slurm{reason}"
+def _standing(node: Node) -> str:
+    return f"is {node.state} for Slurm" + (f" ({node.reason})" if node.reason else "")
 
 
 def _remedy(node: Node) -> str:
@@ -146,46 +146,74 @@ def _remedy(node: Node) -> str:
 
 def _job(evidence: Evidence) -> Iterator[Finding]:
     if evidence.ended:
+        silent = [host for host in evidence.hosts if not _said_all(host, evidence)]
+        waited = f"; it waited for {listed(silent)}" if silent else ""
         said = f"; Slurm says: {'; '.join(evidence.complaints)}" if evidence.complaints else ""
-        yield Finding(f"{evidence.ended}{said}")
+        yield Finding(f"{evidence.ended}{waited}{said}")
+
+
+def _said_all(host: str, evidence: Evidence) -> bool:
+    report = evidence.reports.get(host)
+    return report is not None and report.stage == "done"
 
 
 def _missing(evidence: Evidence) -> Iterator[Finding]:
     """Nodes of the job that did not report, or not to the end; with all that speaks about them."""
-    known = {node.name: node for node in evidence.nodes}
-    for host in evidence.hosts:
-        report = evidence.reports.get(host)
-        if report is not None and report.stage == "done":
-            continue
-        if report is not None:
-            yield Finding(
-                f"{host} hung while {_DOING[report.stage]}: log in there and look at its file systems (df) and name "
-                f"server; logs: {evidence.folder}"
-            )
-            continue
-        cut = [(r.node, link) for r in evidence.reports.values() for link in r.unreached if link.to == host]
-        silent = [(node, link) for node, link in cut if link.error != "connection refused"]
-        slurm = f", {describe(known[host])}" if host in known and out_of_use(known[host]) else ""
-        if silent:
-            port, error = silent[0][1].port, silent[0][1].error
-            yield Finding(
-                f"{host} did not report and cannot be reached from {listed(node for node, _ in silent)} (port {port}: "
-                f"{error}){slurm}: check its link and its firewall, or do without it: --exclude {host}"
-            )
-        elif slurm:
-            yield Finding(f"{host} did not report{slurm}: {_remedy(known[host])}")
-        else:
-            yield Finding(
-                f"{host} did not report: see that it can read {evidence.folder} (is that on a file system that all "
-                f"nodes share?) and the interpreter there; its log, if any, lies in the same place"
-            )
+    silent = [host for host in evidence.hosts if not _said_all(host, evidence)]
+    blamed = [host for host in silent if _blamed(host, evidence)]
+    for host in blamed or silent:  # one that is lost takes the others' tasks with it
+        yield _explained(host, evidence)
+
+
+def _blamed(host: str, evidence: Evidence) -> bool:
+    """Whether somebody else speaks ill of it."""
+    named = any(re.search(rf"\b{re.escape(host)}\b", complaint) for complaint in evidence.complaints)
+    return named or host in _lost_for_slurm(evidence) or bool(_dead_links(host, evidence))
+
+
+def _lost_for_slurm(evidence: Evidence) -> dict[str, Node]:
+    return {node.name: node for node in evidence.nodes if out_of_use(node)}
+
+
+def _dead_links(host: str, evidence: Evidence) -> list[tuple[str, Link]]:
+    """(node, link) of those that find no way to the host; where one is refused, only the listener is missing."""
+    tried = [(r.node, link) for r in evidence.reports.values() for link in r.unreached if link.to == host]
+    return [(node, link) for node, link in tried if link.error != "connection refused"]
+
+
+def _explained(host: str, evidence: Evidence) -> Finding:
+    report, dead = evidence.reports.get(host), _dead_links(host, evidence)
+    lost = _lost_for_slurm(evidence).get(host)
+    slurm = f" and {_standing(lost)}" if lost else ""
+    if report is not None:
+        return Finding(
+            f"{host} hung while {_DOING.get(report.stage, 'it reported')}{slurm}: log in there and look at its file "
+            f"systems (df) and name server; logs: {evidence.folder}"
+        )
+    if dead:
+        port, error = dead[0][1].port, dead[0][1].error
+        return Finding(
+            f"{host} did not report, cannot be reached from {listed(node for node, _ in dead)} (port {port}: {error})"
+            f"{slurm}: check its link and its firewall, or do without it: --exclude {host}"
+        )
+    if lost:
+        return Finding(f"{host} did not report{slurm}: {_remedy(lost)}")
+    if _blamed(host, evidence):
+        return Finding(
+            f"{host} did not report, and Slurm could not start a task there: check its link and its slurmd, or do "
+            f"without it: --exclude {host}"
+        )
+    return Finding(
+        f"{host} did not report: see that it can read {evidence.folder} (is that on a file system that all nodes "
+        "share?) and the interpreter there; its log, if any, lies in the same place"
+    )
 
 
 def _nodes_left_out(evidence: Evidence) -> Iterator[Finding]:
     """Nodes that are out of use: wrong where the job could not start for want of them."""
     for node in evidence.nodes:
         if out_of_use(node) and node.name not in evidence.hosts:
-            yield Finding(f"{describe(node)}: {_remedy(node)}", wrong=bool(evidence.ended))
+            yield Finding(f"{node.name} {_standing(node)}: {_remedy(node)}", wrong=bool(evidence.ended))
 
 
 def blocked(nodes: Sequence[Node], request: Request, wanted: Sequence[str], excluded: Sequence[str]) -> str:
@@ -199,8 +227,10 @@ def blocked(nodes: Sequence[Node], request: Request, wanted: Sequence[str], excl
     least = int(request.nodes.partition("-")[0])
     usable = {node.name for node in nodes} - broken - set(excluded)
     if broken and len(usable) < least:
-        return f"the job cannot start: it asks for {least} node(s), and of {len({n.name for n in nodes})} only " + (
-            f"{len(usable)} can be used"
+        known = len({node.name for node in nodes})
+        return (
+            f"the job cannot start: it asks for {least} node(s), and of {known} only {len(usable)} can be used (not "
+            f"{listed(sorted(broken | set(excluded)))})"
         )
     return ""
 
@@ -227,15 +257,10 @@ def _links(evidence: Evidence, reports: Sequence[Report]) -> Iterator[Finding]:
         for link in report.unreached:
             if link.to in examined:
                 failed.setdefault((report.node, link.to), link)  # the rendezvous port, tried first, tells more
-    for node in _isolated(examined, set(failed)):
-        others = [other for other in examined if (other, node) in failed]
-        link = failed[others[0], node]
-        yield Finding(
-            f"{node} cannot be reached from {listed(others)} (port {link.port}: {link.error}), and reaches none of "
-            "them: check its link and its firewall"
-        )
+    while failed:
+        node = _culprit(examined, failed) or next(iter(failed))[1]
+        yield _unreachable(node, failed, evidence)
         failed = {pair: link for pair, link in failed.items() if node not in pair}
-    yield from _one_way(failed, evidence.port)
     for report in reports:
         for link in report.links:
             if link.answered and link.answered != link.to:
@@ -245,35 +270,36 @@ def _links(evidence: Evidence, reports: Sequence[Report]) -> Iterator[Finding]:
                 )
 
 
-def _isolated(examined: Sequence[str], failed: set[tuple[str, str]]) -> list[str]:
-    """Nodes whose every link is dead both ways, while others have one alive; of two nodes neither can be told."""
-    found: list[str] = []
-    while len(rest := [node for node in examined if node not in found]) > 2:
-        dead = [
-            node for node in rest if all({(node, other), (other, node)} <= failed for other in rest if other != node)
-        ]
-        if not dead or len(dead) == len(rest):
-            break
-        found.append(dead[0])
-    return found
+def _culprit(examined: Sequence[str], failed: Mapping[tuple[str, str], Link]) -> str:
+    """The node that the most failed links have in common; empty: none has two counterparts."""
+    shared = {node: {other for pair in failed if node in pair for other in pair} - {node} for node in examined}
+    most = max(examined, key=lambda node: len(shared[node]))
+    return most if len(shared[most]) > 1 else ""
 
 
-def _one_way(failed: Mapping[tuple[str, str], Link], rendezvous_port: int) -> Iterator[Finding]:
-    grouped: dict[tuple[str, bool, str], list[str]] = defaultdict(list)
-    ports = {}
-    for (node, to), link in failed.items():
-        key = (to, link.port == rendezvous_port, link.error)
-        grouped[key].append(node)
-        ports[key] = link.port
-    for (to, is_rendezvous, error), observers in grouped.items():
-        key = (to, is_rendezvous, error)
-        what = "check its link and its firewall"
-        if not is_rendezvous:
-            what = (
-                f"its firewall lets port {rendezvous_port} pass and not this one, but gloo and NCCL listen on ports "
-                "that the system chooses: open all of them between the nodes"
-            )
-        yield Finding(f"{to} cannot be reached from {listed(observers)} (port {ports[key]}: {error}): {what}")
+def _unreachable(node: str, failed: Mapping[tuple[str, str], Link], evidence: Evidence) -> Finding:
+    """What the failed links from and to one node mean."""
+    callers = [caller for caller, called in failed if called == node]
+    called = [called for caller, called in failed if caller == node]
+    pair = (callers[0], node) if callers else (node, called[0])
+    link = failed[pair]
+    why = f"(port {link.port}: {link.error})"
+    if not callers:
+        what = f"{node} cannot reach {listed(called)} {why}"
+    elif len(callers) == 1 and called == callers:
+        return Finding(f"{node} and {callers[0]} cannot reach each other {why}: check their links and firewalls")
+    elif set(called) == set(callers):
+        what = f"{node} cannot be reached from {listed(callers)} {why}, and reaches none of them"
+    else:
+        what = f"{node} cannot be reached from {listed(callers)} {why}"
+        what += f", and does not reach {listed(called)}" if called else ""
+    passes = [way for way in evidence.reports[pair[0]].links if way.to == pair[1] and not way.error]
+    if not passes:
+        return Finding(f"{what}: check its link and its firewall")
+    return Finding(
+        f"{what}: a firewall lets port {passes[0].port} pass and not this one, but gloo and NCCL listen on ports that "
+        "the system chooses: open all of them between the nodes"
+    )
 
 
 def _names(reports: Sequence[Report]) -> Iterator[Finding]:
@@ -307,9 +333,9 @@ def _names(reports: Sequence[Report]) -> Iterator[Finding]:
             "an address, or the name server is out of date"
         )
     if nameless:
-        observers = listed(node for nodes in nameless.values() for node in nodes)
+        everywhere = listed(node for observers in nameless.values() for node in observers)
         yield Finding(
-            f"the addresses of {listed(nameless)} have no name on {observers}: harmless, but messages will show "
+            f"the addresses of {listed(nameless)} have no name on {everywhere}: harmless, but messages will show "
             "addresses alone",
             wrong=False,
         )
@@ -450,7 +476,7 @@ def _gpus(evidence: Evidence, reports: Sequence[Report]) -> Iterator[Finding]:
                 f"{wanted}: see that your shell or the profile's setup does not set it"
             )
     for error, nodes in broken.items():
-        yield Finding(f"{listed(nodes)} has no working GPU ({error}): install or mend the NVIDIA driver there")
+        yield Finding(f"no working GPU on {listed(nodes)} ({error}): install or mend the NVIDIA driver there")
     for what, values in (
         ("drivers", {report.gpus.driver for report in looked if report.gpus.driver}),
         ("GPUs", {name for report in looked for name in report.gpus.names}),
