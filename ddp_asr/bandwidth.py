@@ -33,8 +33,6 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
-    # Whatever it waits for: a rank that never comes, a driver that never answers. The default action ends even C code.
-    signal.alarm(options.limit_s)
     measured = _measure(options.sizes_mib, options.repeats, options.limit_s)
     if measured is not None:
         print(json.dumps(measured), flush=True)
@@ -86,6 +84,8 @@ def _measure(sizes_mib: Sequence[int], repeats: int, limit_s: int) -> dict[str, 
 
     from ddp_asr.distributed import join
 
+    # Whatever it waits for: a rank that hangs, a driver that never answers. The default action ends even C code.
+    signal.alarm(limit_s)
     world = join(Distributed(timeout_s=0.75 * limit_s))  # so that a rank that never comes is named, not only ended
     total = world.sum(torch.ones(1, dtype=torch.float64)).item()
     if total != world.world_size:

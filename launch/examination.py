@@ -108,7 +108,7 @@ class Examination:
         if place.rank == 0:
             desk.decide(self._why_not(place, desk))
         if self._agreed(desk):
-            record = all_reduce(place, limit_s=int(_REDUCE * self.timeout_s))
+            record = all_reduce(place, limit_s=max(5, int(_REDUCE * self.timeout_s)))
             desk.put(f"all-reduce-{place.rank}.json", json.dumps(record) + "\n")
 
     def _examine(self, place: Place, node: str, desk: Desk) -> None:

@@ -661,7 +661,7 @@ def test_two_ranks_time_their_all_reduces():
 
 @pytest.mark.slow
 def test_a_rank_that_never_comes_is_named_within_the_limit():
-    rank = start_bandwidth(0, 2, free_port(), "--limit-s", "12")
+    rank = start_bandwidth(0, 2, free_port(), "--limit-s", "8")
     assert "error: rank 0 could not meet the other 1 rank(s)" in rank.communicate(timeout=60)[0]
     assert rank.returncode == 2
 
