@@ -42,7 +42,7 @@ MAX_FAILURES = 3
 # Below what Linux gives to outgoing connections (32768 and up), above what services are known by.
 _PORTS = range(20000, 32000)
 # Slurm's states in which nobody but the batch script asks for another attempt.
-_OURS_TO_REQUEUE = ("RUNNING", "COMPLETING", "TIMEOUT")
+_OURS_TO_REQUEUE = ("RUNNING", "TIMEOUT")
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT)
 
 EXAMPLES = """\
@@ -164,7 +164,7 @@ class Ended:
 
     job_id: str
     attempt: int
-    slurm_state: str  # of the job now
+    slurm_state: str  # of the job now, see `slurm_state_of`
     status: dict[str, Any] | None  # the run's status.json
     exit_code: int  # srun's; only tells whether ranks died of a signal to stop before they could write a status
 
@@ -216,6 +216,21 @@ def _died_of_a_stop(exit_code: int) -> bool:
     return exit_code - 128 in [int(number) for number in _STOP_SIGNALS]
 
 
+def slurm_state_of(job: dict[str, str], attempt: int) -> str:
+    """What Slurm has in mind with a job whose batch script still runs, from what `scontrol show job` says.
+
+    A job that it is ending is COMPLETING, for whatever reason: TimeLimit is named, `scancel` is not. Of one that it is
+    requeueing, the restart is counted already; so it is when the next attempt runs, and this one is left on a node that
+    was cut off.
+    """
+    state = job.get("JobState", "UNKNOWN")
+    if int(job.get("Restarts", attempt - 1)) >= attempt:
+        return "REQUEUED"
+    if state == "COMPLETING":
+        return "TIMEOUT" if job.get("Reason") == "TimeLimit" else "CANCELLED"
+    return state
+
+
 def conclude(run: Path, exit_code: int) -> Verdict:
     """Judges the attempt that has just ended in `run` and requeues its job where that is due; for batch scripts.
 
@@ -225,13 +240,14 @@ def conclude(run: Path, exit_code: int) -> Verdict:
     job_id = os.environ.get("SLURM_JOB_ID")
     if job_id is None:
         raise UserError("SLURM_JOB_ID is not set: 'conclude' is for the batch script of a Slurm job, after srun")
-    slurm_state = (cluster.scontrol_job(job_id) or {}).get("JobState", "UNKNOWN")
+    slurm_state = slurm_state_of(cluster.scontrol_job(job_id) or {}, attempt_of_job())
     history = _read_history(run)
     ended = Ended(job_id, attempt_of_job(), slurm_state, read_status(run), exit_code)
     verdict = judge(ended, history)
     before = history if history.job_id == job_id else History(job_id)
     step = (ended.status or {}).get("step", 0)
-    _write_history(run, History(job_id, before.requeues + verdict.requeue, verdict.failures, step))
+    if slurm_state != "REQUEUED":  # else the next attempt may be writing here
+        _write_history(run, History(job_id, before.requeues + verdict.requeue, verdict.failures, step))
     if verdict.requeue:
         cluster.run(["scontrol", "requeue", _name_of_job()])
     return verdict

@@ -64,6 +64,22 @@ def test_what_becomes_of_a_job(attempt, requeued, good, said):
     assert re.search(said, verdict.sentence), verdict.sentence
 
 
+@pytest.mark.parametrize(
+    ("said", "state"),
+    [
+        ("JobState=RUNNING Reason=None Restarts=1", "RUNNING"),
+        ("JobState=COMPLETING Reason=TimeLimit Restarts=1", "TIMEOUT"),
+        ("JobState=COMPLETING Reason=None Restarts=1", "CANCELLED"),
+        ("JobState=COMPLETING Reason=None Restarts=2", "REQUEUED"),  # pre-empted, and its grace time is over
+        ("JobState=PENDING Reason=BeginTime Restarts=2", "REQUEUED"),
+        ("JobState=RUNNING Reason=None Restarts=2", "REQUEUED"),  # the next attempt's, and not ours to requeue
+        ("", "UNKNOWN"),
+    ],
+)
+def test_what_slurm_has_in_mind_with_the_second_attempt_of_a_job(said, state):
+    assert job.slurm_state_of(dict(word.split("=") for word in said.split()), attempt=2) == state
+
+
 statuses = st.sampled_from([None, "running", "stopped", "done", "failed"])
 
 
