@@ -252,10 +252,17 @@ def _executor(
 def _slurm_parameters(request: Request, name: str, code: Path, parallel: int, after: Sequence[str]) -> dict[str, Any]:
     """Keyword arguments of submitit's Slurm executor; None takes its own default out, which is the cluster's then."""
     texts = {field: getattr(request, field) for field in _TEXTS if getattr(request, field)}
+    tasks, srun_arguments = {"ntasks_per_node": request.ranks_per_node}, list(_SRUN_OPTIONS)
+    if "-" in request.nodes:
+        # Of a range and tasks a node sbatch makes a number of tasks, and gives no more nodes than those take, which are
+        # the fewest. So it is asked for the nodes' cores, and srun for the tasks.
+        tasks = {}
+        texts["mincpus"] = str(request.ranks_per_node * max(1, request.cpus_per_task))
+        srun_arguments.append(f"--ntasks-per-node={request.ranks_per_node}")
     return {
         "job_name": name,
         "nodes": request.max_nodes,
-        "ntasks_per_node": request.ranks_per_node,
+        **tasks,
         "gpus_per_node": request.gpus_per_node or None,
         "cpus_per_task": request.cpus_per_task or None,
         "time": None,
@@ -263,7 +270,7 @@ def _slurm_parameters(request: Request, name: str, code: Path, parallel: int, af
         "signal_delay_s": request.signal_s,
         "stderr_to_stdout": True,
         "array_parallelism": parallel or sys.maxsize,
-        "srun_args": list(_SRUN_OPTIONS),
+        "srun_args": srun_arguments,
         "setup": [*request.setup, _OUTLIVE_SIGNALS, f"cd {shlex.quote(str(code))}", _import_from(code)],
         "teardown": ["status=$?", *after] if after else None,
         # submitit computes with `nodes` and `time`, and knows neither ranges nor Slurm's own words for a time.

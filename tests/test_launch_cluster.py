@@ -1,6 +1,7 @@
 """What a job asks for, and what Slurm's answers mean; tests/slurm has the real scheduler."""
 
 import argparse
+import re
 from pathlib import Path
 
 import pytest
@@ -70,9 +71,7 @@ def test_every_profile_that_comes_along_is_good(profile):
 
 
 def test_the_batch_script_says_what_was_asked_for_and_outlives_its_ranks():
-    request = requested(
-        "--nodes=2-4", "--gpus-per-node=8", "--time=8:00:00", "--account=speech", "--setup=module load x"
-    )
+    request = requested("--nodes=4", "--gpus-per-node=8", "--time=8:00:00", "--account=speech", "--setup=module load x")
     text = cluster.sbatch_text(
         Path("/runs/a"), request, name="a", code=Path("/runs/a/co de"), after=["conclude $status"]
     )
@@ -81,7 +80,7 @@ def test_the_batch_script_says_what_was_asked_for_and_outlives_its_ranks():
         "#SBATCH --account=speech",
         "#SBATCH --gpus-per-node=8",
         "#SBATCH --job-name=a",
-        "#SBATCH --nodes=2-4",
+        "#SBATCH --nodes=4",
         "#SBATCH --ntasks-per-node=8",
         "#SBATCH --open-mode=append",
         "#SBATCH --output=/runs/a/%j_0_log.out",
@@ -94,6 +93,13 @@ def test_the_batch_script_says_what_was_asked_for_and_outlives_its_ranks():
     assert commands[3].startswith("export PYTHONPATH='/runs/a/co de'")
     assert commands[5].startswith("srun --unbuffered ") and " --kill-on-bad-exit=0 --wait=60 " in commands[5]
     assert commands[6:] == ["status=$?", "conclude $status"]
+
+
+def test_a_range_of_nodes_leaves_the_number_of_tasks_to_srun():
+    request = requested("--nodes=2-4", "--tasks-per-node=2", "--cpus-per-task=3")
+    text = cluster.sbatch_text(Path("/runs/a"), request, name="a", code=Path("/runs/a/code"))
+    assert "#SBATCH --nodes=2-4" in text and "#SBATCH --mincpus=6" in text and "#SBATCH --ntasks" not in text
+    assert re.search("^srun .* --ntasks-per-node=2 ", text, flags=re.MULTILINE)
 
 
 def test_an_array_runs_so_many_at_a_time():
