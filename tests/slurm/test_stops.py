@@ -50,9 +50,10 @@ def test_by_sbatch_it_survives_preemptions_and_its_time_limit(undisturbed, tiny_
     tiny.assert_same_run(run, undisturbed(4))
 
 
-def test_a_smaller_allocation_goes_on_with_fewer_ranks(undisturbed, tiny_corpus, tmp_path):
+@pytest.mark.parametrize("by", harness.LAUNCHERS)
+def test_a_smaller_allocation_goes_on_with_fewer_ranks(undisturbed, tiny_corpus, tmp_path, by):
     gate = Gate(tmp_path / "gate").hold(4, 8)
-    job = harness.submit(tiny_corpus, tmp_path, Shape(nodes="1-4", ranks=1, partition="low"), gate=gate)
+    job = harness.LAUNCHERS[by](tiny_corpus, tmp_path, Shape(nodes="1-4", ranks=1, partition="low"), gate=gate)
     assert gate.wait(4, job)["world_size"] == 4
     with harness.occupied(2):
         assert gate.wait(8, job)["world_size"] == 2
