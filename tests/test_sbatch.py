@@ -21,7 +21,7 @@ from ddp_asr import sources
 from ddp_asr.config import Config, load_config
 from ddp_asr.index import read_dataset_json
 from ddp_asr.signals import SIGNALS
-from launch import cluster
+from launch import cluster, job
 from tests import tiny_speech
 from tests.conftest import REPOSITORY
 from tests.test_readme import PAGES, commands, help_of, text_of
@@ -223,6 +223,15 @@ def test_the_slurm_page_is_tried():
         "launch.status",
         "launch.sweep",
     }
+
+
+def test_the_slurm_page_repeats_the_codes_numbers():
+    page, defaults = " ".join(text_of("docs/slurm.md").split()), Config().distributed
+    assert f"{job._PORTS[0]} to {job._PORTS[-1]} for the rendezvous" in page
+    assert f"until {job.MAX_FAILURES} attempts in a row fail" in page
+    assert f"SIGUSR2, {cluster.Request().signal_s} s before" in page
+    assert f"`distributed.timeout_s` ({defaults.timeout_s:g} s)" in page
+    assert f"`distributed.stop_grace_s` ({defaults.stop_grace_s:g} s)" in page
 
 
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem)
