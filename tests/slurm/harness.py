@@ -295,8 +295,8 @@ def evidence(directory: Path | None) -> Iterator[tuple[str, str]]:
         answer = subprocess.run(command, capture_output=True, text=True, check=False)
         yield " ".join(command), answer.stdout[-3000:] + answer.stderr[-1000:]
     interesting = ("*.out", "*.err", "rank-*.log", "status.json", "requeues.json", "job.json")
-    for pattern in interesting if directory is not None else ():
-        for path in sorted(directory.rglob(pattern)):
+    for pattern in interesting:
+        for path in sorted(directory.rglob(pattern)) if directory is not None else ():
             yield str(path), path.read_text(errors="replace")[-4000:]
     for name in ("slurmctld.log", *(f"slurmd-node{number}.log" for number in range(1, 5))):
         path, length = STATE / "log" / name, 60 if name == "slurmctld.log" else 15

@@ -82,7 +82,7 @@ class Finder(importlib.abc.MetaPathFinder):
             execute(module)
             patch(module)
 
-        spec.loader.exec_module = executing  # type: ignore[method-assign]
+        spec.loader.exec_module = executing
         return spec
 
 
