@@ -29,7 +29,7 @@ from tests.test_readme import PAGES, commands, help_of, text_of
 SCRIPTS = sorted((REPOSITORY / "slurm").glob("*.sbatch"))
 PROFILES = sorted((REPOSITORY / "configs" / "clusters").glob("*.yaml"))
 
-# Options of Slurm 22.05 and newer that scripts and pages use; `test_slurm_knows_these_options` asks Slurm itself.
+# Options of Slurm that scripts and pages use. Where Slurm is installed, it is asked itself whether it knows them.
 SBATCH = {
     *("account", "array", "cpus-per-task", "dependency", "gpus-per-node", "job-name", "kill-on-invalid-dep", "nodes"),
     *("ntasks-per-node", "open-mode", "output", "parsable", "requeue", "signal", "time"),
@@ -132,14 +132,26 @@ def test_torchrun_hands_the_trainers_signals_on_in_every_place():
         assert set(told.split(",")) == {number.name for number in SIGNALS}, place
 
 
-@pytest.mark.parametrize(("command", "known"), [("sbatch", SBATCH), ("srun", SRUN)])
-def test_slurm_knows_these_options(command, known):
-    if shutil.which(command) is None:
-        pytest.skip(f"no {command} here")
-    shown = subprocess.run([command, "--help"], capture_output=True, text=True)
-    if shown.returncode:
-        pytest.skip(f"{command} has no configuration here")  # it says nothing at all without one
-    assert known <= set(re.findall(r"--([a-z-]+)", shown.stdout))
+@pytest.mark.skipif(shutil.which("sbatch") is None, reason="no sbatch here")
+def test_slurm_knows_these_options(tmp_path):
+    """By its own reading of them, which comes before --help, for which it wants no more than a configuration."""
+    conf = tmp_path / "slurm.conf"
+    conf.write_text("ClusterName=none\nSlurmctldHost=localhost\nNodeName=localhost\nPartitionName=all Nodes=ALL\n")
+
+    def read(command: str, options: list[str]) -> tuple[int, str]:
+        environment = {**os.environ, "SLURM_CONF": str(conf)}
+        answer = subprocess.run([command, *options, "--help"], env=environment, capture_output=True, text=True)
+        return answer.returncode, answer.stderr
+
+    for script in SCRIPTS:
+        assert read("sbatch", directives(script)) == (0, "")
+    for page in ("docs/slurm.md", *(f"slurm/{script.name}" for script in SCRIPTS)):
+        for words in sbatch_commands(page):
+            chosen = [re.sub(r"\$\{\w+:\?\}", "1", word) for word in before_the_script(words)]
+            assert read("sbatch", chosen) == (0, ""), f"{page}: {words}"
+    plain = {"cpu-bind": "none", "export": "ALL"}
+    assert read("srun", [f"--{option}={plain.get(option, 1)}" for option in sorted(SRUN)]) == (0, "")
+    assert read("sbatch", ["--open-made=append"])[0] != 0
 
 
 # ---- what scripts do before and without srun ------------------------------------------------------------------------
@@ -200,10 +212,15 @@ def sbatch_commands(page: str) -> list[list[str]]:
     return [shlex.split(re.split(r"\s#\s|\s{3,}", command)[0]) for command in found]
 
 
+def before_the_script(words: list[str]) -> list[str]:
+    """sbatch's own options."""
+    return list(itertools.takewhile(lambda word: word.startswith("--"), words))
+
+
 @pytest.mark.parametrize("page", [*PAGES, *(f"slurm/{script.name}" for script in SCRIPTS)])
 def test_sbatch_commands_name_what_exists(page):
     for words in sbatch_commands(page):
-        chosen = list(itertools.takewhile(lambda word: word.startswith("--"), words))
+        chosen = before_the_script(words)
         script, *arguments = words[len(chosen) :]
         assert {option for word in chosen for option in options(word)} <= SBATCH, f"{page}: {words}"
         assert (REPOSITORY / script).exists(), f"{page}: {words}"
