@@ -110,11 +110,11 @@ def run(config: Config, *, resume: str = "auto", profile_steps: int = 0, mistake
 
     A `mistake` that this rank has found in the settings is raised once the ranks have met.
     """
+    _quiet_torch()
     from ddp_asr.distributed import PeerLost, RaisedElsewhere, describe, join
     from ddp_asr.session import Session
     from ddp_asr.signals import StoppedBeforeTraining
 
-    _quiet_torch()
     session: Session | None = None
     world = join(config.distributed, Path(config.run.dir) / config.run.name)
 
@@ -156,7 +156,7 @@ def _raise(mistake: UserError | None) -> None:
 
 
 def _quiet_torch() -> None:
-    """One message a mistake: torch's C++ side logs broken sockets on its own."""
+    """One message a mistake: torch's C++ side logs broken sockets on its own; it asks as it is loaded."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 

@@ -4,6 +4,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from ddp_asr import positions
 from ddp_asr.positions import Alone, End, Positions, Post, Seen, find_suspect
 from tests import tiny_training as tiny
+from tests.conftest import REPOSITORY
 
 HOST = re.escape(socket.gethostname())
 
@@ -492,6 +495,36 @@ def test_a_loader_that_dies_is_told_to_the_others(tiny_corpus, tmp_path):
     )
     assert ranks.wait() == [2, 2, 2]
     assert len(sentences(ranks.logs[0])) == 1
+
+
+@pytest.mark.slow
+def test_the_real_command_says_one_sentence_and_nothing_else(tiny_corpus, tmp_path):
+    """Where torch is loaded by the command itself, which keeps its traces of broken sockets to itself."""
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(tiny.free_port())}
+    arguments = tiny_corpus.arguments(tmp_path, "run", "--train.epochs=5000", "--train.eval_every_steps=99999")
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "ddp_asr.train", *arguments],
+            cwd=REPOSITORY,
+            env={**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank, "CUDA_VISIBLE_DEVICES": ""},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        tiny.wait_until(lambda: tiny.lines_of(tmp_path / "run") > 3, "the first steps")
+        both[0].kill()
+        _, said = both[1].communicate(timeout=60)
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+    assert both[1].returncode == 2
+    assert re.fullmatch(
+        rf"error: rank 1 of 2 lost the others \(.*\): rank 0 on {HOST}.* was last seen .*; {positions.ADVICE}\n", said
+    )
 
 
 @pytest.mark.slow
