@@ -241,7 +241,7 @@ def conclude(run: Path, exit_code: int) -> Verdict:
     if job_id is None:
         raise UserError("SLURM_JOB_ID is not set: 'conclude' is for the batch script of a Slurm job, after srun")
     slurm_state = slurm_state_of(cluster.scontrol_job(job_id) or {}, attempt_of_job())
-    history = _read_history(run)
+    history = _read_history(run) if run.is_dir() else _history_without_a_run(job_id)
     ended = Ended(job_id, attempt_of_job(), slurm_state, read_status(run), exit_code)
     verdict = judge(ended, history)
     before = history if history.job_id == job_id else History(job_id)
@@ -264,6 +264,11 @@ def _read_history(run: Path) -> History:
         return History(**json.loads((run / "requeues.json").read_text(encoding="utf8")))
     except (OSError, ValueError, TypeError):
         return History()
+
+
+def _history_without_a_run(job_id: str) -> History:
+    """Of a job whose ranks have failed before there was a run directory to note it in: so did each attempt before."""
+    return History(job_id, requeues=attempt_of_job() - 1, failures=attempt_of_job() - 1, failed_step=0)
 
 
 def _write_history(run: Path, history: History) -> None:

@@ -186,3 +186,17 @@ def test_the_run_of_settings(tmp_path):
     options, rest = job._parse(["conclude", "--config", str(settings), "--run.name=other", "--exit-code", "3"])
     assert options.exit_code == 3
     assert str(job._run_directory(options, rest)) == "elsewhere/other"
+
+
+def test_a_job_that_never_gets_as_far_as_a_run_directory_is_not_requeued_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr("launch.cluster.scontrol_job", lambda job_id: {"JobState": "RUNNING"})
+    asked = []
+    monkeypatch.setattr("launch.cluster.run", lambda command: asked.append(list(command)))
+    verdicts = []
+    for attempt in range(job.MAX_FAILURES):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(attempt))
+        verdicts.append(job.conclude(tmp_path / "never", exit_code=2))
+    assert [verdict.requeue for verdict in verdicts] == [True] * (job.MAX_FAILURES - 1) + [False]
+    assert asked == [["scontrol", "requeue", "7"]] * (job.MAX_FAILURES - 1)
+    assert not (tmp_path / "never").exists()
