@@ -2,7 +2,7 @@
 
     gate = Gate(directory).hold(5)                                   # rank 0 will wait before step 5
     job = submit(corpus, runs, Shape(nodes="2", ranks=2), gate=gate)
-    gate.wait(5, job)                                                # returns when it does
+    job.held(5)                                                      # returns when it does
     preempt()                                                        # a job in partition `main` takes all nodes
     job.succeed()
 
@@ -110,6 +110,7 @@ class Job:
 
     id: str
     run: Path = Path("/nowhere")
+    gate: "Gate | None" = None
 
     def info(self) -> dict[str, str]:
         return slurm.scontrol_job(self.id) or {}
@@ -137,6 +138,13 @@ class Job:
     def succeed(self, limit_s: float = LIMIT_S) -> None:
         state = self.wait(limit_s)
         assert state == "COMPLETED", f"job {self.id} is {state}"
+
+    def held(self, step: int, attempt: int | None = None) -> dict:
+        """Returns when rank 0 is held before `step`: where that is."""
+        assert self.gate is not None
+        files, pattern = self.gate.directory, f"held-{step}.{attempt or '*'}"
+        found = wait_until(lambda: next(files.glob(pattern), None), f"step {step} of attempt {attempt or 'any'}", self)
+        return json.loads(found.read_text())
 
     def output(self) -> str:
         """What all its ranks and its batch script have printed."""
@@ -182,7 +190,7 @@ class Shape:
     """What a job asks for, however it is started."""
 
     nodes: str = "2"
-    ranks: int = 2  # a node
+    ranks: int = 1  # a node
     partition: str = "main"
     time: str = "10"
     signal_s: int = 10
@@ -207,7 +215,7 @@ def submit(
     options = [*shape.options(), f"--tasks-per-node={shape.ranks}", f"--signal-s={shape.signal_s}"]
     answer = launch("submit", *corpus.arguments(runs, name, *settings), *options, gate=gate, checkout=checkout)
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    return Job(json.loads((runs / name / "job.json").read_text())["job_id"], runs / name)
+    return Job(json.loads((runs / name / "job.json").read_text())["job_id"], runs / name, gate)
 
 
 def sbatch(
@@ -220,10 +228,20 @@ def sbatch(
     ours = environment(gate, RANKS_PER_NODE=str(shape.ranks))
     answer = _run(["sbatch", "--parsable", *options, "slurm/train.sbatch", *arguments], REPOSITORY, ours)
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    return Job(answer.stdout.strip(), runs / name)
+    return Job(answer.stdout.strip(), runs / name, gate)
 
 
 LAUNCHERS = {"submit": submit, "sbatch": sbatch}
+
+
+def by_both(
+    corpus: TinyCorpus, runs: Path, shape: Shape, *settings: str, hold: Sequence[int] = (), crash: Sequence[int] = ()
+) -> list[Job]:
+    """Two runs side by side, `submit` and `sbatch`, each with a gate of its own: most of a test is waiting."""
+    gates = {name: Gate(runs / f"gate-{name}").hold(*hold).crash(*crash) for name in LAUNCHERS}
+    return [
+        launcher(corpus, runs, shape, *settings, name=name, gate=gates[name]) for name, launcher in LAUNCHERS.items()
+    ]
 
 
 # ---- gates ---------------------------------------------------------------------------------------------------------
@@ -247,18 +265,10 @@ class Gate:
         for step in steps:
             self._path("hold", step, attempt).unlink()
 
-    def crash(self, step: int) -> "Gate":
-        (self.directory / f"crash-{step}").touch()
+    def crash(self, *steps: int) -> "Gate":
+        for step in steps:
+            self._path("crash", step, None).touch()
         return self
-
-    def wait(self, step: int, job: Job, attempt: int | None = None) -> dict:
-        """Returns when rank 0 is held before `step`: where that is."""
-        found = wait_until(
-            lambda: next(self.directory.glob(f"held-{step}.{attempt or '*'}"), None),
-            f"step {step} of attempt {attempt or 'any'}",
-            job,
-        )
-        return json.loads(found.read_text())
 
     def _path(self, word: str, step: int, attempt: int | None) -> Path:
         return self.directory / (f"{word}-{step}" if attempt is None else f"{word}-{step}.{attempt}")

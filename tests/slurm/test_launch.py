@@ -14,7 +14,7 @@ TOLERANCE = 1e-4  # of property 2, in float32
 
 @pytest.mark.parametrize("by", harness.LAUNCHERS)
 def test_two_nodes_train_what_one_process_does(undisturbed, tiny_corpus, tmp_path, by):
-    job = harness.LAUNCHERS[by](tiny_corpus, tmp_path, Shape(nodes="2", ranks=2))
+    job = harness.LAUNCHERS[by](tiny_corpus, tmp_path, Shape(ranks=2))
     job.succeed()
     assert "4 process(es) on cpu" in job.output() and job.restarts == 0
     hosts = {harness.rank_log(job.run, rank).split(", ")[1] for rank in range(4)}
@@ -42,7 +42,7 @@ def test_editing_the_checkout_changes_no_queued_job(undisturbed, tiny_corpus, tm
     for package in ("ddp_asr", "launch"):
         shutil.copytree(REPOSITORY / package, checkout / package)
     with harness.occupied():
-        job = harness.submit(corpus, tmp_path, Shape(nodes="1", ranks=1), checkout=checkout)
+        job = harness.submit(corpus, tmp_path, Shape(nodes="1"), checkout=checkout)
         job.wait_for("PENDING")
         for path in checkout.rglob("*.py"):
             path.write_text("raise SystemExit('edited after it was queued')\n")
