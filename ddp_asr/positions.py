@@ -23,6 +23,10 @@ Exactly one thread speaks for a rank (`_claim`): the main thread, whose collecti
 collective after distributed.timeout_s by itself, and the watch leaves it the time to (`grace_s`). NCCL does not come
 back at all, and there the watch speaks first. A rank that waits for nobody may take as long as it likes, to copy shards
 for instance: those that wait for it have their own limit. Once they have ended, so does it.
+
+Tried with gloo, with links that were cut, and with a gloo that does not come back in NCCL's place. Not tried, for want of
+several GPUs, are NCCL's own flight record, and a connection that NCCL itself finds broken: it may then end the process
+before us, with a trace of its own, and what names the rank is the note of a long wait in the rank's log.
 """
 
 from __future__ import annotations
@@ -47,7 +51,7 @@ SILENT_AFTER_S = 4.0  # a rank whose posts stand still for so long has died, or 
 NOTE_AFTER_S = 10.0  # a wait that the rank's log is told of
 ENDED_PATIENCE_S = 30.0  # for a collective that one has left for good; gloo ends it at once, NCCL never
 LAST_WORDS_S = 45.0  # for the sentence, status.json and NCCL's flight record, of which any may hang, too
-ADVICE = "look at its log and at its host; started again, the run resumes from its newest checkpoint"
+ADVICE = "look at the log and the host there; started again, the run resumes from its newest checkpoint"
 
 
 class Store(Protocol):

@@ -228,8 +228,8 @@ def test_a_collective_that_failed_names_whom_it_waited_for(ranks, clock, monkeyp
     sentence = ranks[0].lose("Timed out waiting 60000ms", timed_out=True)
     assert re.fullmatch(
         rf"rank 0 of 3 lost the others \(no answer within distributed\.timeout_s = 600 s\): rank 2 on {HOST} has been "
-        r"at step 8, forward and backward of micro-batch 2, for 60 s while others wait for it; look at its log and at "
-        r"its host; started again, the run resumes from its newest checkpoint",
+        r"at step 8, forward and backward of micro-batch 2, for 60 s while others wait for it; look at the log and the "
+        r"host there; started again, the run resumes from its newest checkpoint",
         sentence,
     )
     # The others read whom it blamed; the one that is blamed reads who gave it up.
