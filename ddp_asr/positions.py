@@ -24,9 +24,9 @@ collective after distributed.timeout_s by itself, and the watch leaves it the ti
 back at all, and there the watch speaks first. A rank that waits for nobody may take as long as it likes, to copy shards
 for instance: those that wait for it have their own limit. Once they have ended, so does it.
 
-Tried with gloo, with links that were cut, and with a gloo that does not come back in NCCL's place. Not tried, for want of
-several GPUs, are NCCL's own flight record, and a connection that NCCL itself finds broken: it may then end the process
-before us, with a trace of its own, and what names the rank is the note of a long wait in the rank's log.
+Tried with gloo, with links that were cut, and with a gloo that does not come back in NCCL's place. Not tried, for want
+of several GPUs, are NCCL's own flight record, and a connection that NCCL itself finds broken: it may then end the
+process before us, with a trace of its own, and what names the rank is the note of a long wait in the rank's log.
 """
 
 from __future__ import annotations
