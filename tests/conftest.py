@@ -1,6 +1,7 @@
 """What every test gets: no network mirror, one thread a process, speech to work on, skips with their reason."""
 
 import os
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -12,6 +13,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("COMET_API_KEY", None)
 os.environ["COMET_CONFIG"] = os.devnull
 os.environ["MPLBACKEND"] = "agg"
+
+# A shell starts what it puts into the background deaf to Ctrl-C, and so would be all that the tests start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples on every machine and every run, however slow: a failure can be looked at again.
 hypothesis.settings.register_profile("ddp_asr", deadline=None, derandomize=True, print_blob=True)
