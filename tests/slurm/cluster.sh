@@ -78,7 +78,7 @@ install_packages() {
     say "installing ${PACKAGES[*]} ..."
     export DEBIAN_FRONTEND=noninteractive
     { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${PACKAGES[@]}"; } \
-        >"$STATE/log/apt.out" 2>&1 || die "apt-get failed: $(tail -1 "$STATE/log/apt.out")"
+        >"$STATE/log/apt.out" 2>&1 || cannot "apt-get does not install Slurm here: $(tail -1 "$STATE/log/apt.out")"
 }
 
 # ---- processes, by pid and start time: a pid alone may be somebody else's by now -------------------------------------
