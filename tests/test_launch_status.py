@@ -390,8 +390,10 @@ def test_the_status_of_an_array_task_before_this_one_tells_no_requeue(tmp_path):
 
 def test_a_local_job_lives_as_long_as_its_own_process(tmp_path):
     folder = str(tmp_path / "jobs" / "1")
-    process = subprocess.Popen([sys.executable, "-c", "input()", folder], stdin=subprocess.PIPE)
+    command = [sys.executable, "-c", "print(flush=True); input()", folder]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
+        process.stdout.readline()  # Popen returns a moment before /proc shows the arguments
         mine = write_run(tmp_path / "mine", job={"job_id": str(process.pid), "executor": "local", "folder": folder})
         other = write_run(tmp_path / "other", job={"job_id": str(process.pid), "executor": "local"})
         assert Reader().read([mine])[0].state == "starting"
