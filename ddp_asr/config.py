@@ -255,7 +255,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.load(path.read_text(encoding="utf8"), Loader=_TextLoader)
     except OSError as error:
-        raise UserError(f"cannot read the settings {path}: {error.strerror}; --config takes a YAML file") from None
+        raise UserError(f"cannot read the settings {path}: {error.strerror}; give the path of a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
     if tree is None:

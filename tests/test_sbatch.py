@@ -132,7 +132,7 @@ def test_torchrun_hands_the_trainers_signals_on_in_every_place():
         assert set(told.split(",")) == {number.name for number in SIGNALS}, place
 
 
-@pytest.mark.skipif(shutil.which("sbatch") is None, reason="no sbatch here")
+@pytest.mark.skipif(shutil.which("sbatch") is None, reason="asks the parser of sbatch, which is not installed")
 def test_slurm_knows_these_options(tmp_path):
     """By its own reading of them, which comes before --help, for which it wants no more than a configuration."""
     conf = tmp_path / "slurm.conf"
