@@ -8,9 +8,7 @@ The network of AssemblyAI's "Building an End-to-End Speech Recognition Model in 
   before every operation that looks at neighbours, and the backward direction of a BiGRU is a one-directional GRU over
   the sequence reversed *by its own length*. (On a CPU that is 1.4 times faster than packing, too.)
 
-Precision. The caller's autocast covers convolutions and linear layers. GRUs are cast here, explicitly, outside
-autocast: PyTorch's autocast wrapper would send a cuDNN RNN to float16 whatever type autocast was asked for
-(AutocastRNN.cpp).
+Precision. The caller's autocast covers convolutions and linear layers; `ddp_asr.gru` casts for itself.
 """
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 from ddp_asr import config
 from ddp_asr.features import frame_mask
+from ddp_asr.gru import run_gru
 
 
 def _mask_frames(x: Tensor, lengths: Tensor) -> Tensor:
@@ -68,25 +67,6 @@ class BiGRU(nn.Module):
         ahead = run_gru(self.forward_gru, x)
         back = reverse_by_length(run_gru(self.backward_gru, reverse_by_length(x, lengths)), lengths)
         return self.dropout(torch.cat([ahead, back], dim=2))
-
-
-def run_gru(gru: nn.GRU, x: Tensor) -> Tensor:
-    """(T', B, D) -> (T', B, H), computed in autocast's type where autocast is on, else in the input's."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    with torch.autocast(device, enabled=False):
-        weights: list[Tensor] = [*gru.all_weights[0]]
-        if dtype != weights[0].dtype:
-            weights = _cast_together(weights, dtype)
-        state = x.new_zeros(1, x.shape[1], gru.hidden_size, dtype=dtype)
-        return torch.gru(x.to(dtype), state, weights, True, 1, 0.0, gru.training, False, False)[0]
-
-
-def _cast_together(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The weights in another type, end to end in one piece of memory: cuDNN copies and warns about scattered ones."""
-    flat = torch.cat([weight.flatten() for weight in weights]).to(dtype)
-    parts = flat.split([weight.numel() for weight in weights])
-    return [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]
 
 
 class AcousticModel(nn.Module):

@@ -15,7 +15,7 @@ from tests.conftest import REPOSITORY
 GROUPS = {
     "ground": "__init__ errors config draws",
     "data": "vocabulary sources shard index plan loader corpus",
-    "mathematics": "features augment model loss optim precision decode score",
+    "mathematics": "features augment gru model loss optim precision decode score",
     "machine": "distributed positions checkpoint lease tracking display signals run_directory",
     "runs": "trainer rehearsal session dry_run train recogniser evaluate transcribe bandwidth",
 }

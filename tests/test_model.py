@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ddp_asr import config
-from ddp_asr.features import LogMel
+from ddp_asr.features import LogMel, frame_mask
+from ddp_asr.gru import _Recurrence, run_gru
 from ddp_asr.model import AcousticModel, BiGRU, count_parameters, reverse_by_length
 from ddp_asr.precision import autocast
 
@@ -95,12 +96,34 @@ def test_the_bigru_is_torchs_own_over_packed_sequences(frames):
         for name, weight in gru.named_parameters():
             getattr(theirs, name + suffix).data.copy_(weight)
     lengths = torch.tensor(frames)
-    x = torch.randn(max(frames), len(frames), 5, dtype=torch.float64)
+    x = torch.randn(max(frames), len(frames), 5, dtype=torch.float64, requires_grad=True)
     packed = nn.utils.rnn.pack_padded_sequence(nn.functional.gelu(ours.norm(x)), lengths, enforce_sorted=False)
     expected, _ = nn.utils.rnn.pad_packed_sequence(theirs(packed)[0])
-    actual = ours(x, lengths)
-    for row, length in enumerate(frames):
-        assert torch.allclose(actual[:length, row], expected[:length, row], rtol=0, atol=1e-12)
+    inside = frame_mask(lengths, len(x)).t()[:, :, None]
+    actual = ours(x, lengths) * inside
+    assert torch.allclose(actual, expected, rtol=0, atol=1e-12)
+
+    weighting = torch.randn_like(expected)
+    names = [(suffix, name) for suffix in ("", "_reverse") for name, _ in ours.forward_gru.named_parameters()]
+    directions = {"": ours.forward_gru, "_reverse": ours.backward_gru}
+    own = [directions[suffix].get_parameter(name) for suffix, name in names]
+    oracle = [theirs.get_parameter(name + suffix) for suffix, name in names]
+    gradients = torch.autograd.grad((actual * weighting).sum(), [x, *own])
+    expectations = torch.autograd.grad((expected * weighting).sum(), [x, *oracle])
+    for gradient, expectation in zip(gradients, expectations, strict=True):
+        assert torch.allclose(gradient, expectation, rtol=0, atol=1e-11)
+
+
+def test_gradients_of_the_grus_weights_are_summed_in_float32_over_the_frames():
+    """In bfloat16 a sum of like numbers stands still once it is 256 times as large as they are."""
+    torch.manual_seed(0)
+    gru = nn.GRU(3, 4)
+    x = torch.ones(2000, 1, 3)
+    exact = torch.autograd.grad(run_gru(gru, x).sum(), list(gru.parameters()))
+    with autocast("bf16", torch.device("cpu")):
+        hidden = run_gru(gru, x)
+    rounded = torch.autograd.grad(hidden.float().sum(), list(gru.parameters()))
+    assert max(relative(one, other) for one, other in zip(rounded, exact, strict=True)) < 0.05
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=4))
@@ -122,12 +145,13 @@ def test_every_parameter_learns():
 
 @pytest.mark.parametrize("precision, expected", [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 def test_the_gru_runs_in_the_type_that_was_asked_for(precision, expected, monkeypatch):
-    seen, gru = set(), torch.gru
-    monkeypatch.setattr(torch, "gru", lambda x, *rest: seen.add((x.dtype, rest[1][0].dtype)) or gru(x, *rest))
+    seen = set()
+    apply = _Recurrence.apply
+    monkeypatch.setattr(_Recurrence, "apply", lambda *given: seen.add(tuple(x.dtype for x in given)) or apply(*given))
     model, frames = small(rnn_size=8), torch.tensor([20])
     with autocast(precision, torch.device("cpu")):
         logits, _ = model(torch.randn(1, 20, 16), frames)
-    assert seen == {(expected, expected)}
+    assert seen == {(expected, expected, expected)}
     logits.float().sum().backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
 
