@@ -1,10 +1,11 @@
 """SpecAugment: masks drawn for each utterance by (seed, epoch, key), applied to the batch on its device.
 
     masks = draw(settings, seed, epoch, key_hash, frames, mel_bands)     # in a loader worker, numpy
-    features = apply(features, masks)                                    # on the device, torch
+    (features,) = apply(features, masks, settings.views)                 # on the device, torch
 
 Park et al., "SpecAugment" (2019), with its time masks as a share of the utterance ("SpecAugment on large scale
-datasets", 2020). A mask hides with zero, which is each band's mean after normalisation.
+datasets", 2020). A mask hides with zero, which is each band's mean after normalisation. With `consistency_weight` each
+utterance has two views, and masks of its own for each.
 """
 
 import numpy as np
@@ -26,18 +27,23 @@ def draw(
     frames: NDArray[np.int64],
     mel_bands: int,
 ) -> Masks:
-    """Masks of B utterances: `frequency` (B, masks, 2) and `time` (B, masks, 2), each [first, end).
+    """Masks of B utterances: `frequency` (B, views x masks, 2) and `time` (B, views x masks, 2), each [first, end).
 
     Widths are uniform between 0 and the widest allowed, both included; places are uniform among those that fit.
     """
+    numbers = 2 * settings.views  # a width and a place for each mask of each view
     bands = np.full_like(frames, mel_bands)
     widest_time = np.floor(settings.time_mask_share * frames).astype(np.int64)
     widest_frequency = np.full_like(frames, settings.frequency_mask_bands)
     return {
         "frequency": _spans(
-            uniform(seed, epoch, key_hash, "frequency masks", 2 * settings.frequency_masks), widest_frequency, bands
+            uniform(seed, epoch, key_hash, "frequency masks", numbers * settings.frequency_masks),
+            widest_frequency,
+            bands,
         ),
-        "time": _spans(uniform(seed, epoch, key_hash, "time masks", 2 * settings.time_masks), widest_time, frames),
+        "time": _spans(
+            uniform(seed, epoch, key_hash, "time masks", numbers * settings.time_masks), widest_time, frames
+        ),
     }
 
 
@@ -49,12 +55,15 @@ def _spans(numbers: NDArray[np.float64], widest: NDArray[np.int64], length: NDAr
     return np.stack([first, first + width], axis=2).astype(np.int32)
 
 
-def apply(features: Tensor, masks: dict[str, Tensor]) -> Tensor:
-    """Features (B, T, F) with every masked band and frame set to zero."""
+def apply(features: Tensor, masks: dict[str, Tensor], views: int) -> list[Tensor]:
+    """Features (B, T, F) once for each view, with that view's share of the masked bands and frames set to zero."""
     T, F = features.shape[1:]
-    hidden_bands = _hidden(masks["frequency"], F)[:, None, :]  # (B, 1, F)
-    hidden_frames = _hidden(masks["time"], T)[:, :, None]  # (B, T, 1)
-    return features.masked_fill(hidden_bands | hidden_frames, 0.0)
+    masked = []
+    for view in range(views):
+        hidden_bands = _hidden(masks["frequency"][:, view::views], F)[:, None, :]  # (B, 1, F)
+        hidden_frames = _hidden(masks["time"][:, view::views], T)[:, :, None]  # (B, T, 1)
+        masked.append(features.masked_fill(hidden_bands | hidden_frames, 0.0))
+    return masked
 
 
 def _hidden(spans: Tensor, length: int) -> Tensor:

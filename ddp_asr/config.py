@@ -113,6 +113,12 @@ class Augment:
     noise_share: float = setting(0.0, "share of utterances that get white noise")
     noise_snr_db_min: float = setting(15.0, "loudest noise, as signal-to-noise ratio")
     noise_snr_db_max: float = setting(40.0, "faintest noise, as signal-to-noise ratio")
+    consistency_weight: float = setting(0.0, "pull of two differently masked views on each other; 0: one view alone")
+
+    @property
+    def views(self) -> int:
+        """Masked views of an utterance in a step."""
+        return 2 if self.consistency_weight else 1
 
 
 @dataclass(frozen=True)
@@ -372,7 +378,8 @@ _SHARES = ("augment.time_mask_share", "augment.noise_share", "model.dropout", "o
 _SHARES_BELOW_ONE = ("model.dropout", "optim.ema_decay", "optim.beta1", "optim.beta2")
 _NOT_NEGATIVE = (
     *("data.workers", "data.max_bad_samples", "augment.frequency_masks", "augment.frequency_mask_bands"),
-    *("augment.time_masks", "model.residual_blocks", "optim.weight_decay", "train.seed", "train.eval_every_steps"),
+    *("augment.time_masks", "augment.consistency_weight", "model.residual_blocks", "optim.weight_decay"),
+    *("train.seed", "train.eval_every_steps"),
     *("train.save_every_steps", "train.save_every_min", "train.stop_at_step", "train.max_nonfinite_steps"),
     *("tracking.samples", "optim.beta1", "optim.beta2"),
 )

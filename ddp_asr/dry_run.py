@@ -66,7 +66,7 @@ def _memory_lines(config: Config, corpus: Corpus, model: AcousticModel) -> list[
     for name, rows in corpus.plan.corners(corpus.target_lengths).items():
         samples = speed_samples(corpus.index.samples[rows], min(corpus.plan.speeds))
         longest_s = float(samples.max()) / SAMPLE_RATE_HZ
-        total = fixed + a_second * longest_s * len(rows)
+        total = fixed + a_second * longest_s * len(rows) * config.augment.views
         lines.append(f"  {name:22}{len(rows)} x {longest_s:.1f} s, about {total / 2**30:.2f} GiB")
     title = "largest micro-batches, with weights, gradients and optimiser in fp32 (estimate)"
     return [title, *dict.fromkeys(lines)]

@@ -226,6 +226,7 @@ class Session:
             precision=config.train.precision,
             seed=config.train.seed,
             average=average,
+            augmentation=config.augment,
         )
         if state is not None:
             learner.load(state)
@@ -274,7 +275,7 @@ class Session:
         recordings = Recordings(corpus.index, corpus.vocabulary, self.config, draw_masks=augment.draw, training=True)
         batch = recordings[Work(epoch=0, step=0, micro_batch=0, rows=rows)].to(self.world.device)
         before, _ = learner.log_mel(batch.waveforms, batch.samples)
-        after = augment.apply(before, batch.masks) if batch.masks else before
+        after = augment.apply(before, batch.masks, self.config.augment.views)[0] if batch.masks else before
         pictures = (before[0].cpu().numpy(), after[0].cpu().numpy())
         self.files.produce("spectrogram.png", lambda: display.draw_spectrogram(self.path, batch.keys[0], *pictures))
 

@@ -7,7 +7,7 @@
 A step on each of W ranks::
 
     for each of its micro-batches:                       (all but the last without synchronisation)
-        features -> masks -> model -> sum of losses -> backward
+        features -> masks, for each view -> model -> sum of losses -> backward
     one all-reduce of `Tally`: loss, utterances, finiteness, stop request, failures
     gradients * W / utterances of the step               (DDP has divided the sum by W)
     clip; all finite? -> AdamW -> moving average         (else the step is skipped, on all ranks)
@@ -34,7 +34,7 @@ from ddp_asr.draws import seed_of
 from ddp_asr.errors import UserError
 from ddp_asr.features import LogMel
 from ddp_asr.loader import MicroBatch
-from ddp_asr.loss import ctc_loss
+from ddp_asr.loss import consistency_loss, ctc_loss
 from ddp_asr.model import AcousticModel
 from ddp_asr.optim import WeightAverage, learning_rate
 from ddp_asr.signals import StopRequest
@@ -141,6 +141,7 @@ class Learner:
     precision: str
     seed: int
     average: WeightAverage | None = None
+    augmentation: config.Augment = field(default_factory=config.Augment)
     scaler: torch.amp.GradScaler = field(init=False)
 
     def __post_init__(self) -> None:
@@ -155,11 +156,15 @@ class Learner:
     def losses(self, batch: MicroBatch) -> Tensor:
         """(B,) loss of each utterance; 0 for the stand-in of an emptied micro-batch."""
         features, frames = self.log_mel(batch.waveforms, batch.samples)  # (B, T, F)
-        if batch.masks is not None:
-            features = augment.apply(features, batch.masks)
+        views = self.augmentation.views
+        masked = augment.apply(features, batch.masks, views) if batch.masks is not None else [features] * views
         with precision.autocast(self.precision, self.world.device):
-            logits, frames = self.model(features, frames)  # (B, T', V)
-        losses = ctc_loss(logits, frames, batch.targets, batch.target_lengths)
+            logits, frames = self.model(torch.cat(masked), frames.repeat(views))  # (views x B, T', V)
+        targets, target_lengths = batch.targets.repeat(views, 1), batch.target_lengths.repeat(views)
+        losses = ctc_loss(logits, frames, targets, target_lengths).view(views, -1).mean(0)
+        if views == 2:
+            divergence = consistency_loss(logits, frames[: len(losses)], batch.target_lengths)
+            losses = losses + self.augmentation.consistency_weight * divergence
         return torch.where(batch.weight > 0, losses, 0.0)
 
     def accumulate(self, batch: MicroBatch, *, step: int, micro_batch: int, last: bool) -> Tensor:

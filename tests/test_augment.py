@@ -87,7 +87,8 @@ def test_what_is_masked_is_zero_and_nothing_else_is_touched(utterances):
         for first, end in masks["time"][row]:
             expected[row, first:end] = 0
     before = features.clone()
-    assert torch.equal(apply(features, tensors(masks)), expected)
+    (masked,) = apply(features, tensors(masks), 1)
+    assert torch.equal(masked, expected)
     assert torch.equal(features, before)
 
 
@@ -98,4 +99,14 @@ def test_what_is_masked_is_zero_and_nothing_else_is_touched(utterances):
 )
 def test_without_masks_nothing_happens(settings):
     features = torch.randn(2, 30, 40)
-    assert torch.equal(apply(features, tensors(masks_of([(1, 30), (2, 12)], settings))), features)
+    assert torch.equal(apply(features, tensors(masks_of([(1, 30), (2, 12)], settings)), 1)[0], features)
+
+
+def test_two_views_have_masks_of_their_own_and_together_all_of_them():
+    settings = Augment(frequency_masks=1, frequency_mask_bands=9, time_masks=2, consistency_weight=0.2)
+    masks = masks_of([(int(key), 60) for key in HASHES[:20]], settings)
+    assert masks["frequency"].shape == (20, 2, 2) and masks["time"].shape == (20, 4, 2)
+    one, other = apply(torch.ones(20, 60, 40), tensors(masks), settings.views)
+    assert not torch.equal(one, other)
+    everything = apply(torch.ones(20, 60, 40), tensors(masks), 1)[0]
+    assert torch.equal(one * other, everything)

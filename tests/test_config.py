@@ -138,6 +138,7 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [
     ("features.n_fft", ["400", "512"], ["0", "399"]),  # the window has 400 samples
     ("features.window_ms", ["25", "20.0625"], ["0", "-5", "20.01", "65"]),  # 1/16 ms is a sample; n_fft is 64 ms
     ("features.hop_ms", ["10", "0.0625"], ["0", "-5", "10.01"]),
+    ("augment.consistency_weight", ["0", "0.2", "3"], ["-0.1", "nan", "inf"]),
     ("augment.noise_snr_db_min", ["-5", "40"], ["40.1", "-inf"]),
     ("augment.noise_snr_db_max", ["15", "90"], ["14.9", "inf"]),
     ("train.precision", ["auto", "bf16", "fp16", "tf32", "fp32"], ["FP32", "float32", ""]),

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddp_asr.loss import ctc_loss
+from ddp_asr.loss import consistency_loss, ctc_loss
 
 
 def collapse(path, blank):
@@ -85,3 +85,32 @@ def test_the_gradient_is_that_of_finite_differences():
     torch.manual_seed(0)
     logits = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda logits: loss_of(logits, [0, 0, 2]), [logits])
+
+
+def test_the_consistency_is_the_mean_of_both_divergences_over_an_utterances_own_frames():
+    torch.manual_seed(0)
+    logits, frames, lengths = torch.randn(4, 7, 5, dtype=torch.float64), torch.tensor([7, 4]), torch.tensor([3, 2])
+    found = consistency_loss(logits, frames, lengths)
+    for row in range(2):
+        one, other = (logits[view, : frames[row]].log_softmax(-1) for view in (row, 2 + row))
+        both = [
+            torch.nn.functional.kl_div(a, b, reduction="sum", log_target=True) for a, b in ((one, other), (other, one))
+        ]
+        assert found[row].item() == pytest.approx(float(sum(both)) / 2 / int(lengths[row]), rel=1e-12)
+
+
+def test_equal_views_are_consistent_whatever_lies_in_the_padding():
+    view = torch.randn(2, 6, 4, dtype=torch.float64)
+    other = view.clone()
+    other[1, 3:] = 1e3
+    found = consistency_loss(torch.cat([view, other]), torch.tensor([6, 3]), torch.tensor([2, 2]))
+    assert found.tolist() == [0.0, 0.0]
+
+
+def test_each_view_is_pulled_towards_the_other_as_it_stands():
+    """The gradient of a view is its probabilities less those of its goal: nothing flows through the goal."""
+    torch.manual_seed(0)
+    logits = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
+    consistency_loss(logits, torch.tensor([5]), torch.tensor([1])).sum().backward()
+    one, other = logits.detach().softmax(-1)
+    assert torch.allclose(logits.grad, torch.stack([one - other, other - one]) / 2, rtol=0, atol=1e-12)

@@ -89,9 +89,9 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-def step_of(tiny_corpus, index_of=lambda index: index):
+def step_of(tiny_corpus, index_of=lambda index: index, *options):
     """A learner without dropout, and a step of four micro-batches of which some have an utterance more."""
-    path, *overrides = tiny_corpus.arguments(Path("runs"), "run", "--model.dropout=0")[1:]
+    path, *overrides = tiny_corpus.arguments(Path("runs"), "run", "--model.dropout=0", *options)[1:]
     config = load_config(Path(path), overrides)
     corpus = read_corpus(config)
     torch.manual_seed(0)
@@ -104,6 +104,7 @@ def step_of(tiny_corpus, index_of=lambda index: index):
         optim=config.optim,
         precision="fp32",
         seed=0,
+        augmentation=config.augment,
     )
     loader = train_loader(
         index_of(corpus.index), corpus.vocabulary, corpus.plan, augment.draw, config, rank=0, world_size=1
@@ -134,11 +135,19 @@ def in_one_batch(learner, batches):
     samples, lengths = (torch.cat([getattr(b, name) for b in batches]) for name in ("samples", "target_lengths"))
     features, frames = learner.log_mel(joined([batch.waveforms for batch in batches]), samples)
     masks = {name: torch.cat([batch.masks[name] for batch in batches]) for name in batches[0].masks}
-    logits, frames = learner.model(augment.apply(features, masks), frames)
-    targets = joined([batch.targets for batch in batches])
-    loss = torch.nn.CTCLoss(blank=logits.shape[-1] - 1)(
-        logits.log_softmax(-1).transpose(0, 1), targets, frames, lengths
-    )
+    targets, weight = joined([batch.targets for batch in batches]), learner.augmentation.consistency_weight
+    masked = augment.apply(features, masks, 2 if weight else 1)
+    outputs = [learner.model(view, frames)[0].log_softmax(-1) for view in masked]
+    frames = torch.tensor([learner.plain_model.sizes.output_frames(T) for T in frames.tolist()])
+    ctc = torch.nn.CTCLoss(blank=outputs[0].shape[-1] - 1)
+    loss = sum(ctc(output.transpose(0, 1), targets, frames, lengths) for output in outputs) / len(outputs)
+    if weight:
+        one, other = outputs
+        towards = [
+            (goal.exp() * (goal - view)).sum(-1) for view, goal in ((one, other.detach()), (other, one.detach()))
+        ]
+        own = torch.arange(one.shape[1]) < frames[:, None]
+        loss = loss + weight * ((sum(towards) * own).sum(1) / lengths).mean() / 2
     gradients = list(torch.autograd.grad(loss, list(learner.model.parameters())))
     return float(loss.detach()), gradients
 
@@ -154,6 +163,20 @@ def test_loss_and_gradient_of_uneven_micro_batches_are_those_of_one_batch(tiny_c
     learner, batches = step_of(tiny_corpus)
     assert len({batch.utterances for batch in batches}) > 1 and batches[0].masks["time"].any()
     assert_equal_steps(by_micro_batches(learner, batches), in_one_batch(learner, batches))
+
+
+def test_so_are_those_of_two_views(tiny_corpus, double):
+    learner, batches = step_of(tiny_corpus, lambda index: index, "--augment.consistency_weight=0.3")
+    assert batches[0].masks["time"].shape[1] == 2 * learner.augmentation.time_masks
+    assert_equal_steps(by_micro_batches(learner, batches), in_one_batch(learner, batches))
+
+
+@pytest.mark.slow
+def test_two_views_are_the_same_training_on_any_number_of_processes(tiny_corpus, tmp_path):
+    for processes in (1, 3):
+        arguments = tiny_corpus.arguments(tmp_path, f"w{processes}", "--augment.consistency_weight=0.3")
+        tiny.train(arguments, processes, [tiny.in_double])
+    tiny.assert_close_runs(tmp_path / "w3", tmp_path / "w1", TOLERANCE["float64"])
 
 
 def test_an_emptied_micro_batch_weighs_nothing(tiny_corpus, double, tmp_path):
