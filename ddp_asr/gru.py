@@ -36,7 +36,7 @@ def run_gru(gru: nn.GRU, x: Tensor) -> Tensor:
         if device == "cpu":
             input_weight, recurrent_weight, input_bias, recurrent_bias = weights
             given = nn.functional.linear(x, input_weight, input_bias)
-            return _Recurrence.apply(given, recurrent_weight, recurrent_bias)
+            return _GRURecurrence.apply(given, recurrent_weight, recurrent_bias)
         state = x.new_zeros(1, x.shape[1], gru.hidden_size)
         return torch.gru(x, state, weights, True, 1, 0.0, gru.training, False, False)[0]
 
@@ -48,7 +48,7 @@ def _cast_together(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]
 
 
-class _Recurrence(Function):
+class _GRURecurrence(Function):
     """What each gate is given by the input (T', B, 3 H), weight (3 H, H), bias (3 H,) -> hidden states (T', B, H).
 
     The three gates stand side by side in PyTorch's order: reset r, update z, new n.
@@ -61,11 +61,17 @@ class _Recurrence(Function):
         recurrent = given.new_empty(T, B, 3 * H)
         switches = given.new_empty(T, B, 2 * H)  # r and z
         new = given.new_empty(T, B, H)
+        # Cut into frames once: an index in the loop costs as much as a small operation.
+        given_switches, given_new = (part.unbind() for part in given.split([2 * H, H], dim=2))
+        recurrent_switches, recurrent_new = (part.unbind() for part in recurrent.split([2 * H, H], dim=2))
+        reset, update = (part.unbind() for part in switches.chunk(2, dim=2))
+        products, both, fresh, state = recurrent.unbind(), switches.unbind(), new.unbind(), hidden.unbind()
+        across = weight.t()
         for t in range(T):
-            torch.addmm(bias, hidden[t], weight.t(), out=recurrent[t])
-            torch.add(given[t, :, : 2 * H], recurrent[t, :, : 2 * H], out=switches[t]).sigmoid_()
-            torch.addcmul(given[t, :, 2 * H :], switches[t, :, :H], recurrent[t, :, 2 * H :], out=new[t]).tanh_()
-            torch.lerp(new[t], hidden[t], switches[t, :, H:], out=hidden[t + 1])
+            torch.addmm(bias, state[t], across, out=products[t])
+            torch.add(given_switches[t], recurrent_switches[t], out=both[t]).sigmoid_()
+            torch.addcmul(given_new[t], reset[t], recurrent_new[t], out=fresh[t]).tanh_()
+            torch.lerp(fresh[t], state[t], update[t], out=state[t + 1])
         ctx.save_for_backward(weight, hidden, recurrent[:, :, 2 * H :], switches, new)
         return hidden[1:]
 
@@ -83,12 +89,14 @@ class _Recurrence(Function):
 
         grad_hidden = grad.clone()  # [t] becomes that of h' at t with what the later frames add
         grad_recurrent = torch.empty_like(slopes)
+        grads, slope, keep = grad_hidden.unbind(), slopes.unbind(), update.unbind()
+        products, rows = grad_recurrent.unbind(), grad_recurrent.view(T, B, 3 * H).unbind()
         for t in reversed(range(T)):
-            torch.mul(slopes[t], grad_hidden[t, :, None], out=grad_recurrent[t])
+            torch.mul(slope[t], grads[t][:, None], out=products[t])
             if t:
-                grad_hidden[t - 1].addmm_(grad_recurrent[t].flatten(1), weight).addcmul_(grad_hidden[t], update[t])
+                grads[t - 1].addmm_(rows[t], weight).addcmul_(grads[t], keep[t])
 
-        rows = grad_recurrent.view(T * B, 3 * H)
+        gates = grad_recurrent.view(T * B, 3 * H)
         grad_given = grad_recurrent.clone()
         torch.mul(grad_hidden, slope_new, out=grad_given[:, :, 2])
-        return grad_given.view(T, B, 3 * H), rows.t() @ before.flatten(0, 1), rows.sum(0)
+        return grad_given.view(T, B, 3 * H), gates.t() @ before.flatten(0, 1), gates.sum(0)

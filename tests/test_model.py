@@ -8,7 +8,7 @@ from torch import nn
 
 from ddp_asr import config
 from ddp_asr.features import LogMel, frame_mask
-from ddp_asr.gru import _Recurrence, run_gru
+from ddp_asr.gru import _GRURecurrence, run_gru
 from ddp_asr.model import AcousticModel, BiGRU, count_parameters, reverse_by_length
 from ddp_asr.precision import autocast
 
@@ -146,8 +146,8 @@ def test_every_parameter_learns():
 @pytest.mark.parametrize("precision, expected", [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 def test_the_gru_runs_in_the_type_that_was_asked_for(precision, expected, monkeypatch):
     seen = set()
-    apply = _Recurrence.apply
-    monkeypatch.setattr(_Recurrence, "apply", lambda *given: seen.add(tuple(x.dtype for x in given)) or apply(*given))
+    apply = _GRURecurrence.apply
+    monkeypatch.setattr(_GRURecurrence, "apply", lambda *given: seen.add(tuple(x.dtype for x in given)) or apply(*given))
     model, frames = small(rnn_size=8), torch.tensor([20])
     with autocast(precision, torch.device("cpu")):
         logits, _ = model(torch.randn(1, 20, 16), frames)
