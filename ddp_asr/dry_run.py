@@ -75,8 +75,8 @@ def _memory_lines(config: Config, corpus: Corpus, model: AcousticModel) -> list[
 def activation_bytes_per_second(config: Config, model: AcousticModel) -> float:
     """What autograd keeps in fp32 for each second of padded audio, counted over one forward pass of two seconds.
 
-    Everything that is kept grows with utterances x frames, so a short piece tells. The CPU's GRU keeps each step's
-    gates one by one, so a GPU needs somewhat less.
+    Everything that is kept grows with utterances x frames, so a short piece tells. Counted is what the CPU's GRU
+    keeps; cuDNN's keeps its own.
     """
     seconds = 2
     frames = config.features.frames(seconds * SAMPLE_RATE_HZ)

@@ -225,8 +225,8 @@ class Session:
             optim=config.optim,
             precision=config.train.precision,
             seed=config.train.seed,
-            average=average,
             augmentation=config.augment,
+            average=average,
         )
         if state is not None:
             learner.load(state)

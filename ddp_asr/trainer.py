@@ -140,8 +140,8 @@ class Learner:
     optim: config.Optim
     precision: str
     seed: int
+    augmentation: config.Augment
     average: WeightAverage | None = None
-    augmentation: config.Augment = field(default_factory=config.Augment)
     scaler: torch.amp.GradScaler = field(init=False)
 
     def __post_init__(self) -> None:

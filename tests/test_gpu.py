@@ -60,6 +60,7 @@ def learner_of(settings, precision="fp32"):
         optim=settings.optim,
         precision=precision,
         seed=0,
+        augmentation=settings.augment,
     )
     return learner, corpus
 

@@ -89,7 +89,10 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-def step_of(tiny_corpus, index_of=lambda index: index, *options):
+TWO_VIEWS = "--augment.consistency_weight=0.3"
+
+
+def step_of(tiny_corpus, *options, index_of=lambda index: index):
     """A learner without dropout, and a step of four micro-batches of which some have an utterance more."""
     path, *overrides = tiny_corpus.arguments(Path("runs"), "run", "--model.dropout=0", *options)[1:]
     config = load_config(Path(path), overrides)
@@ -136,7 +139,7 @@ def in_one_batch(learner, batches):
     features, frames = learner.log_mel(joined([batch.waveforms for batch in batches]), samples)
     masks = {name: torch.cat([batch.masks[name] for batch in batches]) for name in batches[0].masks}
     targets, weight = joined([batch.targets for batch in batches]), learner.augmentation.consistency_weight
-    masked = augment.apply(features, masks, 2 if weight else 1)
+    masked = augment.apply(features, masks, learner.augmentation.views)
     outputs = [learner.model(view, frames)[0].log_softmax(-1) for view in masked]
     frames = torch.tensor([learner.plain_model.sizes.output_frames(T) for T in frames.tolist()])
     ctc = torch.nn.CTCLoss(blank=outputs[0].shape[-1] - 1)
@@ -166,7 +169,7 @@ def test_loss_and_gradient_of_uneven_micro_batches_are_those_of_one_batch(tiny_c
 
 
 def test_so_are_those_of_two_views(tiny_corpus, double):
-    learner, batches = step_of(tiny_corpus, lambda index: index, "--augment.consistency_weight=0.3")
+    learner, batches = step_of(tiny_corpus, TWO_VIEWS)
     assert batches[0].masks["time"].shape[1] == 2 * learner.augmentation.time_masks
     assert_equal_steps(by_micro_batches(learner, batches), in_one_batch(learner, batches))
 
@@ -174,7 +177,7 @@ def test_so_are_those_of_two_views(tiny_corpus, double):
 @pytest.mark.slow
 def test_two_views_are_the_same_training_on_any_number_of_processes(tiny_corpus, tmp_path):
     for processes in (1, 3):
-        arguments = tiny_corpus.arguments(tmp_path, f"w{processes}", "--augment.consistency_weight=0.3")
+        arguments = tiny_corpus.arguments(tmp_path, f"w{processes}", TWO_VIEWS)
         tiny.train(arguments, processes, [tiny.in_double])
     tiny.assert_close_runs(tmp_path / "w3", tmp_path / "w1", TOLERANCE["float64"])
 
@@ -189,7 +192,7 @@ def test_an_emptied_micro_batch_weighs_nothing(tiny_corpus, double, tmp_path):
         (tmp_path / "shard-000000.tar").write_bytes(data)
         return replace(index, shards=(tmp_path / "shard-000000.tar",))
 
-    learner, batches = step_of(tiny_corpus, damaged)
+    learner, batches = step_of(tiny_corpus, index_of=damaged)
     assert batches[-1].utterances == 0 and len(batches[-1].bad) == first.utterances
     assert batches[-1].weight.tolist() == [0.0]
     assert_equal_steps(by_micro_batches(learner, batches), in_one_batch(learner, batches))
