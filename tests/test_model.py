@@ -146,8 +146,8 @@ def test_every_parameter_learns():
 @pytest.mark.parametrize("precision, expected", [("bf16", torch.bfloat16), ("fp32", torch.float32)])
 def test_the_gru_runs_in_the_type_that_was_asked_for(precision, expected, monkeypatch):
     seen = set()
-    apply = _GRURecurrence.apply
-    monkeypatch.setattr(_GRURecurrence, "apply", lambda *given: seen.add(tuple(x.dtype for x in given)) or apply(*given))
+    run = _GRURecurrence.apply
+    monkeypatch.setattr(_GRURecurrence, "apply", lambda *given: seen.add(tuple(x.dtype for x in given)) or run(*given))
     model, frames = small(rnn_size=8), torch.tensor([20])
     with autocast(precision, torch.device("cpu")):
         logits, _ = model(torch.randn(1, 20, 16), frames)
