@@ -34,8 +34,11 @@ def test_preempted_three_times_and_out_of_time_once(undisturbed, tiny_corpus, tm
         job.held(10)
     for job in jobs:
         job.succeed()  # nobody has opened the gate: the time limit did
-        assert {(2, warning), (5, warning), (8, warning), (10, "SIGUSR2")} <= set(harness.stops(job.run))
-        assert job.restarts >= 4  # more, where the machine is so slow that the time limit struck more often
+        stops = set(harness.stops(job.run))
+        assert (10, "SIGUSR2") in stops
+        # On a slow machine the time limit may strike before the pre-emption does, and more often.
+        assert all(stops & {(step, warning), (step, "SIGUSR2")} for step in (2, 5, 8))
+        assert job.restarts >= 4
         *before, last = job.accounted()
         assert last == "COMPLETED" and set(before) <= {"PREEMPTED", "REQUEUED"} and len(before) == job.restarts
         assert len(keys[job] | harness.comet_keys(job.run)) == 1
