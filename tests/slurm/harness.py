@@ -146,6 +146,11 @@ class Job:
         found = wait_until(lambda: next(files.glob(pattern), None), f"step {step} of attempt {attempt or 'any'}", self)
         return json.loads(found.read_text())
 
+    def let_time_run_out(self) -> None:
+        """Sets the time limit to the next full minute of the running attempt."""
+        hours, minutes, _ = self.info()["RunTime"].split(":")
+        ask("scontrol", "update", f"jobid={self.id}", f"timelimit={60 * int(hours) + int(minutes) + 1}")
+
     def output(self) -> str:
         """What all its ranks and its batch script have printed."""
         return "\n".join(path.read_text(errors="replace") for path in sorted(self.run.rglob(f"*{self.id}*.out")))

@@ -22,7 +22,7 @@ def warning(request):
 
 
 def test_preempted_three_times_and_out_of_time_once(undisturbed, tiny_corpus, tmp_path, warning):
-    shape = Shape(partition="low", time="1", signal_s=10)
+    shape = Shape(partition="low", signal_s=10)
     jobs = harness.by_both(tiny_corpus, tmp_path, shape, hold=(2, 5, 8, 10))
     keys = {job: set() for job in jobs}
     for step in (2, 5, 8):
@@ -32,13 +32,11 @@ def test_preempted_three_times_and_out_of_time_once(undisturbed, tiny_corpus, tm
         harness.preempt()
     for job in jobs:
         job.held(10)
+        job.let_time_run_out()
     for job in jobs:
         job.succeed()  # nobody has opened the gate: the time limit did
-        stops = set(harness.stops(job.run))
-        assert (10, "SIGUSR2") in stops
-        # On a slow machine the time limit may strike before the pre-emption does, and more often.
-        assert all(stops & {(step, warning), (step, "SIGUSR2")} for step in (2, 5, 8))
-        assert job.restarts >= 4
+        assert {(2, warning), (5, warning), (8, warning), (10, "SIGUSR2")} <= set(harness.stops(job.run))
+        assert job.restarts >= 4  # more, where the machine is so slow that the time limit struck more often
         *before, last = job.accounted()
         assert last == "COMPLETED" and set(before) <= {"PREEMPTED", "REQUEUED"} and len(before) == job.restarts
         assert len(keys[job] | harness.comet_keys(job.run)) == 1
