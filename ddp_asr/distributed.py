@@ -155,7 +155,7 @@ class World:
         """Tells the others of an error that ends this rank, so that those who wait for it can say why it is gone."""
         try:
             yield
-        except BaseException as error:
+        except BaseException as error:  # not swallowed: the others hear of it, and it is raised again
             self.positions.farewell(describe(error))
             self.positions.linger()
             raise

@@ -66,7 +66,7 @@ def _memory_lines(config: Config, corpus: Corpus, model: AcousticModel) -> list[
     for name, rows in corpus.plan.corners(corpus.target_lengths).items():
         samples = speed_samples(corpus.index.samples[rows], min(corpus.plan.speeds))
         longest_s = float(samples.max()) / SAMPLE_RATE_HZ
-        total = fixed + a_second * longest_s * len(rows) * config.augment.views
+        total = fixed + a_second * longest_s * len(rows)
         lines.append(f"  {name:22}{len(rows)} x {longest_s:.1f} s, about {total / 2**30:.2f} GiB")
     title = "largest micro-batches, with weights, gradients and optimiser in fp32 (estimate)"
     return [title, *dict.fromkeys(lines)]
@@ -76,7 +76,7 @@ def activation_bytes_per_second(config: Config, model: AcousticModel) -> float:
     """What autograd keeps in fp32 for each second of padded audio, counted over one forward pass of two seconds.
 
     Everything that is kept grows with utterances x frames, so a short piece tells. Counted is what the CPU's GRU
-    keeps; cuDNN's keeps its own.
+    keeps; cuDNN's keeps its own. Each view of an utterance is kept.
     """
     seconds = 2
     frames = config.features.frames(seconds * SAMPLE_RATE_HZ)
@@ -93,7 +93,7 @@ def activation_bytes_per_second(config: Config, model: AcousticModel) -> float:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         model(torch.zeros(1, frames, config.features.mel_bands), torch.tensor([frames]))
-    return sum(kept.values()) / seconds
+    return config.augment.views * sum(kept.values()) / seconds
 
 
 def _left_out_lines(corpus: Corpus) -> list[str]:

@@ -145,7 +145,7 @@ def run(config: Config, *, resume: str = "auto", profile_steps: int = 0, mistake
         if isinstance(error, RaisedElsewhere):
             return 2  # the rank that raised it says so
         raise
-    except BaseException as error:
+    except BaseException as error:  # not swallowed: the launcher reads of it, Ctrl-C's too, and it is raised again
         end("failed", describe(error), retry=True)
         raise
 

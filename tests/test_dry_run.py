@@ -144,6 +144,7 @@ def test_the_estimate_is_what_a_micro_batch_really_keeps(shards):
         ("model", {"rnn_layers": 8}, 2.0, 4.0),
         ("model", {"time_strides": [4]}, 0.5, 0.6),
         ("features", {"hop_ms": 25.0}, 0.48, 0.52),
+        ("augment", {"consistency_weight": 0.2}, 1.99, 2.01),
     ],
     ids=str,
 )

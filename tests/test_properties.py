@@ -140,8 +140,8 @@ def in_one_batch(learner, batches):
     masks = {name: torch.cat([batch.masks[name] for batch in batches]) for name in batches[0].masks}
     targets, weight = joined([batch.targets for batch in batches]), learner.augmentation.consistency_weight
     masked = augment.apply(features, masks, learner.augmentation.views)
-    outputs = [learner.model(view, frames)[0].log_softmax(-1) for view in masked]
-    frames = torch.tensor([learner.plain_model.sizes.output_frames(T) for T in frames.tolist()])
+    (logits, (frames, *_)) = zip(*(learner.model(view, frames) for view in masked), strict=True)
+    outputs = [view.log_softmax(-1) for view in logits]
     ctc = torch.nn.CTCLoss(blank=outputs[0].shape[-1] - 1)
     loss = sum(ctc(output.transpose(0, 1), targets, frames, lengths) for output in outputs) / len(outputs)
     if weight:
@@ -180,6 +180,13 @@ def test_two_views_are_the_same_training_on_any_number_of_processes(tiny_corpus,
         arguments = tiny_corpus.arguments(tmp_path, f"w{processes}", TWO_VIEWS)
         tiny.train(arguments, processes, [tiny.in_double])
     tiny.assert_close_runs(tmp_path / "w3", tmp_path / "w1", TOLERANCE["float64"])
+
+    tiny.train(
+        tiny_corpus.arguments(tmp_path, "stronger", "--augment.consistency_weight=0.6", "--train.stop_at_step=1"),
+        patches=[tiny.in_double],
+    )
+    first, stronger = (tiny.metrics(tmp_path / name)[0]["loss"] for name in ("w1", "stronger"))
+    assert stronger > first  # the same weights and views, and twice the pull
 
 
 def test_an_emptied_micro_batch_weighs_nothing(tiny_corpus, double, tmp_path):

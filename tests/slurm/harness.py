@@ -197,14 +197,13 @@ class Shape:
     nodes: str = "2"
     ranks: int = 1  # a node
     partition: str = "main"
-    time: str = "10"
     signal_s: int = 10
     nodelist: str = ""
 
     def options(self) -> list[str]:
         """As `launch.submit` and sbatch both take them."""
         chosen = [f"--nodelist={self.nodelist}"] if self.nodelist else []
-        return [f"--nodes={self.nodes}", f"--partition={self.partition}", f"--time={self.time}", *chosen]
+        return [f"--nodes={self.nodes}", f"--partition={self.partition}", "--time=10", *chosen]
 
 
 def submit(
