@@ -70,6 +70,8 @@ def read_trained(checkpoint: str | Path) -> Trained:
     path = Path(checkpoint)
     if path.is_dir():
         return _read_run(path)
+    if not path.exists():
+        raise UserError(f"there is no {path}: name a run directory (runs/NAME) or a .pt file")
     try:
         return _trained(path, read(path))
     except DamagedCheckpoint as error:

@@ -221,7 +221,7 @@ def test_a_run_directory_is_its_best_else_its_newest_good_checkpoint(tmp_path, c
 
 
 def test_checkpoints_that_cannot_be_used_are_named(tmp_path):
-    with pytest.raises(UserError, match=re.escape(str(tmp_path / "none.pt"))):
+    with pytest.raises(UserError, match=re.escape(f"there is no {tmp_path / 'none.pt'}: name a run directory")):
         read_trained(tmp_path / "none.pt")
     (tmp_path / "damaged.pt").write_bytes(b"PK nothing")
     with pytest.raises(UserError, match=r"damaged\.pt is damaged .*: name another one"):
