@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -114,6 +115,9 @@ class Augment:
     noise_snr_db_min: float = setting(15.0, "loudest noise, as signal-to-noise ratio")
     noise_snr_db_max: float = setting(40.0, "faintest noise, as signal-to-noise ratio")
     consistency_weight: float = setting(0.0, "pull of two differently masked views on each other; 0: one view alone")
+    short_context_s: list[float] = setting(
+        [], "second view: its GRUs start anew every so many seconds, drawn between two bounds a step; empty: never"
+    )
 
     @property
     def views(self) -> int:
@@ -204,6 +208,11 @@ class Config:
     train: Train = field(default_factory=Train)
     tracking: Tracking = field(default_factory=Tracking)
     distributed: Distributed = field(default_factory=Distributed)
+
+    @property
+    def frame_s(self) -> float:
+        """Seconds from one frame of the logits to the next."""
+        return self.features.hop_ms / 1000 * math.prod(self.model.time_strides)
 
 
 # Data is compared by the fingerprint of its utterances, never by path (DESIGN 5), so `data` is not here.
@@ -442,6 +451,14 @@ def _check_together(config: Config) -> None:
         )
     if augment.noise_snr_db_min > augment.noise_snr_db_max:
         raise UserError("augment.noise_snr_db_min is above augment.noise_snr_db_max")
+    bounds = augment.short_context_s
+    if bounds and not (len(bounds) == 2 and 0 < bounds[0] <= bounds[1]):
+        raise UserError(f"augment.short_context_s must be two rising numbers above 0, or empty, not {bounds!r}")
+    if bounds and augment.views == 1:
+        raise UserError(
+            "augment.short_context_s is for the second view of an utterance, and augment.consistency_weight = 0 makes "
+            "no second view: set the latter above 0 or leave the former empty"
+        )
 
 
 def flatten(config: Config) -> Iterator[tuple[str, Any]]:

@@ -10,8 +10,6 @@ CTC emits a symbol in one or two frames somewhere within its sound, so a word's 
 enough to jump to a word or to cut subtitles, not to measure phones.
 """
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,11 +25,6 @@ class Word:
     text: str
     start_s: float
     end_s: float
-
-
-def seconds_per_frame(hop_ms: float, time_strides: Sequence[int]) -> float:
-    """Distance of two frames of the logits."""
-    return hop_ms / 1000 * math.prod(time_strides)
 
 
 def greedy(logits: Tensor, frames: Tensor, vocabulary: Vocabulary) -> list[str]:

@@ -51,6 +51,23 @@ def reverse_by_length(x: Tensor, lengths: Tensor) -> Tensor:
     return x.gather(0, source[:, :, None].expand_as(x))
 
 
+def run_in_spans(gru: nn.GRU, x: Tensor, span: int) -> Tensor:
+    """(T', B, D) -> (T', B, H) of a GRU that knows nothing again every `span` frames: its spans run side by side."""
+    T, B, _ = x.shape
+    spans = -(-T // span)
+    padded = nn.functional.pad(x, (0, 0, 0, 0, 0, spans * span - T))
+    beside = padded.unflatten(0, (spans, span)).transpose(0, 1).flatten(1, 2)  # (span, spans x B, D)
+    return run_gru(gru, beside).unflatten(1, (spans, B)).transpose(0, 1).flatten(0, 1)[:T]
+
+
+def _run_views(gru: nn.GRU, x: Tensor, span: int) -> Tensor:
+    """(T', B, D) -> (T', B, H), the second half of the batch in spans, if there are any."""
+    if not span:
+        return run_gru(gru, x)
+    whole, cut = x.chunk(2, dim=1)
+    return torch.cat([run_gru(gru, whole), run_in_spans(gru, cut, span)], dim=1)
+
+
 class BiGRU(nn.Module):
     """LayerNorm, GELU, a GRU in each direction, dropout."""
 
@@ -61,11 +78,11 @@ class BiGRU(nn.Module):
         self.backward_gru = nn.GRU(input_size, size)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """(T', B, D) -> (T', B, 2 x size)."""
+    def forward(self, x: Tensor, lengths: Tensor, span: int = 0) -> Tensor:
+        """(T', B, D) -> (T', B, 2 x size); `span` as in the model's."""
         x = nn.functional.gelu(self.norm(x))
-        ahead = run_gru(self.forward_gru, x)
-        back = reverse_by_length(run_gru(self.backward_gru, reverse_by_length(x, lengths)), lengths)
+        ahead = _run_views(self.forward_gru, x, span)
+        back = reverse_by_length(_run_views(self.backward_gru, reverse_by_length(x, lengths), span), lengths)
         return self.dropout(torch.cat([ahead, back], dim=2))
 
 
@@ -94,8 +111,12 @@ class AcousticModel(nn.Module):
             nn.Linear(sizes.rnn_size, vocabulary_size),
         )
 
-    def forward(self, features: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B, T, F), zero beyond each utterance's frames (B,) -> logits (B, T', V) and frames (B,) of T'."""
+    def forward(self, features: Tensor, frames: Tensor, span: int = 0) -> tuple[Tensor, Tensor]:
+        """Features (B, T, F), zero beyond each utterance's frames (B,) -> logits (B, T', V) and frames (B,) of T'.
+
+        With a `span`, in training, the GRUs start anew every so many frames of T' in the second half of the batch,
+        which holds the second views: see `augment.short_context_s`.
+        """
         x = features[:, None]  # (B, 1, T, F)
         for conv, stride in zip(self.strided, self.sizes.time_strides, strict=True):
             x = conv(_mask_frames(x, frames))  # (B, C, T / stride, bands / 2)
@@ -105,7 +126,7 @@ class AcousticModel(nn.Module):
         x = self.bridge(x.transpose(1, 2).flatten(2))  # (B, T', rnn_size)
         x = x.transpose(0, 1)  # (T', B, rnn_size)
         for layer in self.rnn:
-            x = layer(x, frames)
+            x = layer(x, frames, span)
         return self.classifier(x.transpose(0, 1)), frames
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ddp_asr.checkpoint import DamagedCheckpoint, newest_good, read
 from ddp_asr.config import Config, config_from_dict
-from ddp_asr.decode import seconds_per_frame
 from ddp_asr.errors import UserError
 from ddp_asr.features import LogMel
 from ddp_asr.model import AcousticModel
@@ -36,11 +35,6 @@ class Recogniser:
     model: AcousticModel
     device: torch.device
     precision: str
-
-    @property
-    def frame_s(self) -> float:
-        """Distance of two frames of the logits."""
-        return seconds_per_frame(self.config.features.hop_ms, self.config.model.time_strides)
 
     def logits(self, waveforms: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
         """Waveforms (B, S) int16 and samples (B,) -> logits (B, T', V) and frames (B,), without gradients."""

@@ -53,7 +53,7 @@ def settle(corpus: Corpus, learner: Learner) -> None:
     with _leaving_no_trace(learner):
         learner.accumulate(batch, step=0, micro_batch=0, last=True)
         with without_sync(learner.model):
-            learner.losses(batch)
+            learner.losses(batch, step=0)
 
 
 @contextlib.contextmanager

@@ -226,6 +226,7 @@ class Session:
             precision=config.train.precision,
             seed=config.train.seed,
             augmentation=config.augment,
+            frame_s=config.frame_s,
             average=average,
         )
         if state is not None:

@@ -141,6 +141,7 @@ class Learner:
     precision: str
     seed: int
     augmentation: config.Augment
+    frame_s: float  # from one frame of the logits to the next
     average: WeightAverage | None = None
     scaler: torch.amp.GradScaler = field(init=False)
 
@@ -153,13 +154,14 @@ class Learner:
         wrapped = isinstance(self.model, nn.parallel.DistributedDataParallel)
         return cast(AcousticModel, self.model.module if wrapped else self.model)
 
-    def losses(self, batch: MicroBatch) -> Tensor:
+    def losses(self, batch: MicroBatch, step: int) -> Tensor:
         """(B,) loss of each utterance; 0 for the stand-in of an emptied micro-batch."""
         features, frames = self.log_mel(batch.waveforms, batch.samples)  # (B, T, F)
         views = self.augmentation.views
         masked = augment.apply(features, batch.masks, views) if batch.masks is not None else [features] * views
+        span = augment.draw_span(self.augmentation, self.seed, step, self.frame_s)
         with precision.autocast(self.precision, self.world.device):
-            logits, frames = self.model(torch.cat(masked), frames.repeat(views))  # (views x B, T', V)
+            logits, frames = self.model(torch.cat(masked), frames.repeat(views), span)  # (views x B, T', V)
         targets, target_lengths = batch.targets.repeat(views, 1), batch.target_lengths.repeat(views)
         losses = ctc_loss(logits, frames, targets, target_lengths).view(views, -1).mean(0)
         if views == 2:
@@ -175,12 +177,12 @@ class Learner:
         torch.manual_seed(seed_of("dropout", self.seed, step, micro_batch))
         with torch.enable_grad(), naming_lost_peers(self.world):
             if last:
-                losses = self.losses(batch)
+                losses = self.losses(batch, step)
                 self.world.positions.meet("reducing the gradients")
                 self.scaler.scale(losses.sum()).backward()
             else:
                 with without_sync(self.model):
-                    losses = self.losses(batch)
+                    losses = self.losses(batch, step)
                     self.scaler.scale(losses.sum()).backward()
         return losses.detach()
 

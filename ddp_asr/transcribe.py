@@ -139,7 +139,8 @@ def _words_of(recogniser: Recogniser, waveform: np.ndarray, pieces: list[slice])
         waveforms[row, : samples[row]] = torch.from_numpy(waveform[piece])
     logits, frames = recogniser.logits(waveforms, samples)
     words = []
-    for piece, heard in zip(pieces, word_times(logits, frames, recogniser.vocabulary, recogniser.frame_s), strict=True):
+    times = word_times(logits, frames, recogniser.vocabulary, recogniser.config.frame_s)
+    for piece, heard in zip(pieces, times, strict=True):
         start_s, stop_s = piece.start / SAMPLE_RATE_HZ, piece.stop / SAMPLE_RATE_HZ
         # The last frame of a piece may reach beyond its end, since strides round up.
         words += [Word(w.text, start_s + w.start_s, min(start_s + w.end_s, stop_s)) for w in heard]

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddp_asr.augment import apply, draw
+from ddp_asr.augment import apply, draw, draw_span
 from ddp_asr.config import Augment
 
 SETTINGS = Augment(frequency_masks=2, frequency_mask_bands=15, time_masks=3, time_mask_share=0.1)
@@ -100,6 +100,16 @@ def test_what_is_masked_is_zero_and_nothing_else_is_touched(utterances):
 def test_without_masks_nothing_happens(settings):
     features = torch.randn(2, 30, 40)
     assert torch.equal(apply(features, tensors(masks_of([(1, 30), (2, 12)], settings)), 1)[0], features)
+
+
+def test_a_short_context_is_any_whole_number_of_frames_between_its_bounds():
+    settings = Augment(consistency_weight=0.2, short_context_s=[0.1, 0.2])
+    spans = [draw_span(settings, seed=0, step=step, frame_s=0.025) for step in range(200)]
+    assert set(spans) == {4, 5, 6, 7, 8}
+    assert spans == [draw_span(settings, seed=0, step=step, frame_s=0.025) for step in range(200)]
+    assert spans != [draw_span(settings, seed=1, step=step, frame_s=0.025) for step in range(200)]
+    assert draw_span(settings, seed=0, step=1, frame_s=1.0) == 1  # never less than a frame
+    assert draw_span(Augment(), seed=0, step=1, frame_s=0.025) == 0
 
 
 def test_two_views_have_masks_of_their_own_and_together_all_of_them():

@@ -139,6 +139,7 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [
     ("features.window_ms", ["25", "20.0625"], ["0", "-5", "20.01", "65"]),  # 1/16 ms is a sample; n_fft is 64 ms
     ("features.hop_ms", ["10", "0.0625"], ["0", "-5", "10.01"]),
     ("augment.consistency_weight", ["0", "0.2", "3"], ["-0.1", "nan", "inf"]),
+    ("augment.short_context_s", [""], ["0,1", "1,0.5", "-1,1", "1", "1,2,3", "nan,1", "0.4,1.2"]),  # needs two views
     ("augment.noise_snr_db_min", ["-5", "40"], ["40.1", "-inf"]),
     ("augment.noise_snr_db_max", ["15", "90"], ["14.9", "inf"]),
     ("train.precision", ["auto", "bf16", "fp16", "tf32", "fp32"], ["FP32", "float32", ""]),
@@ -174,6 +175,7 @@ def test_settings_at_odds_with_each_other_name_both():
             "--augment.frequency_mask_bands=20",
         ): "= 20 would hide all bands of features.mel_bands = 20",
         ("--features.mel_bands=90", "--model.time_strides=2,2"): "90 must be divisible by 4",
+        ("--augment.short_context_s=0.4,1.2",): "augment.consistency_weight = 0 makes no second view",
         ("--features.n_fft=256",): "n_fft = 256 is shorter than features.window_ms = 25, 400 samples",
     }
     for overrides, said in cases.items():
@@ -290,7 +292,7 @@ def test_what_shapes_the_result_differs_and_nothing_else_does(name):
     section, key = name.split(".")
     ours = Config()
     value = getattr(getattr(ours, section), key)
-    other = value[:-1] if isinstance(value, list | str) and value else "x" if value == "" else value + 1
+    other = value + type(value)("x") if isinstance(value, list | str) else value + 1
     theirs = dataclasses.replace(ours, **{section: dataclasses.replace(getattr(ours, section), **{key: other})})
     free = section in FREE or (section == "train" and key in FREE_IN_TRAIN)
     assert differences(ours, theirs) == ([] if free else [(name, value, other)])

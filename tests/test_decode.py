@@ -61,11 +61,6 @@ def test_word_times_are_the_frames_of_the_first_and_last_symbol() -> None:
     ]
 
 
-def test_a_frame_is_the_hop_times_all_strides() -> None:
-    assert decode.seconds_per_frame(12.5, [2]) == pytest.approx(0.025)
-    assert decode.seconds_per_frame(10.0, [2, 2]) == pytest.approx(0.040)
-
-
 def test_no_frames_say_nothing() -> None:
     logits = torch.zeros(2, 0, BLANK + 1)
     assert decode.greedy(logits, torch.tensor([0, 0]), VOCABULARY) == ["", ""]

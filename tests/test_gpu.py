@@ -61,6 +61,7 @@ def learner_of(settings, precision="fp32"):
         precision=precision,
         seed=0,
         augmentation=settings.augment,
+        frame_s=settings.frame_s,
     )
     return learner, corpus
 

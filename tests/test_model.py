@@ -9,7 +9,7 @@ from torch import nn
 from ddp_asr import config
 from ddp_asr.features import LogMel, frame_mask
 from ddp_asr.gru import _GRURecurrence, run_gru
-from ddp_asr.model import AcousticModel, BiGRU, count_parameters, reverse_by_length
+from ddp_asr.model import AcousticModel, BiGRU, count_parameters, reverse_by_length, run_in_spans
 from ddp_asr.precision import autocast
 
 FEATURES = config.Features(mel_bands=16, n_fft=512)
@@ -85,6 +85,27 @@ def test_time_runs_along_time_and_never_from_one_utterance_to_another():
     heard = gradient.abs().sum(2) > 0  # (B, T): which frames logit 7 of utterance 1 depends on
     assert heard[1].all()
     assert not heard[0].any() and not heard[2].any()
+
+
+@given(st.integers(1, 30), st.integers(1, 4), st.integers(1, 12))
+def test_a_gru_in_spans_starts_anew_in_each(frames, utterances, span):
+    torch.manual_seed(1)
+    gru = nn.GRU(5, 4).double()
+    x = torch.randn(frames, utterances, 5, dtype=torch.float64)
+    anew = torch.cat([gru(x[start : start + span])[0] for start in range(0, frames, span)])
+    torch.testing.assert_close(run_in_spans(gru, x, span), anew)
+
+
+def test_with_a_span_the_second_half_of_a_batch_hears_nothing_from_afar():
+    model, frames = small(rnn_size=8).double(), torch.tensor([80, 70, 80, 70])
+    features = torch.randn(4, 80, 16, dtype=torch.float64, requires_grad=True)
+    logits, _ = model(features, frames, 5)
+    torch.testing.assert_close(logits[:2], model(features, frames)[0][:2])
+    for row in range(4):
+        (gradient,) = torch.autograd.grad(logits[row, 20].sum(), features, retain_graph=True)
+        heard = gradient[row].abs().sum(1) > 0  # (T,): which frames logit 20, around frame 40, depends on
+        assert heard[:70].all() if row < 2 else heard[40] and not heard[:10].any() and not heard[70:].any()
+        assert not heard[frames[row] :].any()
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=5))

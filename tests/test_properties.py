@@ -90,6 +90,7 @@ def double():
 
 
 TWO_VIEWS = "--augment.consistency_weight=0.3"
+SHORT_CONTEXT = "--augment.short_context_s=0.1,0.4"
 
 
 def step_of(tiny_corpus, *options, index_of=lambda index: index):
@@ -108,6 +109,7 @@ def step_of(tiny_corpus, *options, index_of=lambda index: index):
         precision="fp32",
         seed=0,
         augmentation=config.augment,
+        frame_s=config.frame_s,
     )
     loader = train_loader(
         index_of(corpus.index), corpus.vocabulary, corpus.plan, augment.draw, config, rank=0, world_size=1
@@ -140,7 +142,12 @@ def in_one_batch(learner, batches):
     masks = {name: torch.cat([batch.masks[name] for batch in batches]) for name in batches[0].masks}
     targets, weight = joined([batch.targets for batch in batches]), learner.augmentation.consistency_weight
     masked = augment.apply(features, masks, learner.augmentation.views)
-    (logits, (frames, *_)) = zip(*(learner.model(view, frames) for view in masked), strict=True)
+    span = augment.draw_span(learner.augmentation, learner.seed, 1, learner.frame_s)
+    if span:
+        both, frames = learner.model(torch.cat(masked), frames.repeat(2), span)
+        logits, frames = both.chunk(2), frames.chunk(2)[0]
+    else:
+        (logits, (frames, *_)) = zip(*(learner.model(view, frames) for view in masked), strict=True)
     outputs = [view.log_softmax(-1) for view in logits]
     ctc = torch.nn.CTCLoss(blank=outputs[0].shape[-1] - 1)
     loss = sum(ctc(output.transpose(0, 1), targets, frames, lengths) for output in outputs) / len(outputs)
@@ -174,15 +181,24 @@ def test_so_are_those_of_two_views(tiny_corpus, double):
     assert_equal_steps(by_micro_batches(learner, batches), in_one_batch(learner, batches))
 
 
+def test_so_are_those_of_a_second_view_of_short_context(tiny_corpus, double):
+    learner, batches = step_of(tiny_corpus, TWO_VIEWS, SHORT_CONTEXT)
+    short = by_micro_batches(learner, batches)
+    assert_equal_steps(short, in_one_batch(learner, batches))
+    assert short[0] != pytest.approx(by_micro_batches(step_of(tiny_corpus, TWO_VIEWS)[0], batches)[0], rel=1e-6)
+
+
 @pytest.mark.slow
 def test_two_views_are_the_same_training_on_any_number_of_processes(tiny_corpus, tmp_path):
     for processes in (1, 3):
-        arguments = tiny_corpus.arguments(tmp_path, f"w{processes}", TWO_VIEWS)
+        arguments = tiny_corpus.arguments(tmp_path, f"w{processes}", TWO_VIEWS, SHORT_CONTEXT)
         tiny.train(arguments, processes, [tiny.in_double])
     tiny.assert_close_runs(tmp_path / "w3", tmp_path / "w1", TOLERANCE["float64"])
 
     tiny.train(
-        tiny_corpus.arguments(tmp_path, "stronger", "--augment.consistency_weight=0.6", "--train.stop_at_step=1"),
+        tiny_corpus.arguments(
+            tmp_path, "stronger", SHORT_CONTEXT, "--augment.consistency_weight=0.6", "--train.stop_at_step=1"
+        ),
         patches=[tiny.in_double],
     )
     first, stronger = (tiny.metrics(tmp_path / name)[0]["loss"] for name in ("w1", "stronger"))
