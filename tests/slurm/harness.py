@@ -124,9 +124,14 @@ class Job:
         return int(self.info()["Restarts"])
 
     def accounted(self) -> list[str]:
-        """The state of each of its attempts, in order, as accounting keeps them."""
-        lines = ask("sacct", "-D", "-X", "-n", "-P", "-o", "State", "-j", self.id).splitlines()
-        return [line.split()[0] for line in lines]
+        """The state of each attempt of an ended job, in order, once accounting has heard of the last one's end."""
+
+        def ended() -> list[str]:
+            lines = ask("sacct", "-D", "-X", "-n", "-P", "-o", "State", "-j", self.id).splitlines()
+            states = [line.split()[0] for line in lines]
+            return [] if "RUNNING" in states else states
+
+        return wait_until(ended, f"accounting to close job {self.id}")
 
     def wait_for(self, *states: str) -> str:
         return wait_until(lambda: (state := self.state) in states and state, f"job {self.id} to be {states}")
