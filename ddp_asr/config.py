@@ -135,6 +135,9 @@ class Model:
     rnn_layers: int = setting(5, "bidirectional GRU blocks")
     rnn_size: int = setting(512, "GRU units a direction")
     dropout: float = setting(0.1, "dropout everywhere")
+    intermediate_ctc_weight: float = setting(
+        0.0, "share of the CTC loss that is taken behind the first of the GRU blocks, in training; 0: none"
+    )
 
     def output_frames(self, frames: Any) -> Any:
         """T' of T: what the strided convolutions leave. For ints, numpy arrays and tensors alike."""
@@ -383,14 +386,16 @@ _POSITIVE = (
     *("optim.clip_norm", "train.epochs", "train.keep_last", "distributed.timeout_s", "distributed.stop_grace_s"),
     *("data.prefetch",),
 )
-_SHARES = ("augment.time_mask_share", "augment.noise_share", "model.dropout", "optim.warmup_share", "optim.ema_decay")
-_SHARES_BELOW_ONE = ("model.dropout", "optim.ema_decay", "optim.beta1", "optim.beta2")
+_SHARES = ("augment.time_mask_share", "augment.noise_share", "optim.warmup_share")
+_SHARES_BELOW_ONE = (
+    *("model.dropout", "model.intermediate_ctc_weight", "optim.ema_decay", "optim.beta1", "optim.beta2"),
+)
 _NOT_NEGATIVE = (
     *("data.workers", "data.max_bad_samples", "augment.frequency_masks", "augment.frequency_mask_bands"),
     *("augment.time_masks", "augment.consistency_weight", "model.residual_blocks", "optim.weight_decay"),
     *("train.seed", "train.eval_every_steps"),
     *("train.save_every_steps", "train.save_every_min", "train.stop_at_step", "train.max_nonfinite_steps"),
-    *("tracking.samples", "optim.beta1", "optim.beta2"),
+    "tracking.samples",
 )
 _CHOICES = {
     "train.precision": ("auto", "bf16", "fp16", "tf32", "fp32"),

@@ -8,6 +8,9 @@ The network of AssemblyAI's "Building an End-to-End Speech Recognition Model in 
   before every operation that looks at neighbours, and the backward direction of a BiGRU is a one-directional GRU over
   the sequence reversed *by its own length*. (On a CPU that is 1.4 times faster than packing, too.)
 
+With `model.intermediate_ctc_weight` a part of the loss is taken behind the first GRU block, which so has to spell by
+itself: Lee and Watanabe, "Intermediate loss regularization for CTC-based speech recognition" (2021).
+
 Precision. The caller's autocast covers convolutions and linear layers; `ddp_asr.gru` casts for itself.
 """
 
@@ -110,9 +113,14 @@ class AcousticModel(nn.Module):
             nn.Dropout(sizes.dropout),
             nn.Linear(sizes.rnn_size, vocabulary_size),
         )
+        early = sizes.intermediate_ctc_weight > 0
+        self.intermediate = nn.Linear(2 * sizes.rnn_size, vocabulary_size) if early else None
 
-    def forward(self, features: Tensor, frames: Tensor, span: int = 0) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, frames: Tensor, span: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
         """Features (B, T, F), zero beyond each utterance's frames (B,) -> logits (B, T', V) and frames (B,) of T'.
+
+        In training with `model.intermediate_ctc_weight`, third, the logits (B, T', V) that a linear classifier of its
+        own reads from the first GRU block.
 
         With a `span`, in training, the GRUs start anew every so many frames of T' in the second half of the batch,
         which holds the second views: see `augment.short_context_s`.
@@ -125,9 +133,12 @@ class AcousticModel(nn.Module):
             x = block(x, frames)
         x = self.bridge(x.transpose(1, 2).flatten(2))  # (B, T', rnn_size)
         x = x.transpose(0, 1)  # (T', B, rnn_size)
+        early = None
         for layer in self.rnn:
             x = layer(x, frames, span)
-        return self.classifier(x.transpose(0, 1)), frames
+            if self.training and self.intermediate is not None and early is None:
+                early = self.intermediate(x.transpose(0, 1))
+        return self.classifier(x.transpose(0, 1)), frames, early
 
 
 def count_parameters(model: nn.Module) -> int:

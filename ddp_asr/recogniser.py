@@ -41,7 +41,8 @@ class Recogniser:
         waveforms, samples = waveforms.to(self.device, non_blocking=True), samples.to(self.device, non_blocking=True)
         with torch.no_grad(), autocast(self.precision, self.device):
             features, frames = self.log_mel(waveforms, samples)
-            return self.model(features, frames)
+            logits, frames, _ = self.model(features, frames)
+            return logits, frames
 
 
 @dataclass(frozen=True)

@@ -161,9 +161,13 @@ class Learner:
         masked = augment.apply(features, batch.masks, views) if batch.masks is not None else [features] * views
         span = augment.draw_span(self.augmentation, self.seed, step, self.frame_s)
         with precision.autocast(self.precision, self.world.device):
-            logits, frames = self.model(torch.cat(masked), frames.repeat(views), span)  # (views x B, T', V)
+            logits, frames, early = self.model(torch.cat(masked), frames.repeat(views), span)  # (views x B, T', V)
         targets, target_lengths = batch.targets.repeat(views, 1), batch.target_lengths.repeat(views)
-        losses = ctc_loss(logits, frames, targets, target_lengths).view(views, -1).mean(0)
+        losses = ctc_loss(logits, frames, targets, target_lengths)
+        if early is not None:
+            early_weight = self.plain_model.sizes.intermediate_ctc_weight
+            losses = torch.lerp(losses, ctc_loss(early, frames, targets, target_lengths), early_weight)
+        losses = losses.view(views, -1).mean(0)
         if views == 2:
             divergence = consistency_loss(logits, frames[: len(losses)], batch.target_lengths)
             losses = losses + self.augmentation.consistency_weight * divergence

@@ -131,7 +131,11 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [
         ["-1"],
     ),
     ("augment.time_mask_share augment.noise_share optim.warmup_share", ["0", "0.5", "1"], ["-0.1", "1.1", "nan"]),
-    ("model.dropout optim.ema_decay optim.beta1 optim.beta2", ["0", "0.5"], ["-0.1", "1", "nan"]),
+    (
+        "model.dropout model.intermediate_ctc_weight optim.ema_decay optim.beta1 optim.beta2",
+        ["0", "0.5"],
+        ["-0.1", "1", "nan"],
+    ),
     ("augment.speeds", ["1", "0.5,2"], ["", "0", "1,-1", "inf", "nan"]),
     ("model.time_strides", ["1", "2,2"], ["", "0", "2,-1"]),
     ("features.mel_bands", ["16", "80"], ["0", "-2", "127", "14"]),  # odd; no more than the widest mask

@@ -39,7 +39,7 @@ def test_the_default_sizes_are_the_tutorials():
 def test_the_frames_foretold_are_the_frames_that_come_out(frames, strides):
     model = small(strides, rnn_size=4)
     lengths = torch.tensor(frames)
-    logits, left = model(torch.zeros(len(frames), max(frames), 16), lengths)
+    logits, left, _ = model(torch.zeros(len(frames), max(frames), 16), lengths)
     assert logits.shape == (len(frames), left.max(), 6)
     assert left.tolist() == [model.sizes.output_frames(T) for T in frames]
     assert left.tolist() == model.sizes.output_frames(lengths.numpy()).tolist()
@@ -61,9 +61,9 @@ def test_an_utterance_alone_and_beside_31_longer_ones_gives_the_same_logits(stri
     samples = torch.tensor([4_001] + [4_200 + 97 * n for n in range(31)])
     waveforms = torch.randint(-9_000, 9_000, (32, int(samples.max())), dtype=torch.int16)
     waveforms[torch.arange(waveforms.shape[1]) >= samples[:, None]] = 0
-    together, frames = model(*log_mel(waveforms, samples))
+    together, frames, _ = model(*log_mel(waveforms, samples))
     for row in (0, 1, 17):
-        alone, (own,) = model(*log_mel(waveforms[row : row + 1, : samples[row]], samples[row : row + 1]))
+        alone, (own,), _ = model(*log_mel(waveforms[row : row + 1, : samples[row]], samples[row : row + 1]))
         assert own == frames[row] == alone.shape[1]
         assert relative(together[row, :own], alone[0]) < tolerance
 
@@ -80,7 +80,7 @@ def test_time_runs_along_time_and_never_from_one_utterance_to_another():
     """The tutorial's GRUs from the second on ran over the batch."""
     model, frames = small(rnn_size=8).double(), torch.tensor([30, 30, 30])
     features = torch.randn(3, 30, 16, dtype=torch.float64, requires_grad=True)
-    logits, _ = model(features, frames)
+    logits, *_ = model(features, frames)
     (gradient,) = torch.autograd.grad(logits[1, 7].sum(), features)
     heard = gradient.abs().sum(2) > 0  # (B, T): which frames logit 7 of utterance 1 depends on
     assert heard[1].all()
@@ -99,13 +99,29 @@ def test_a_gru_in_spans_starts_anew_in_each(frames, utterances, span):
 def test_with_a_span_the_second_half_of_a_batch_hears_nothing_from_afar():
     model, frames = small(rnn_size=8).double(), torch.tensor([80, 70, 80, 70])
     features = torch.randn(4, 80, 16, dtype=torch.float64, requires_grad=True)
-    logits, _ = model(features, frames, 5)
+    logits, *_ = model(features, frames, 5)
     torch.testing.assert_close(logits[:2], model(features, frames)[0][:2])
     for row in range(4):
         (gradient,) = torch.autograd.grad(logits[row, 20].sum(), features, retain_graph=True)
         heard = gradient[row].abs().sum(1) > 0  # (T,): which frames logit 20, around frame 40, depends on
         assert heard[:70].all() if row < 2 else heard[40] and not heard[:10].any() and not heard[70:].any()
         assert not heard[frames[row] :].any()
+
+
+def test_an_intermediate_classifier_reads_the_first_block_in_training_alone():
+    plain, model = small(rnn_size=8).double(), small(rnn_size=8, dropout=0.0, intermediate_ctc_weight=0.3).double()
+    features, frames = torch.randn(2, 40, 16, dtype=torch.float64), torch.tensor([40, 33])
+    for one, other in zip(plain(features, frames)[:2], model(features, frames)[:2], strict=True):
+        assert torch.equal(one, other)  # nothing else changes, from the first weights on
+    assert model(features, frames)[2] is None
+
+    logits, _, early = model.train()(features, frames)
+    assert early.shape == logits.shape and count_parameters(model) - count_parameters(plain) == 16 * 6 + 6
+    early.sum().backward()
+    reached = {name.split(".")[0] for name, weight in model.named_parameters() if weight.grad is not None}
+    assert reached == {"strided", "blocks", "bridge", "rnn", "intermediate"}
+    assert model.rnn[0].forward_gru.weight_hh_l0.grad is not None
+    assert all(weight.grad is None for weight in model.rnn[1].parameters())
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=5))
@@ -171,7 +187,7 @@ def test_the_gru_runs_in_the_type_that_was_asked_for(precision, expected, monkey
     monkeypatch.setattr(_GRURecurrence, "apply", lambda *given: seen.add(tuple(x.dtype for x in given)) or run(*given))
     model, frames = small(rnn_size=8), torch.tensor([20])
     with autocast(precision, torch.device("cpu")):
-        logits, _ = model(torch.randn(1, 20, 16), frames)
+        logits, *_ = model(torch.randn(1, 20, 16), frames)
     assert seen == {(expected, expected, expected)}
     logits.float().sum().backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
@@ -179,7 +195,7 @@ def test_the_gru_runs_in_the_type_that_was_asked_for(precision, expected, monkey
 
 def test_bf16_is_near_fp32():
     model, frames, features = small(rnn_size=8), torch.tensor([20]), torch.randn(1, 20, 16)
-    exact, _ = model(features, frames)
+    exact, *_ = model(features, frames)
     with autocast("bf16", torch.device("cpu")):
-        rounded, _ = model(features, frames)
+        rounded, *_ = model(features, frames)
     assert 0 < relative(rounded.float(), exact) < 0.05

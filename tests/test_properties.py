@@ -91,6 +91,7 @@ def double():
 
 TWO_VIEWS = "--augment.consistency_weight=0.3"
 SHORT_CONTEXT = "--augment.short_context_s=0.1,0.4"
+INTERMEDIATE = "--model.intermediate_ctc_weight=0.3"
 
 
 def step_of(tiny_corpus, *options, index_of=lambda index: index):
@@ -144,13 +145,20 @@ def in_one_batch(learner, batches):
     masked = augment.apply(features, masks, learner.augmentation.views)
     span = augment.draw_span(learner.augmentation, learner.seed, 1, learner.frame_s)
     if span:
-        both, frames = learner.model(torch.cat(masked), frames.repeat(2), span)
-        logits, frames = both.chunk(2), frames.chunk(2)[0]
+        both, frames, _ = learner.model(torch.cat(masked), frames.repeat(2), span)
+        logits, frames, early = both.chunk(2), frames.chunk(2)[0], (None,)
     else:
-        (logits, (frames, *_)) = zip(*(learner.model(view, frames) for view in masked), strict=True)
+        logits, (frames, *_), early = zip(*(learner.model(view, frames) for view in masked), strict=True)
+
+    def ctc(outputs):
+        mean = torch.nn.CTCLoss(blank=outputs[0].shape[-1] - 1)
+        return sum(mean(output.transpose(0, 1), targets, frames, lengths) for output in outputs) / len(outputs)
+
     outputs = [view.log_softmax(-1) for view in logits]
-    ctc = torch.nn.CTCLoss(blank=outputs[0].shape[-1] - 1)
-    loss = sum(ctc(output.transpose(0, 1), targets, frames, lengths) for output in outputs) / len(outputs)
+    loss = ctc(outputs)
+    if early[0] is not None:
+        share = learner.model.sizes.intermediate_ctc_weight
+        loss = (1 - share) * loss + share * ctc([view.log_softmax(-1) for view in early])
     if weight:
         one, other = outputs
         towards = [
@@ -188,16 +196,26 @@ def test_so_are_those_of_a_second_view_of_short_context(tiny_corpus, double):
     assert short[0] != pytest.approx(by_micro_batches(step_of(tiny_corpus, TWO_VIEWS)[0], batches)[0], rel=1e-6)
 
 
+@pytest.mark.parametrize("views", [[], [TWO_VIEWS]], ids=["one view", "two views"])
+def test_so_are_those_of_an_intermediate_loss(tiny_corpus, double, views):
+    learner, batches = step_of(tiny_corpus, INTERMEDIATE, *views)
+    with_it = by_micro_batches(learner, batches)
+    assert_equal_steps(with_it, in_one_batch(learner, batches))
+    assert with_it[0] != pytest.approx(by_micro_batches(step_of(tiny_corpus, *views)[0], batches)[0], rel=1e-6)
+
+
 @pytest.mark.slow
 def test_two_views_are_the_same_training_on_any_number_of_processes(tiny_corpus, tmp_path):
     for processes in (1, 3):
-        arguments = tiny_corpus.arguments(tmp_path, f"w{processes}", TWO_VIEWS, SHORT_CONTEXT)
+        arguments = tiny_corpus.arguments(tmp_path, f"w{processes}", TWO_VIEWS, SHORT_CONTEXT, INTERMEDIATE)
         tiny.train(arguments, processes, [tiny.in_double])
     tiny.assert_close_runs(tmp_path / "w3", tmp_path / "w1", TOLERANCE["float64"])
 
     tiny.train(
         tiny_corpus.arguments(
-            tmp_path, "stronger", SHORT_CONTEXT, "--augment.consistency_weight=0.6", "--train.stop_at_step=1"
+            tmp_path,
+            *("stronger", SHORT_CONTEXT, INTERMEDIATE),
+            *("--augment.consistency_weight=0.6", "--train.stop_at_step=1"),
         ),
         patches=[tiny.in_double],
     )
