@@ -57,6 +57,7 @@ def reverse_by_length(x: Tensor, lengths: Tensor) -> Tensor:
 def run_in_spans(gru: nn.GRU, x: Tensor, span: int) -> Tensor:
     """(T', B, D) -> (T', B, H) of a GRU that knows nothing again every `span` frames: its spans run side by side."""
     T, B, _ = x.shape
+    span = min(span, T)  # or a span of minutes would be padding for the most part
     spans = -(-T // span)
     padded = nn.functional.pad(x, (0, 0, 0, 0, 0, spans * span - T))
     beside = padded.unflatten(0, (spans, span)).transpose(0, 1).flatten(1, 2)  # (span, spans x B, D)
@@ -133,11 +134,11 @@ class AcousticModel(nn.Module):
             x = block(x, frames)
         x = self.bridge(x.transpose(1, 2).flatten(2))  # (B, T', rnn_size)
         x = x.transpose(0, 1)  # (T', B, rnn_size)
-        early = None
-        for layer in self.rnn:
+        first, *others = self.rnn
+        x = first(x, frames, span)
+        early = self.intermediate(x.transpose(0, 1)) if self.training and self.intermediate is not None else None
+        for layer in others:
             x = layer(x, frames, span)
-            if self.training and self.intermediate is not None and early is None:
-                early = self.intermediate(x.transpose(0, 1))
         return self.classifier(x.transpose(0, 1)), frames, early
 
 
