@@ -59,6 +59,9 @@ if TYPE_CHECKING:
     import soundfile
 
 
+DURATION_TOLERANCE_S = 0.25  # manifests round, some to tenths of a second
+
+
 class Packed(NamedTuple):
     """A worker's answer: FLAC and its samples, or the reason why not. `flac` None: the source's bytes as they are."""
 
@@ -101,21 +104,21 @@ def pack(utterance: Utterance, max_seconds: float | None) -> Packed:
 def _pack_audio(utterance: Utterance, max_seconds: float) -> Packed:
     import soundfile
 
-    segment = utterance.offset_s is not None
-    if utterance.data is None and segment and utterance.path:
+    if utterance.data is None and utterance.offset_s is not None and utterance.path:
         data = b""
         opened: Any = utterance.path.open("rb")  # of a long recording, only the segment is read
     else:
         data = utterance.path.read_bytes() if utterance.data is None and utterance.path else utterance.data or b""
         opened = io.BytesIO(data)
     with opened, soundfile.SoundFile(opened) as audio:
-        untouched = not segment and data[:4] == b"fLaC" and audio.samplerate == SAMPLE_RATE_HZ and audio.channels == 1
         start, stop = _bounds(utterance, audio)
+        whole = utterance.offset_s is None and stop == audio.frames
+        untouched = whole and data[:4] == b"fLaC" and audio.samplerate == SAMPLE_RATE_HZ and audio.channels == 1
         _refuse_too_long(stop - start, audio.samplerate, max_seconds)
         audio.seek(start)
         dtype = "float32" if not untouched else "int16" if audio.subtype == "PCM_16" else "int32"
         waveform = _read(audio, stop - start, dtype)
-        _refuse_truncated(utterance, audio, len(waveform), stop - start)
+        _refuse_truncated(utterance.duration_s, audio, len(waveform), stop - start, whole)
     if untouched:
         _check_md5(data, waveform)
         _refuse_too_long(len(waveform), SAMPLE_RATE_HZ, max_seconds)
@@ -126,15 +129,16 @@ def _pack_audio(utterance: Utterance, max_seconds: float) -> Packed:
 
 
 def _bounds(utterance: Utterance, audio: soundfile.SoundFile) -> tuple[int, int]:
-    """First and last + 1 sample of the utterance in its file, at the file's rate."""
-    if utterance.offset_s is None:
-        return 0, audio.frames
-    start = round(utterance.offset_s * audio.samplerate)
-    if start >= audio.frames:
+    """First and last + 1 sample of the utterance, at the file's rate, by the rule in `sources.manifest_source`."""
+    start = round((utterance.offset_s or 0.0) * audio.samplerate)
+    if utterance.offset_s is not None and start >= audio.frames:
         raise BadAudio(f"starts at {utterance.offset_s} s of {audio.frames / audio.samplerate:.3f} s")
     if utterance.duration_s is None:
         return start, audio.frames
-    return start, min(audio.frames, start + round(utterance.duration_s * audio.samplerate))
+    stop = start + round(utterance.duration_s * audio.samplerate)
+    if utterance.offset_s is None and audio.frames - stop <= DURATION_TOLERANCE_S * audio.samplerate:
+        return start, audio.frames
+    return start, min(audio.frames, stop)
 
 
 def _refuse_too_long(samples: int, rate_hz: int, max_seconds: float) -> None:
@@ -155,8 +159,10 @@ def _read(audio: soundfile.SoundFile, samples: int, dtype: str) -> np.ndarray:
     return np.concatenate(blocks)
 
 
-def _refuse_truncated(utterance: Utterance, audio: soundfile.SoundFile, samples: int, expected: int) -> None:
-    """libsndfile reads cut files up to the cut and says so in its log only."""
+def _refuse_truncated(
+    stated_s: float | None, audio: soundfile.SoundFile, samples: int, expected: int, whole: bool
+) -> None:
+    """libsndfile reads truncated files up to their end and reports the truncation only in its log."""
     if samples < 0.98 * expected:  # MP3 headers are not exact
         raise BadAudio(f"{samples} samples instead of {expected}")
     log = audio.extra_info
@@ -164,11 +170,11 @@ def _refuse_truncated(utterance: Utterance, audio: soundfile.SoundFile, samples:
         stated, there = int(chunk[2]), int(chunk[3])
         if there < stated < 0x7FFF0000:  # programs that write to a pipe state 2 or 4 GB
             raise BadAudio(f"{there} bytes of audio instead of {stated}")
-    if "lacks an end-of-stream bit" in log and utterance.offset_s is None:
+    if whole and "lacks an end-of-stream bit" in log:
         raise BadAudio("the last page is missing")
-    seconds, stated_s = samples / audio.samplerate, utterance.duration_s
-    if stated_s is not None and seconds < 0.99 * stated_s - 0.25:  # manifests round, some to tenths
-        raise BadAudio(f"{seconds:.3f} s instead of {stated_s} s")
+    seconds = samples / audio.samplerate
+    if stated_s is not None and seconds < 0.99 * stated_s - DURATION_TOLERANCE_S:
+        raise BadAudio(f"{seconds:.3f} s of audio, where the source states a duration of {stated_s} s")
 
 
 def _check_md5(flac: bytes, waveform: np.ndarray) -> None:

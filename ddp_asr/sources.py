@@ -65,8 +65,8 @@ class Utterance:
     speaker: str = ""
     path: Path | None = None
     data: bytes | None = None  # the audio file's content, where it comes from an archive
-    offset_s: float | None = None  # a segment of the file where set
-    duration_s: float | None = None  # of the segment; of the file otherwise, where the source states it
+    offset_s: float | None = None  # where the utterance begins in the file; None: at the file's beginning
+    duration_s: float | None = None  # from there; None: to the file's end
     reason: str = ""
     detail: str = ""
     position: int = 0  # bytes of the archive read so far; sources that know their list count utterances instead
@@ -89,7 +89,10 @@ def sanitise_key(name: str) -> str:
 
 
 def make_key(identity: str, offset_s: float | None = None) -> str:
-    """The key of a source's id or relative path without suffix; segments of one file differ by their offset."""
+    """The key: a source's id or relative path without suffix, then `-<offset_ms>` where the source states an offset.
+
+    The length of the audio has no part in it, since a source is listed without opening its audio.
+    """
     return sanitise_key(identity) + ("" if offset_s is None else f"-{round(offset_s * 1000)}")
 
 
@@ -185,7 +188,13 @@ def _librispeech_utterance(identity: str, source: str, text: str | None, **rest:
 
 
 def manifest_source(manifest: Path) -> Source:
-    """NeMo's JSONL: an object a line with `audio_filepath`, `text`, optional `id`, `duration`, `speaker`, `offset`."""
+    """NeMo's JSONL: an object a line with `audio_filepath`, `text`, optional `id`, `speaker`, `offset`, `duration`.
+
+    The utterance is `duration` seconds of the file from `offset` on; `offset` is 0 and `duration` lasts to the file's
+    end where they are missing. Manifests carry rounded durations: without `offset`, a file that is at most 0.25 s
+    longer than `duration` is taken whole. A line that states more audio than there is, by over 0.25 s + 1 %, is
+    dropped. KEY gets `-<offset_ms>` only where the line states an offset, be it 0, whether or not the audio is cut.
+    """
     try:
         lines = manifest.read_bytes().decode("utf-8").split("\n")
     except ValueError:
@@ -234,6 +243,8 @@ def _seconds(entry: dict[str, Any], name: str) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not (0 <= value < 1e9):
         raise ValueError(f"{name} is {value!r}, not a number of seconds")
+    if name == "duration" and value == 0:
+        raise ValueError("duration is 0; leave it out to take the audio to the end of the file")
     return float(value)
 
 

@@ -173,6 +173,38 @@ def test_segments_are_cut_to_the_sample(tmp_path):
         assert np.array_equal(waveform(out, row)[0], long[start:stop])
 
 
+@pytest.mark.parametrize("rate_hz", [16_000, 8_000])
+@pytest.mark.parametrize(
+    ("stated_s", "taken_s"), [(0.5, 0.5), (1.74, 1.74), (1.76, 2), (1.9, 2), (2, 2), (2.2, 2), (2.26, 2), (2.4, None)]
+)
+def test_a_duration_without_an_offset_cuts_the_file_where_it_is_shorter(tmp_path, rate_hz, stated_s, taken_s):
+    """Within 0.25 s it is the rounded length of the file; by more than that (and 1 %) too long, it is not believed."""
+    (tmp_path / "long.flac").write_bytes(flac := encode(sound := noise(2, rate_hz=rate_hz), rate_hz))
+    line = {"audio_filepath": "long.flac", "text": "A"}
+    entries = [line | {"duration": stated_s}, line | {"id": "other"}]
+    out = tiny_speech.shard(tiny_speech.manifest(tmp_path / "m.jsonl", entries), tmp_path / "out")
+    if taken_s is None:
+        assert read_index([out]).keys.to_pylist() == ["other"]
+        [case] = dropped(out)
+        assert (case["key"], case["reason"]) == ("long", sources.BAD_AUDIO)
+        assert case["detail"] == "2.000 s of audio, where the source states a duration of 2.4 s"
+        return
+    assert read_index([out]).keys.to_pylist() == ["long", "other"]
+    assert read_index([out]).samples[0] == round(taken_s * 16_000)
+    if rate_hz == 16_000:
+        assert np.array_equal(waveform(out)[0], sound[: round(taken_s * 16_000)])
+        assert (flac in (out / "shard-000000.tar").read_bytes().partition(b"other")[0]) == (taken_s == 2)
+
+
+def test_the_last_page_of_an_ogg_may_be_missing_where_it_is_not_used(tmp_path):
+    ogg = encode(noise(4), format="OGG", subtype="VORBIS")
+    packed = [
+        shard.pack(sources.Utterance("a", "a", "A", data=ogg[:-5000], duration_s=duration_s), None)
+        for duration_s in (1.0, None)
+    ]
+    assert [(each.reason, each.samples) for each in packed] == [("", 16_000), (sources.BAD_AUDIO, 0)]
+
+
 def test_keys_may_be_long_and_in_any_script(tmp_path):
     (tmp_path / "a.wav").write_bytes(encode(noise(), format="WAV"))
     ids = ["k" * 300, "слово-один", "ключ" * 50]

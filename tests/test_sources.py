@@ -67,6 +67,7 @@ def test_a_segment_is_told_apart_by_its_offset_in_milliseconds(offset_s):
         ({"offset": 0}, "clips_one_two-0"),
         ({"id": "talk", "offset": 2.0004}, "talk-2000"),
         ({"duration": 3.0}, "clips_one_two"),
+        ({"offset": None, "duration": None}, "clips_one_two"),
     ],
 )
 def test_the_key_of_a_manifest_line(tmp_path, entry, key):
@@ -120,10 +121,11 @@ def test_malformed_manifest_lines_are_kept_with_their_reason(tmp_path):
         '{"text": "A"}',
         '{"audio_filepath": "a.wav", "offset": -1}',
         '{"audio_filepath": "a", "offset": true}',
+        '{"audio_filepath": "a.wav", "text": "A", "duration": 0}',
     ]
     good = {"audio_filepath": "a.wav", "text": "A\ud800"}
     *malformed, utterance = listed(tiny_speech.manifest(tmp_path / "m.jsonl", [*bad, good]))
-    assert [u.reason for u in malformed] == [BAD_LINE] * 5
+    assert [u.reason for u in malformed] == [BAD_LINE] * 6
     assert malformed[0].source == "m.jsonl:1"
     assert (utterance.reason, utterance.text) == ("", "A?")
 
