@@ -1,5 +1,6 @@
 """The index: flat arrays that lead to the right bytes, several corpora, and every way of not fitting together."""
 
+import hashlib
 import io
 import json
 
@@ -138,9 +139,40 @@ def test_a_broken_description_is_told(broken, content):
         read_dataset_json(broken[0])
 
 
+def describe_table(directory, dataset):
+    """Gives `dataset.json` the checksum of the table that stands there now."""
+    digest = hashlib.sha256((directory / "index.parquet").read_bytes()).hexdigest()
+    (directory / "dataset.json").write_text(json.dumps(dataset | {"index_sha256": digest}))
+
+
+def test_no_flipped_bit_of_the_table_goes_unnoticed(broken):
+    """One bit of every byte; without the checksum many of them change a value and raise nothing."""
+    path = broken[0] / "index.parquet"
+    good = path.read_bytes()
+    for position in range(len(good)):
+        flipped = bytearray(good)
+        flipped[position] ^= 1 << position % 8
+        path.write_bytes(flipped)
+        with pytest.raises(UserError, match=r"index.parquet does not match its checksum .* delete .* shard it again"):
+            read_index([broken[0]])
+    path.write_bytes(good)
+    assert len(read_index([broken[0]])) == 3
+
+
+def test_a_description_without_the_checksum_is_told(broken):
+    directory, dataset = broken
+    del dataset["index_sha256"]
+    (directory / "dataset.json").write_text(json.dumps(dataset))
+    with pytest.raises(UserError, match=r"index.parquet does not match its checksum"):
+        read_index([directory])
+
+
 def test_a_broken_table_is_told(broken):
     path = broken[0] / "index.parquet"
     path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"index.parquet does not match its checksum .* delete .* shard it again"):
+        read_index([broken[0]])
+    describe_table(*broken)
     with pytest.raises(UserError, match=r"index.parquet cannot be read"):
         read_index([broken[0]])
     path.unlink()
@@ -149,8 +181,9 @@ def test_a_broken_table_is_told(broken):
 
 
 def test_a_table_of_other_columns_is_told(broken):
-    pyarrow.parquet.write_table(pyarrow.table({"key": ["a"]}), broken[0] / "index.parquet")
-    with pytest.raises(UserError, match=r"index.parquet"):
+    pyarrow.parquet.write_table(pyarrow.table({"key": ["a"] * 3}), broken[0] / "index.parquet")
+    describe_table(*broken)
+    with pytest.raises(UserError, match=r"index.parquet cannot be read \(No match for"):
         read_index([broken[0]])
 
 
