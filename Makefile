@@ -25,13 +25,13 @@ $(STAMP): setup.cfg constraints.txt
 	@touch $@
 
 demo: $(STAMP)  ## synthesise a corpus, shard, train with two processes, evaluate, transcribe
-	$(BIN)/python -m tests.corpus --out demo/corpus
+	$(BIN)/python -m synthetic_speech --out demo/corpus
 	$(BIN)/python -m ddp_asr.shard demo/corpus/train --out demo/shards/train
 	$(BIN)/python -m ddp_asr.shard demo/corpus/test --out demo/shards/test
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 --signals-to-handle=$(SIGNALS) \
 		-m ddp_asr.train --config configs/demo.yaml
 	$(BIN)/python -m ddp_asr.evaluate $(DEMO_RUN) demo/shards/test
-	@set -- $$($(BIN)/python -m tests.corpus --out demo/corpus --example); \
+	@set -- $$($(BIN)/python -m synthetic_speech --out demo/corpus --example); \
 		echo "A sentence and a voice that training has not met:"; \
 		audio=$$1; shift; echo "reference   $$*"; \
 		printf 'transcript  '; $(BIN)/python -m ddp_asr.transcribe $(DEMO_RUN) $$audio

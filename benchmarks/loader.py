@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     import torch
 
     from ddp_asr.config import Config
-    from ddp_asr.index import Index
-    from ddp_asr.loader import MicroBatch
+    from ddp_asr.data.index import Index
+    from ddp_asr.data.loader import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,10 @@ def floor(setup: Setup) -> Callable[[], None]:
 
 def loader(setup: Setup, epochs: int = 1) -> Iterator[MicroBatch]:
     """The trainer's own path, masks included."""
-    from ddp_asr.augment import draw
-    from ddp_asr.loader import train_loader
-    from ddp_asr.plan import Plan
-    from ddp_asr.vocabulary import Vocabulary
+    from ddp_asr.data.loader import train_loader
+    from ddp_asr.data.plan import Plan
+    from ddp_asr.features.masks import draw
+    from ddp_asr.text.characters import Vocabulary
 
     config, index = setup.config, setup.index
     plan = Plan(index.samples, index.key_hash, settings=config.batch)
@@ -97,7 +97,7 @@ def pipeline(setup: Setup) -> Iterator[tuple[Any, ...]]:
     """Stock WebDataset as its documentation has it, with the same decoder, targets and padding."""
     import webdataset
 
-    from ddp_asr.vocabulary import Vocabulary
+    from ddp_asr.text.characters import Vocabulary
 
     vocabulary = Vocabulary.from_config(setup.config.vocabulary)
     shards = [str(path) for path in setup.index.shards] * setup.times
@@ -193,7 +193,7 @@ def _synthesised(directory: Path) -> Path:
     """Shards of a synthesised corpus, many small ones: the stock pipeline deals out whole shards to its workers."""
     corpus, shards = directory / "corpus", directory / "shards"
     for command in (
-        ["tests.corpus", "--out", str(corpus), "--train-utterances", "400", "--test-utterances", "1"],
+        ["synthetic_speech", "--out", str(corpus), "--train-utterances", "400", "--test-utterances", "1"],
         ["ddp_asr.shard", str(corpus / "train"), "--out", str(shards), "--shard-mb", "2"],
     ):
         subprocess.run([sys.executable, "-m", *command], check=True, stdout=sys.stderr)
@@ -205,9 +205,9 @@ def _setup(directories: Sequence[Path], workers: int, hours: float) -> Setup:
     import numpy as np
 
     from ddp_asr import config
-    from ddp_asr.index import read_index
-    from ddp_asr.plan import Plan
-    from ddp_asr.vocabulary import Vocabulary, fit_targets
+    from ddp_asr.data.index import read_index
+    from ddp_asr.data.plan import Plan
+    from ddp_asr.text.characters import Vocabulary, fit_targets
 
     settings = config.Config(data=config.Data(workers=workers), batch=config.Batch(micro_batches=2))
     index = read_index(directories)

@@ -35,8 +35,8 @@ def librispeech_like(utterances: int) -> tuple[np.ndarray, np.ndarray]:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from ddp_asr.config import Batch
-    from ddp_asr.index import read_index
-    from ddp_asr.plan import Plan, fits
+    from ddp_asr.data.index import read_index
+    from ddp_asr.data.plan import Plan, fits
 
     samples, key_hash = librispeech_like(arguments.utterances)
     if arguments.shards:

@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ddp_asr.config import Config
-    from ddp_asr.distributed import World
-    from ddp_asr.index import Index
-    from ddp_asr.loader import MicroBatch
-    from ddp_asr.recogniser import Recogniser, Trained
-    from ddp_asr.score import Counts, Interval
+    from ddp_asr.data.index import Index
+    from ddp_asr.data.loader import MicroBatch
+    from ddp_asr.ranks.world import World
+    from ddp_asr.recognition.recogniser import Recogniser, Trained
+    from ddp_asr.text.score import Counts, Interval
 
 EXAMPLES = """
 examples:
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # one message a mistake: torch logs broken sockets on its own
     from ddp_asr.config import Distributed
-    from ddp_asr.distributed import RaisedElsewhere, join
+    from ddp_asr.ranks.world import RaisedElsewhere, join
 
     world = join(Distributed())
     try:
@@ -95,9 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate(arguments: argparse.Namespace, world: World) -> None:
     """Scores the corpus over all ranks; every rank raises the UserError of any."""
-    from ddp_asr.index import read_index
-    from ddp_asr.loader import eval_loader
-    from ddp_asr.recogniser import build_recogniser
+    from ddp_asr.data.index import read_index
+    from ddp_asr.data.loader import eval_loader
+    from ddp_asr.recognition.recogniser import build_recogniser
 
     world.at(0, "reading the checkpoint")
     # Rank 0 alone reads, because a training run may put a better best.pt in place between two ranks' looks.
@@ -125,7 +125,7 @@ def _prepare(arguments: argparse.Namespace) -> Trained:
             _aside(arguments.out).touch()
         except OSError as error:
             raise UserError(f"--out {arguments.out} cannot be written: {error.strerror}; name another place") from None
-    from ddp_asr.recogniser import read_trained
+    from ddp_asr.recognition.recogniser import read_trained
 
     return read_trained(arguments.checkpoint)
 
@@ -191,7 +191,7 @@ def _facts(trained: Trained, summary: Summary, index: Index, wall_s: float) -> d
 
 def _table(facts: dict[str, Any], summary: Summary, worst_shown: int) -> str:
     """The summary for people."""
-    from ddp_asr.score import worst
+    from ddp_asr.text.score import worst
 
     counts = summary.counts
     lines = [f"{facts['checkpoint']} (step {facts['step']}, epoch {facts['epoch']})"]
@@ -227,7 +227,7 @@ def _errors(counts: Counts) -> list[tuple[int, int, int]]:
 
 def _write_utterances(path: Path, summary: Summary) -> None:
     """A JSON object an utterance, in the corpus's order; the file is there whole or not at all."""
-    from ddp_asr.score import Counts
+    from ddp_asr.text.score import Counts
 
     try:
         with _aside(path).open("w", encoding="utf8") as file:
@@ -301,8 +301,8 @@ def rounds(
 
 def hear(recogniser: Recogniser, index: Index, batch: MicroBatch) -> list[Heard]:
     """What is recognised in each utterance of a micro-batch; none for the silent dummy of an empty one."""
-    from ddp_asr.decode import greedy
-    from ddp_asr.loss import ctc_loss
+    from ddp_asr.decoding.greedy import greedy
+    from ddp_asr.objective import ctc_loss
 
     vocabulary = recogniser.vocabulary
     logits, frames = recogniser.logits(batch.waveforms, batch.samples)
@@ -322,7 +322,7 @@ def hear(recogniser: Recogniser, index: Index, batch: MicroBatch) -> list[Heard]
 
 def summarise(heard: Iterable[Heard], bad: Iterable[tuple[str, str]] = ()) -> Summary:
     """The numbers of what all ranks heard, whoever heard it and in whichever order."""
-    from ddp_asr.score import Counts, count_each, intervals
+    from ddp_asr.text.score import Counts, count_each, intervals
 
     in_order = sorted(heard, key=lambda utterance: utterance.row)
     each = count_each([u.reference for u in in_order], [u.hypothesis for u in in_order])

@@ -38,8 +38,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ddp_asr import SAMPLE_RATE_HZ
-from ddp_asr.errors import UserError, run_entry_point
-from ddp_asr.sources import (
+from ddp_asr.data.sources import (
     BAD_AUDIO,
     DUPLICATE,
     EMPTY_TRANSCRIPT,
@@ -53,6 +52,7 @@ from ddp_asr.sources import (
     open_source,
     valid_text,
 )
+from ddp_asr.errors import UserError, run_entry_point
 
 if TYPE_CHECKING:
     import numpy as np
@@ -417,7 +417,7 @@ class Output:
 
     def finish(self) -> dict[str, Any]:
         """Index and drops, and `dataset.json` at the very end; returns the latter."""
-        from ddp_asr import index
+        from ddp_asr.data import index
 
         self.finish_shard()
         rows = [[row[0], n, *row[1:]] for n, sidecar in enumerate(self.finished) for row in sidecar["rows"]]
@@ -495,7 +495,7 @@ def verify(out: Path, workers: int) -> None:
     from rich.console import Console
     from rich.progress import track
 
-    from ddp_asr import index
+    from ddp_asr.data import index
 
     dataset = index.read_dataset_json(out)
     index.read_index([out])  # compares the checksum of index.parquet, too
@@ -574,7 +574,7 @@ class Options:
 
     def describe(self, source: Source) -> dict[str, Any]:
         """What decides the bytes of an output, and so what must be equal for it to be gone on with or left alone."""
-        from ddp_asr import index
+        from ddp_asr.data import index
 
         settings = {"shard_mb": self.shard_mb, "max_seconds": self.max_seconds}
         return {
@@ -628,7 +628,7 @@ def _fill(options: Options, source: Source, description: dict[str, Any], created
 
 def _complete(out: Path, description: dict[str, Any]) -> dict[str, Any] | None:
     """`dataset.json`, where the directory is complete and was made from this source with these settings."""
-    from ddp_asr import index
+    from ddp_asr.data import index
 
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a directory")

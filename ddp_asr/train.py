@@ -22,7 +22,7 @@ from ddp_asr.config import Config, load_config, require_shards
 from ddp_asr.errors import UserError, run_entry_point
 
 if TYPE_CHECKING:
-    from ddp_asr.session import Session
+    from ddp_asr.training.session import Session
 
 DEFAULT_CONFIG = Path("configs/librispeech_100.yaml")
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dry_run(config: Config) -> int:
-    from ddp_asr.dry_run import report
+    from ddp_asr.training.dry_run import report
 
     if os.environ.get("RANK", "0") == "0":
         print(report(config, int(os.environ.get("WORLD_SIZE") or 1)))
@@ -111,9 +111,9 @@ def run(config: Config, *, resume: str = "auto", profile_steps: int = 0, mistake
     A `mistake` that this rank has found in the settings is raised once the ranks have met.
     """
     _quiet_torch()
-    from ddp_asr.distributed import PeerLost, RaisedElsewhere, describe, join
-    from ddp_asr.session import Session
-    from ddp_asr.signals import StoppedBeforeTraining
+    from ddp_asr.ranks.signals import StoppedBeforeTraining
+    from ddp_asr.ranks.world import PeerLost, RaisedElsewhere, describe, join
+    from ddp_asr.training.session import Session
 
     session: Session | None = None
     world = join(config.distributed, Path(config.run.dir) / config.run.name)

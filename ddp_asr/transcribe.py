@@ -26,8 +26,8 @@ from ddp_asr.errors import UserError, run_entry_point
 if TYPE_CHECKING:
     import numpy as np
 
-    from ddp_asr.decode import Word
-    from ddp_asr.recogniser import Recogniser
+    from ddp_asr.decoding.greedy import Word
+    from ddp_asr.recognition.recogniser import Recogniser
 
 EXAMPLES = """
 examples:
@@ -69,7 +69,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when every file was transcribed; one that cannot be read is named and the others still come."""
     arguments = parse_arguments(argv)
-    from ddp_asr.recogniser import load_recogniser
+    from ddp_asr.recognition.recogniser import load_recogniser
 
     recogniser = load_recogniser(arguments.checkpoint)
     longest_samples = int(arguments.piece_seconds * SAMPLE_RATE_HZ)
@@ -131,7 +131,7 @@ def _words_of(recogniser: Recogniser, waveform: np.ndarray, pieces: list[slice])
     """The words of `pieces`, in order, with their times in the whole recording."""
     import torch
 
-    from ddp_asr.decode import Word, word_times
+    from ddp_asr.decoding.greedy import Word, word_times
 
     samples = torch.tensor([piece.stop - piece.start for piece in pieces])
     waveforms = torch.zeros(len(pieces), int(samples.max()), dtype=torch.int16)  # (B, S)

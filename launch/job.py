@@ -35,7 +35,7 @@ from typing import Any
 
 from ddp_asr.config import load_config
 from ddp_asr.errors import UserError, run_entry_point
-from ddp_asr.run_directory import read_status
+from ddp_asr.runs.directory import read_status
 from launch import cluster
 
 MAX_FAILURES = 3

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddp_asr.display import duration, number, percent
 from ddp_asr.errors import UserError, run_entry_point
-from ddp_asr.lease import DEAD_AFTER_S, Verdict, Watch
-from ddp_asr.run_directory import read_status
+from ddp_asr.runs.directory import read_status
+from ddp_asr.runs.display import duration, number, percent
+from ddp_asr.runs.lease import DEAD_AFTER_S, Verdict, Watch
 from launch import cluster
 from launch.cluster import JobState
 from launch.submit import read_job

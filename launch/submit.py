@@ -22,7 +22,7 @@ from typing import Any
 
 from ddp_asr.config import Config, describe, load_config, require_shards, settings_help
 from ddp_asr.errors import UserError, run_entry_point
-from ddp_asr.run_directory import read_status
+from ddp_asr.runs.directory import read_status
 from launch import cluster, job
 from launch.cluster import Request, Submission
 
@@ -104,7 +104,7 @@ def submit_training(
 
 def check(config: Config, request: Request) -> None:
     """Raises a UserError for whatever would end the run before its first step, as far as a login node can tell."""
-    from ddp_asr.corpus import read_corpus
+    from ddp_asr.data.corpus import read_corpus
 
     require_shards(config)
     if request.max_ranks > config.batch.micro_batches:

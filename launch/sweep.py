@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from ddp_asr.config import Config
-from ddp_asr.display import number, percent
 from ddp_asr.errors import UserError, run_entry_point
+from ddp_asr.runs.display import number, percent
 from launch import cluster, job, status, submit
 from launch.cluster import Request, Submission
 from launch.search import Trial, plan, read_sweep

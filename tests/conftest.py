@@ -42,7 +42,7 @@ def _why_no_gpu() -> str:
 @pytest.fixture(scope="session")
 def synthetic_corpus(tmp_path_factory) -> Path:
     """A small synthesised corpus: directories `train` and `test` in LibriSpeech's layout."""
-    from tests.corpus import make_corpus
+    from synthetic_speech.corpus import make_corpus
 
     directory = tmp_path_factory.mktemp("synthetic")
     make_corpus(directory, train_utterances=48, test_utterances=12)

@@ -15,8 +15,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ddp_asr import checkpoint
-from ddp_asr.checkpoint import (
+from ddp_asr.errors import UserError
+from ddp_asr.runs import checkpoint
+from ddp_asr.runs.checkpoint import (
     BackgroundWriter,
     DamagedCheckpoint,
     newest_good,
@@ -27,8 +28,7 @@ from ddp_asr.checkpoint import (
     step_path,
     write,
 )
-from ddp_asr.errors import UserError
-from ddp_asr.lease import LeaseLost
+from ddp_asr.runs.lease import LeaseLost
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HANG_S = 60.0
@@ -315,7 +315,7 @@ WRITER = """
 import io, sys, time
 from pathlib import Path
 import torch
-from ddp_asr import checkpoint
+from ddp_asr.runs import checkpoint
 
 run_directory, when = Path(sys.argv[1]), sys.argv[2]
 written_bytes = 0
@@ -366,7 +366,7 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 import torch
-from ddp_asr import checkpoint
+from ddp_asr.runs import checkpoint
 from ddp_asr.errors import UserError
 
 run_directory, limit_bytes = Path(sys.argv[1]), int(sys.argv[2])

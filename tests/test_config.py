@@ -309,7 +309,7 @@ def test_the_first_difference_comes_first():
 
 def reads():
     """(owner, name) of each attribute that the package reads; of config.py only what its dataclasses compute."""
-    for path in sorted((REPOSITORY / "ddp_asr").glob("*.py")):
+    for path in sorted((REPOSITORY / "ddp_asr").rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf8"))
         if path.stem == "config":
             tree = ast.Module([node for node in tree.body if isinstance(node, ast.ClassDef)], [])

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddp_asr.display import PLAIN_EVERY_S, Display, column, draw_curves, duration, read_metrics, smooth
+from ddp_asr.runs.display import PLAIN_EVERY_S, Display, column, draw_curves, duration, read_metrics, smooth
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -111,7 +111,7 @@ def test_duration(seconds, text):
 
 
 SHOW = """
-    from ddp_asr.display import Display
+    from ddp_asr.runs.display import Display
     display = Display(200, 4, 50)
     line = {"step": 7, "epoch": 1, "loss": 1.25, "learning_rate": 5e-4, "audio_s_per_s": 312.0}
     display.train(line)
@@ -231,7 +231,7 @@ def test_a_failed_drawing_leaves_the_old_picture(tmp_path, monkeypatch):
 
 def test_a_display_needs_no_matplotlib():
     code = (
-        "import sys; from ddp_asr.display import Display; Display(1, 1, 1).message('x');"
+        "import sys; from ddp_asr.runs.display import Display; Display(1, 1, 1).message('x');"
         "assert not {'matplotlib', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)

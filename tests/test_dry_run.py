@@ -8,11 +8,11 @@ import torch
 
 from ddp_asr import SAMPLE_RATE_HZ, train
 from ddp_asr.config import config_from_dict
-from ddp_asr.corpus import read_corpus
-from ddp_asr.dry_run import activation_bytes_per_second, report
+from ddp_asr.data.corpus import read_corpus
+from ddp_asr.encoders.rescnn_bigru import AcousticModel
 from ddp_asr.errors import UserError
-from ddp_asr.loss import ctc_loss
-from ddp_asr.model import AcousticModel
+from ddp_asr.objective import ctc_loss
+from ddp_asr.training.dry_run import activation_bytes_per_second, report
 from tests.tiny_speech import manifest, noise, shard
 
 SECTIONS = {

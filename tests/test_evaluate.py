@@ -14,11 +14,12 @@ import pytest
 import soundfile
 import torch
 
-from ddp_asr import checkpoint, evaluate, shard
+from ddp_asr import evaluate, shard
+from ddp_asr.data.index import read_index
 from ddp_asr.errors import UserError
 from ddp_asr.evaluate import Heard, summarise
-from ddp_asr.index import read_index
-from ddp_asr.recogniser import load_recogniser, read_trained
+from ddp_asr.recognition.recogniser import load_recogniser, read_trained
+from ddp_asr.runs import checkpoint
 from tests.tiny_recogniser import noises, tiny_state, write_checkpoint
 
 UTTERANCES = 23
@@ -57,8 +58,8 @@ def best(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(best, shards):
     """What a recogniser hears in each utterance, one at a time, without any of the code under test."""
-    from ddp_asr import decode
-    from ddp_asr.loss import ctc_loss
+    from ddp_asr.decoding import greedy as decode
+    from ddp_asr.objective import ctc_loss
 
     recogniser = load_recogniser(best)
     index = read_index([shards])
@@ -176,7 +177,7 @@ def test_a_mistake_ends_every_process_with_one_sentence(best, tmp_path):
 
 
 def test_rounds_are_as_many_on_every_rank_and_can_be_left_early(best, shards):
-    from ddp_asr.loader import eval_loader
+    from ddp_asr.data.loader import eval_loader
 
     recogniser = load_recogniser(best)
     index = read_index([shards])

@@ -5,7 +5,7 @@ import tarfile
 
 import pytest
 
-from ddp_asr.index import read_index
+from ddp_asr.data.index import read_index
 from tests import tiny_speech
 
 

@@ -8,18 +8,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddp_asr import augment, config
+from ddp_asr import config
 from ddp_asr.config import load_config
-from ddp_asr.corpus import read_corpus
-from ddp_asr.distributed import World
-from ddp_asr.features import LogMel
-from ddp_asr.loader import train_loader
-from ddp_asr.model import AcousticModel
-from ddp_asr.optim import make_optimizer
-from ddp_asr.precision import autocast, set_matmul_precision
-from ddp_asr.rehearsal import rehearse
-from ddp_asr.signals import StopRequest
-from ddp_asr.trainer import Hooks, Learner, Progress, Schedule, Trainer
+from ddp_asr.data.corpus import read_corpus
+from ddp_asr.data.loader import train_loader
+from ddp_asr.encoders.rescnn_bigru import AcousticModel
+from ddp_asr.features import masks as augment
+from ddp_asr.features.log_mel import LogMel
+from ddp_asr.ranks.signals import StopRequest
+from ddp_asr.ranks.world import World
+from ddp_asr.training.loop import Hooks, Learner, Progress, Schedule, Trainer
+from ddp_asr.training.optim import make_optimizer
+from ddp_asr.training.precision import autocast, set_matmul_precision
+from ddp_asr.training.rehearsal import rehearse
 from tests import tiny_training as tiny
 
 pytestmark = pytest.mark.gpu

@@ -9,9 +9,9 @@ import pyarrow
 import pytest
 import soundfile
 
-from ddp_asr import index
+from ddp_asr.data import index
+from ddp_asr.data.index import key_hashes, read_dataset_json, read_index
 from ddp_asr.errors import UserError
-from ddp_asr.index import key_hashes, read_dataset_json, read_index
 from tests import tiny_speech
 
 

@@ -149,7 +149,9 @@ def test_the_place_of_a_task(monkeypatch):
 def test_the_frozen_code_is_what_runs(tmp_path):
     code = job.freeze_code(tmp_path)
     ours = [
-        f"{package}/{path.name}" for package in ("ddp_asr", "launch") for path in (REPOSITORY / package).glob("*.py")
+        str(path.relative_to(REPOSITORY))
+        for package in ("ddp_asr", "launch")
+        for path in (REPOSITORY / package).rglob("*.py")
     ]
     assert sorted(str(path.relative_to(code)) for path in code.rglob("*") if path.is_file()) == sorted(ours)
     ask = "import ddp_asr.config, launch.job; print(ddp_asr.config.__file__, launch.job.__file__)"

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddp_asr.errors import UserError
-from ddp_asr.lease import Lease
-from ddp_asr.run_directory import RunDirectory, read_lines
+from ddp_asr.runs.directory import RunDirectory, read_lines
+from ddp_asr.runs.lease import Lease
 from launch import status
 from launch.cluster import JobState
 from launch.status import Reader, Standing, Witnesses, find_runs, judge, last_lines, main
@@ -276,7 +276,7 @@ def test_somebodys_own_files_are_listed_and_break_nothing(tmp_path):
 DIE_WITH_A_LEASE = """
 import sys
 from pathlib import Path
-from ddp_asr.lease import Lease
+from ddp_asr.runs.lease import Lease
 Lease.acquire(Path(sys.argv[1]), job_id=None, attempt=1)
 """
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from ddp_asr import lease as lease_module
 from ddp_asr.errors import UserError
-from ddp_asr.lease import DEAD_AFTER_S, POLL_S, Lease, LeaseLost, Owner, Watch, is_dead, is_gone, read_owner
+from ddp_asr.runs import lease as lease_module
+from ddp_asr.runs.lease import DEAD_AFTER_S, POLL_S, Lease, LeaseLost, Owner, Watch, is_dead, is_gone, read_owner
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are known through /proc")
@@ -88,7 +88,7 @@ def sleeper() -> Iterator[subprocess.Popen]:
 
 def python(code: str, *arguments: object) -> subprocess.Popen:
     """A process that imports the lease and talks over its standard streams."""
-    code = f"import sys, pathlib\nfrom ddp_asr.errors import UserError\nfrom ddp_asr.lease import *\n{code}"
+    code = f"import sys, pathlib\nfrom ddp_asr.errors import UserError\nfrom ddp_asr.runs.lease import *\n{code}"
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         stdin=subprocess.PIPE,

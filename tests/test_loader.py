@@ -19,11 +19,13 @@ import pytest
 import soundfile
 import torch
 
-from ddp_asr import augment, index, loader, shard
+from ddp_asr import shard
 from ddp_asr.config import Augment, Batch, Config, Data, Train
+from ddp_asr.data import index, loader
+from ddp_asr.data.plan import Plan, speed_samples
 from ddp_asr.errors import UserError
-from ddp_asr.plan import Plan, speed_samples
-from ddp_asr.vocabulary import Vocabulary
+from ddp_asr.features import masks as augment
+from ddp_asr.text.characters import Vocabulary
 from tests.conftest import REPOSITORY
 
 VOCABULARY = Vocabulary("' abcdefghijklmnopqrstuvwxyz")
@@ -387,8 +389,8 @@ def test_shards_are_copied_once_and_read_the_same(whole, tmp_path):
 def test_ranks_that_copy_at_once_copy_each_shard_once(shards, tmp_path):
     program = textwrap.dedent("""
         import sys
-        from ddp_asr import loader
-        from ddp_asr.index import read_index
+        from ddp_asr.data import loader
+        from ddp_asr.data.index import read_index
         copies = []
         copy = loader._copy
         loader._copy = lambda source, target: copies.append(source.name) or copy(source, target)

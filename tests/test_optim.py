@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ddp_asr import config
-from ddp_asr.model import AcousticModel
-from ddp_asr.optim import WeightAverage, learning_rate, make_optimizer
+from ddp_asr.encoders.rescnn_bigru import AcousticModel
+from ddp_asr.training.optim import WeightAverage, learning_rate, make_optimizer
 
 
 def torchs_rates(total_steps, settings):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from ddp_asr import SAMPLE_RATE_HZ
 from ddp_asr.config import Batch
+from ddp_asr.data.plan import Plan, draw_speeds, fits, share, speed_samples
 from ddp_asr.errors import UserError
-from ddp_asr.plan import Plan, draw_speeds, fits, share, speed_samples
 
 SPEEDS = st.sampled_from([(1.0,), (0.9, 1.0, 1.1), (0.5, 2.0)])
 

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddp_asr import positions
-from ddp_asr.positions import Alone, End, Positions, Post, Seen, find_suspect
+from ddp_asr.ranks import positions
+from ddp_asr.ranks.positions import Alone, End, Positions, Post, Seen, find_suspect
 from tests import tiny_training as tiny
 from tests.conftest import REPOSITORY
 
@@ -455,7 +455,7 @@ def patient_backend() -> None:
 
     import torch.distributed as dist
 
-    from ddp_asr import distributed
+    from ddp_asr.ranks import world as distributed
 
     def initialise(*arguments, before=dist.init_process_group, **named):
         return before(*arguments, **{**named, "timeout": datetime.timedelta(minutes=10)})
@@ -475,7 +475,7 @@ def test_a_defect_on_one_rank_is_told_to_the_others(tiny_corpus, tmp_path, rank)
 
 
 def failing() -> None:
-    from ddp_asr.trainer import Learner
+    from ddp_asr.training.loop import Learner
 
     def accumulate(self, batch, *, step, micro_batch, last, before=Learner.accumulate):
         if step == 4 and os.environ["RANK"] == os.environ["BAD_RANK"]:

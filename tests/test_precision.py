@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ddp_asr.errors import UserError
-from ddp_asr.precision import autocast, make_scaler, resolve, set_matmul_precision
+from ddp_asr.training.precision import autocast, make_scaler, resolve, set_matmul_precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

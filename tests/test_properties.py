@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddp_asr import augment
 from ddp_asr.config import load_config
-from ddp_asr.corpus import read_corpus
-from ddp_asr.distributed import World
-from ddp_asr.features import LogMel
-from ddp_asr.index import Index
-from ddp_asr.loader import train_loader
-from ddp_asr.model import AcousticModel
-from ddp_asr.optim import make_optimizer
-from ddp_asr.trainer import Learner
+from ddp_asr.data.corpus import read_corpus
+from ddp_asr.data.index import Index
+from ddp_asr.data.loader import train_loader
+from ddp_asr.encoders.rescnn_bigru import AcousticModel
+from ddp_asr.features import masks as augment
+from ddp_asr.features.log_mel import LogMel
+from ddp_asr.ranks.world import World
+from ddp_asr.training.loop import Learner
+from ddp_asr.training.optim import make_optimizer
 from tests import tiny_training as tiny
 
 WORLD_SIZES = (1, 2, 3, 4)
@@ -248,7 +248,8 @@ def leaving_no_trace() -> None:
 
     import numpy as np
 
-    from ddp_asr import checkpoint, session
+    from ddp_asr.runs import checkpoint
+    from ddp_asr.training import session
 
     def everything(learner):
         randomness = [torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()]
@@ -269,7 +270,7 @@ def leaving_no_trace() -> None:
 
 
 def without_rehearsal() -> None:
-    from ddp_asr import session
+    from ddp_asr.training import session
 
     session.rehearse = lambda corpus, learner: []
     session.settle = lambda corpus, learner: None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ddp_asr import checkpoint
+from ddp_asr.runs import checkpoint
 from tests import tiny_training as tiny
 from tests.test_tracking import in_archive
 
@@ -196,7 +196,7 @@ def test_a_defect_of_ours_on_one_rank_ends_the_others(tiny_corpus, tmp_path):
 
 
 def failing_at_step_4() -> None:
-    from ddp_asr.trainer import Learner
+    from ddp_asr.training.loop import Learner
 
     before = Learner.accumulate
 

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from ddp_asr import sources
 from ddp_asr.config import Config, load_config
-from ddp_asr.index import read_dataset_json
-from ddp_asr.signals import SIGNALS
+from ddp_asr.data import sources
+from ddp_asr.data.index import read_dataset_json
+from ddp_asr.ranks.signals import SIGNALS
 from launch import cluster, job
 from tests import tiny_speech
 from tests.conftest import REPOSITORY

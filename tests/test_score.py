@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddp_asr import score
-from ddp_asr.score import Counts
+from ddp_asr.text import score
+from ddp_asr.text.score import Counts
 
 
 def edit_distance(reference: list[str] | str, hypothesis: list[str] | str) -> int:

@@ -8,9 +8,9 @@ import pytest
 import torch
 import yaml
 
-from ddp_asr import checkpoint
 from ddp_asr.config import load_config
-from ddp_asr.session import make_schedule
+from ddp_asr.runs import checkpoint
+from ddp_asr.training.session import make_schedule
 from tests import tiny_training as tiny
 from tests.conftest import REPOSITORY
 

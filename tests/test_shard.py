@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from ddp_asr import shard, sources
+from ddp_asr import shard
+from ddp_asr.data import sources
+from ddp_asr.data.index import read_index
 from ddp_asr.errors import UserError
-from ddp_asr.index import read_index
 from tests import tiny_speech
 from tests.test_sources import serving
 from tests.tiny_speech import content, encode, noise

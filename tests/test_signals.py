@@ -18,7 +18,7 @@ def script(body: str, **options) -> subprocess.Popen:
     """A process with a StopRequest `stop` of half a second's grace, which writes lines."""
     head = """
         import os, signal, sys, threading, time
-        from ddp_asr.signals import StopRequest, StoppedBeforeTraining
+        from ddp_asr.ranks.signals import StopRequest, StoppedBeforeTraining
         def say(text): print(text, flush=True)
         stop = StopRequest(0.5, lambda reason: say("overdue: " + reason))
         stop.install()
@@ -136,7 +136,7 @@ def test_a_rank_whose_torchrun_has_gone_stops_as_on_sigterm():
         os.kill(os.getpid(), 9)
     """
     child = """
-            from ddp_asr.signals import StopRequest, StoppedBeforeTraining
+            from ddp_asr.ranks.signals import StopRequest, StoppedBeforeTraining
             import threading
             os.environ["TORCHELASTIC_RUN_ID"] = "by torchrun"
             try:
@@ -183,7 +183,7 @@ def slow_setting_up() -> None:
     """Reading the corpus never ends on rank 1, and the others wait for it in a collective."""
     import threading
 
-    from ddp_asr import session
+    from ddp_asr.training import session
 
     def read_corpus(config, before=session.read_corpus):
         print("setting up", flush=True)

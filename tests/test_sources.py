@@ -14,9 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddp_asr import sources
-from ddp_asr.errors import UserError
-from ddp_asr.sources import (
+from ddp_asr.data import sources
+from ddp_asr.data.sources import (
     BAD_LINE,
     DUPLICATE,
     MISSING_AUDIO,
@@ -26,6 +25,7 @@ from ddp_asr.sources import (
     sanitise_key,
     stream_archive,
 )
+from ddp_asr.errors import UserError
 from tests import tiny_speech
 
 

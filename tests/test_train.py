@@ -156,7 +156,7 @@ def test_a_loader_process_that_dies_ends_the_run(tiny_corpus, tmp_path):
 
 def dying_worker() -> None:
     """Rank 0's loader process is killed at its third micro-batch, as by the kernel for want of memory."""
-    from ddp_asr.loader import Recordings
+    from ddp_asr.data.loader import Recordings
 
     if os.environ["RANK"] != "0":
         return

@@ -13,9 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddp_asr import decode, transcribe
+from ddp_asr import transcribe
+from ddp_asr.decoding import greedy as decode
 from ddp_asr.errors import UserError
-from ddp_asr.recogniser import load_recogniser
+from ddp_asr.recognition.recogniser import load_recogniser
 from tests.tiny_recogniser import noises, write_checkpoint
 
 

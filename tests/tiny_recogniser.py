@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddp_asr import checkpoint, config
-from ddp_asr.model import AcousticModel
-from ddp_asr.vocabulary import Vocabulary
+from ddp_asr import config
+from ddp_asr.encoders.rescnn_bigru import AcousticModel
+from ddp_asr.runs import checkpoint
+from ddp_asr.text.characters import Vocabulary
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "features": {"mel_bands": 16, "n_fft": 512},

@@ -30,7 +30,7 @@ import numpy as np
 import soundfile
 import torch
 
-from ddp_asr import checkpoint
+from ddp_asr.runs import checkpoint
 from tests.conftest import REPOSITORY
 from tests.tiny_recogniser import noises
 from tests.tiny_speech import shard
@@ -95,7 +95,7 @@ def make_corpus(directory: Path) -> TinyCorpus:
 
 _processes = multiprocessing.get_context("forkserver")
 # torch._dynamo is what torch's optimisers import when the first one is made; it takes two seconds.
-_processes.set_forkserver_preload(["ddp_asr.session", "ddp_asr.train", "tests.tiny_training", "torch._dynamo"])
+_processes.set_forkserver_preload(["ddp_asr.training.session", "ddp_asr.train", "tests.tiny_training", "torch._dynamo"])
 
 Patch = Callable[[], None]
 
@@ -272,7 +272,7 @@ def wait_until(condition: Callable[[], object], what: str, limit_s: float = LIMI
 
 def without_pictures() -> None:
     """Drawing takes longer than a tiny training; runs of the real command draw."""
-    from ddp_asr import display
+    from ddp_asr.runs import display
 
     display.draw_curves = display.draw_spectrogram = lambda *_: None  # type: ignore[assignment]
 
@@ -284,7 +284,7 @@ def in_double() -> None:
 
 def writing_down(directory: Path) -> None:
     """Each rank writes down the utterances of every micro-batch that it trains."""
-    from ddp_asr.trainer import Learner
+    from ddp_asr.training.loop import Learner
 
     before, file = Learner.accumulate, directory / f"rank-{os.environ['RANK']}.jsonl"
 
@@ -321,7 +321,7 @@ class Gate:
 
     def __call__(self) -> None:
         from ddp_asr import evaluate
-        from ddp_asr.trainer import Learner
+        from ddp_asr.training.loop import Learner
 
         if int(os.environ["RANK"]) != self.rank:
             return
@@ -356,7 +356,7 @@ class Gate:
 
 def infinite_loss(steps: Sequence[int], rank: int) -> None:
     """One utterance of the rank has an infinite loss in each of the steps."""
-    from ddp_asr.trainer import Learner
+    from ddp_asr.training.loop import Learner
 
     if int(os.environ["RANK"]) != rank:
         return

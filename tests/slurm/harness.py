@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddp_asr import checkpoint
+from ddp_asr.runs import checkpoint
 from launch import cluster as slurm
 from tests.conftest import REPOSITORY
 from tests.tiny_training import TinyCorpus

@@ -3,7 +3,7 @@
 import re
 from functools import partial
 
-from ddp_asr import checkpoint
+from ddp_asr.runs import checkpoint
 from tests import tiny_training as tiny
 from tests.slurm import harness
 from tests.slurm.harness import Gate, Shape

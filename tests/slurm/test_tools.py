@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 
-from ddp_asr.run_directory import read_lines
+from ddp_asr.runs.directory import read_lines
 from tests import tiny_speech, tiny_training
 from tests.conftest import REPOSITORY
 from tests.slurm import harness

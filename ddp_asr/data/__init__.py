@@ -1,0 +1,1 @@
+"""From audio with transcripts to the micro-batches of a training."""

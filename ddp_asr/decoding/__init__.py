@@ -1,0 +1,1 @@
+"""From logits (B, T', V) to hypotheses, one module a decoder."""

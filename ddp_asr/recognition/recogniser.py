@@ -1,0 +1,126 @@
+"""A checkpoint as something that hears: waveforms in, logits out.
+
+    checkpoint or run directory --read_trained--> Trained --build_recogniser--> Recogniser
+
+Evaluation, transcription and training along the way all run the model through `Recogniser.logits`. The weights are the
+moving average where the training kept one, as when it was evaluated along the way.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddp_asr.config import Config, config_from_dict
+from ddp_asr.encoders.rescnn_bigru import AcousticModel
+from ddp_asr.errors import UserError
+from ddp_asr.features.log_mel import LogMel
+from ddp_asr.runs.checkpoint import DamagedCheckpoint, newest_good, read
+from ddp_asr.text.characters import Vocabulary
+from ddp_asr.training.precision import autocast, resolve, set_matmul_precision
+
+
+@dataclass(frozen=True)
+class Recogniser:
+    """A model with all that stands before and after it: waveforms in, logits out, and what the logits mean."""
+
+    config: Config
+    vocabulary: Vocabulary
+    log_mel: LogMel
+    model: AcousticModel
+    device: torch.device
+    precision: str
+
+    def logits(self, waveforms: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """Waveforms (B, S) int16 and samples (B,) -> logits (B, T', V) and frames (B,), without gradients."""
+        waveforms, samples = waveforms.to(self.device, non_blocking=True), samples.to(self.device, non_blocking=True)
+        with torch.no_grad(), autocast(self.precision, self.device):
+            features, frames = self.log_mel(waveforms, samples)
+            logits, frames, _ = self.model(features, frames)
+            return logits, frames
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a checkpoint says about a recogniser, without the state of its training."""
+
+    path: str
+    step: int
+    epoch: int
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+
+
+def read_trained(checkpoint: str | Path) -> Trained:
+    """Reads a checkpoint file, or a run directory's best.pt, else its newest good checkpoint.
+
+    Raises:
+        UserError: there is none, it is damaged, or it is not one of a training run.
+    """
+    path = Path(checkpoint)
+    if path.is_dir():
+        return _read_run(path)
+    if not path.exists():
+        raise UserError(f"there is no {path}: name a run directory (runs/NAME) or a .pt file")
+    try:
+        return _trained(path, read(path))
+    except DamagedCheckpoint as error:
+        raise UserError(f"checkpoint {path} is damaged ({error.reason}): name another one of its run") from None
+
+
+def _read_run(run_directory: Path) -> Trained:
+    def pass_over(path: Path, reason: str) -> None:
+        print(f"warning: {path} is damaged ({reason}) and passed over", file=sys.stderr, flush=True)
+
+    best = run_directory / "best.pt"
+    try:
+        if best.is_file():
+            return _trained(best, read(best))
+    except DamagedCheckpoint as error:
+        pass_over(best, error.reason)
+    found = newest_good(run_directory, pass_over)
+    if found is None:
+        raise UserError(f"{run_directory} holds no good checkpoint: name a run directory (runs/NAME) or a .pt file")
+    return _trained(found.path, found.state)
+
+
+def _trained(path: Path, state: dict[str, Any]) -> Trained:
+    try:
+        weights = dict(state["model"])
+        if state["averages"] is not None:
+            weights.update(state["averages"])  # what training evaluated, too
+        return Trained(str(path), int(state["step"]), int(state["epoch"]), state["config"], weights)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is no checkpoint of a training run ({error!r}): name one that python -m ddp_asr.train wrote"
+        ) from None
+
+
+def build_recogniser(trained: Trained, device: torch.device, precision: str = "fp32") -> Recogniser:
+    """The recogniser of a checkpoint, ready to hear."""
+    config = config_from_dict(trained.config, f"the checkpoint {trained.path}")
+    vocabulary = Vocabulary.from_config(config.vocabulary)
+    model = AcousticModel(config.features, config.model, vocabulary.size)
+    try:
+        model.load_state_dict(trained.weights)
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[-1].strip()
+        raise UserError(
+            f"the weights in {trained.path} are not those of the model that its settings describe ({first}): "
+            "it was written by another version of this program, or put together by hand"
+        ) from None
+    precision = resolve(precision, device)
+    set_matmul_precision(precision)
+    log_mel = LogMel(config.features).to(device)
+    return Recogniser(config, vocabulary, log_mel, model.to(device).eval(), device, precision)
+
+
+def load_recogniser(checkpoint: str | Path, precision: str = "fp32") -> Recogniser:
+    """The recogniser of a checkpoint or run directory, on the GPU where there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return build_recogniser(read_trained(checkpoint), device, precision)

@@ -1,0 +1,1 @@
+"""From transcripts to classes and back, and texts against texts."""

@@ -1,0 +1,1 @@
+"""One training: the loop, what a step does, and what an attempt prepares."""

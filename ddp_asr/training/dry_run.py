@@ -1,0 +1,104 @@
+"""`--dry-run`: what a run would be, from the index and the settings alone; no audio is read and nothing is started."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ddp_asr import SAMPLE_RATE_HZ
+from ddp_asr.config import Config, describe
+from ddp_asr.data.corpus import Corpus, read_corpus
+from ddp_asr.data.index import read_index
+from ddp_asr.data.plan import share, speed_samples
+from ddp_asr.encoders.rescnn_bigru import AcousticModel, count_parameters
+
+_FLOAT_BYTES = 4
+_OPTIMISER_COPIES = 4  # weights, gradients and AdamW's two moments
+_WORLD_SIZES = (2, 4, 8, 16, 32)
+
+
+def report(config: Config, world_size: int) -> str:
+    """The report as text; raises the UserErrors that the run itself would raise before its first step."""
+    share(config.batch.micro_batches, 0, world_size)
+    corpus = read_corpus(config)
+    model = AcousticModel(config.features, config.model, corpus.vocabulary.size)
+    sections = [
+        _run_lines(config, corpus, count_parameters(model)),
+        _plan_lines(config, corpus, world_size),
+        _memory_lines(config, corpus, model),
+        _left_out_lines(corpus),
+        [describe(config).rstrip()],
+    ]
+    return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def _run_lines(config: Config, corpus: Corpus, parameters: int) -> list[str]:
+    test = read_index(config.data.test) if config.data.test else None
+    tested = f"{len(test):,} utterances, {test.samples.sum() / SAMPLE_RATE_HZ / 3600:.2f} h" if test else "none"
+    return [
+        f"run               {Path(config.run.dir) / config.run.name}",
+        f"model             {parameters:,} parameters, {corpus.vocabulary.size} classes",
+        f"training data     {len(corpus.index):,} utterances, {corpus.hours:.2f} h",
+        f"test data         {tested}",
+    ]
+
+
+def _plan_lines(config: Config, corpus: Corpus, world_size: int) -> list[str]:
+    plan, epoch = corpus.plan, corpus.plan.epoch(0)
+    sizes = np.diff(epoch.bounds)
+    audio_s = corpus.index.samples.sum() / SAMPLE_RATE_HZ / plan.steps_per_epoch
+    sizes_of_world = [w for w in sorted({*_WORLD_SIZES, world_size}) if 1 < w <= config.batch.micro_batches]
+    balance = ", ".join(f"{epoch.balance(w):.3f} on {w}" for w in sizes_of_world) or "1 process only"
+    return [
+        f"steps             {plan.steps_per_epoch:,} an epoch, {plan.steps_per_epoch * config.train.epochs:,} in all",
+        f"a step            {config.batch.micro_batches} micro-batches, {audio_s:.0f} s of audio on average",
+        f"a micro-batch     {sizes.min()} to {sizes.max()} utterances, from {len(plan.buckets)} bucket(s) of duration",
+        f"padding           {epoch.padding:.1%} of what is computed (epoch 1)",
+        f"balance           {balance} processes (share of the slowest rank's time that the average rank works)",
+        f"processes         up to {config.batch.micro_batches}; the result is the same for any number",
+    ]
+
+
+def _memory_lines(config: Config, corpus: Corpus, model: AcousticModel) -> list[str]:
+    lines = []
+    a_second = activation_bytes_per_second(config, model)
+    fixed = count_parameters(model) * _FLOAT_BYTES * _OPTIMISER_COPIES
+    for name, rows in corpus.plan.corners(corpus.target_lengths).items():
+        samples = speed_samples(corpus.index.samples[rows], min(corpus.plan.speeds))
+        longest_s = float(samples.max()) / SAMPLE_RATE_HZ
+        total = fixed + a_second * longest_s * len(rows)
+        lines.append(f"  {name:22}{len(rows)} x {longest_s:.1f} s, about {total / 2**30:.2f} GiB")
+    title = "largest micro-batches, with weights, gradients and optimiser in fp32 (estimate)"
+    return [title, *dict.fromkeys(lines)]
+
+
+def activation_bytes_per_second(config: Config, model: AcousticModel) -> float:
+    """What autograd keeps in fp32 for each second of padded audio, counted over one forward pass of two seconds.
+
+    Everything that is kept grows with utterances x frames, so a short piece tells. Counted is what the CPU's GRU
+    keeps; cuDNN's keeps its own. Each view of an utterance is kept.
+    """
+    seconds = 2
+    frames = config.features.frames(seconds * SAMPLE_RATE_HZ)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+    held: list[torch.Tensor] = []  # alive, so that no two of them share an address
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model(torch.zeros(1, frames, config.features.mel_bands), torch.tensor([frames]))
+    return config.augment.views * sum(kept.values()) / seconds
+
+
+def _left_out_lines(corpus: Corpus) -> list[str]:
+    counts = corpus.targets.counts()
+    if not counts:
+        return ["left out          nothing"]
+    lines = [f"left out          {sum(counts.values()):,} utterances (a run lists them in left_out.jsonl)"]
+    return lines + [f"  {count:8,}  {reason}" for reason, count in counts.items()]

@@ -1,0 +1,470 @@
+"""The loop: K micro-batches, one reduction, one division, clip, finiteness, step; then log, evaluate, save, stop.
+
+    learner = Learner(world, model, log_mel, optimizer, ...)    # weights and how they change
+    trainer = Trainer(world, learner, schedule, hooks, stop)    # when what happens
+    outcome = trainer.run(micro_batches, progress)
+
+A step on each of W ranks::
+
+    for each of its micro-batches:                       (all but the last without synchronisation)
+        features -> masks, for each view -> model -> sum of losses -> backward
+    one all-reduce of `Tally`: loss, utterances, finiteness, stop request, failures
+    gradients * W / utterances of the step               (DDP has divided the sum by W)
+    clip; all finite? -> AdamW -> moving average         (else the step is skipped, on all ranks)
+
+Why the mean is taken here and not in the loss: micro-batches differ in their number of utterances and ranks in their
+number of micro-batches, so that any earlier division would weigh utterances unevenly (DESIGN 2.5).
+
+Randomness belongs to the micro-batch: dropout is seeded by (seed, step, micro-batch), so neither the number of
+processes nor a stop changes it. The loop knows no tracker, no decoder and no error rate: it drives `Hooks`.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ddp_asr import SAMPLE_RATE_HZ, config
+from ddp_asr.data.loader import MicroBatch
+from ddp_asr.draws import seed_of
+from ddp_asr.encoders.rescnn_bigru import AcousticModel
+from ddp_asr.errors import UserError
+from ddp_asr.features import masks as augment
+from ddp_asr.features.log_mel import LogMel
+from ddp_asr.objective import consistency_loss, ctc_loss
+from ddp_asr.ranks.signals import StopRequest
+from ddp_asr.ranks.world import RaisedElsewhere, World, naming_lost_peers, without_sync
+from ddp_asr.training import precision
+from ddp_asr.training.optim import WeightAverage, learning_rate
+
+# A test line for the metrics, and what "best" is judged by (lower is better).
+Evaluation = tuple[dict[str, Any], float]
+
+
+@dataclass
+class Progress:
+    """Where a run stands; all that a resume needs beside the weights and the optimiser."""
+
+    step: int = 0  # finished steps since the start of the run; (epoch, step in epoch) follows from it
+    skipped: int = 0  # steps without an update, for a non-finite loss or gradient
+    overflows: int = 0  # of these, fp16 overflows that the scaler answered
+    emptied: int = 0  # of these, steps of which no utterance could be read
+    bad_keys: list[str] = field(default_factory=list)  # utterances that no longer decoded, each once
+    evaluated_step: int = 0  # the newest step whose evaluation is in the metrics
+    best: float | None = None  # lowest score of an evaluation
+    trained_s: float = 0.0  # wall-clock seconds in steps, over all attempts; evaluations are not in it
+
+
+@dataclass
+class Tally:
+    """What the one small all-reduce of a step carries, each number summed over the ranks."""
+
+    loss: float = 0.0  # sum of CTC loss / target length
+    utterances: float = 0.0
+    samples: float = 0.0  # of audio
+    computed_samples: float = 0.0  # with padding
+    wait_s: float = 0.0  # for data
+    bad_samples: float = 0.0
+    stops: float = 0.0  # ranks that were asked to stop
+    failures: float = 0.0  # ranks that cannot go on
+
+    def over_all_ranks(self, world: World) -> "Tally":
+        vector = torch.tensor([getattr(self, name.name) for name in fields(self)], dtype=torch.float64)
+        return Tally(*world.sum(vector).tolist())
+
+    @property
+    def padding(self) -> float:
+        """Share of the computed samples that is padding."""
+        return 1.0 - self.samples / max(self.computed_samples, 1.0)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """At which steps what is due; the same on every rank."""
+
+    steps_per_epoch: int
+    epochs: int
+    evaluate_every_steps: int
+    save_every_steps: int
+    save_every_s: float
+    stop_at_step: int
+    max_nonfinite_steps: int
+    max_bad_samples: int
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps_per_epoch * self.epochs
+
+    def evaluation_due(self, step: int) -> bool:
+        """After `step`, and in any case at the end of the run."""
+        every = self.evaluate_every_steps or self.steps_per_epoch
+        return step > 0 and (step % every == 0 or step == self.total_steps)
+
+    def stops_at(self, step: int) -> bool:
+        """Whether the settings want no step after `step`."""
+        return 0 < self.stop_at_step <= step
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop calls; on ranks other than 0 all but `evaluate` and `dump` do nothing."""
+
+    log: Callable[[dict[str, Any]], None]  # a train line of the metrics
+    save: Callable[[dict[str, Any], bool], None]  # (state, whether it is the best); takes a snapshot and returns
+    flush: Callable[[], None]  # returns when everything saved is on the disk
+    message: Callable[[str], None]
+    # Yields between rounds, so that ranks can agree on a stop; returns None where there is nothing to evaluate on.
+    evaluate: Callable[[int], Generator[None, None, Evaluation | None]]
+    dump: Callable[[int, list[MicroBatch]], None]  # keeps a step's micro-batches on the disk
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended, other than by an error."""
+
+    state: str  # "done" or "stopped"
+    reason: str
+    retry: bool = False  # whether the same command has something left to do
+
+
+@dataclass
+class Learner:
+    """Weights and how a step changes them."""
+
+    world: World
+    model: nn.Module  # the acoustic model, wrapped by `world.wrap`
+    log_mel: LogMel
+    optimizer: torch.optim.Optimizer
+    optim: config.Optim
+    precision: str
+    seed: int
+    augmentation: config.Augment
+    frame_s: float  # from one frame of the logits to the next
+    average: WeightAverage | None = None
+    scaler: torch.amp.GradScaler = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.scaler = precision.make_scaler(self.precision, self.world.device)
+
+    @property
+    def plain_model(self) -> AcousticModel:
+        """The acoustic model without its wrapper."""
+        wrapped = isinstance(self.model, nn.parallel.DistributedDataParallel)
+        return cast(AcousticModel, self.model.module if wrapped else self.model)
+
+    def losses(self, batch: MicroBatch, step: int) -> Tensor:
+        """(B,) loss of each utterance; 0 for the stand-in of an emptied micro-batch."""
+        features, frames = self.log_mel(batch.waveforms, batch.samples)  # (B, T, F)
+        views = self.augmentation.views
+        masked = augment.apply(features, batch.masks, views) if batch.masks is not None else [features] * views
+        span = augment.draw_span(self.augmentation, self.seed, step, self.frame_s)
+        with precision.autocast(self.precision, self.world.device):
+            logits, frames, early = self.model(torch.cat(masked), frames.repeat(views), span)  # (views x B, T', V)
+        targets, target_lengths = batch.targets.repeat(views, 1), batch.target_lengths.repeat(views)
+        losses = ctc_loss(logits, frames, targets, target_lengths)
+        if early is not None:
+            early_weight = self.plain_model.sizes.intermediate_ctc_weight
+            losses = torch.lerp(losses, ctc_loss(early, frames, targets, target_lengths), early_weight)
+        losses = losses.view(views, -1).mean(0)
+        if views == 2:
+            divergence = consistency_loss(logits, frames[: len(losses)], batch.target_lengths)
+            losses = losses + self.augmentation.consistency_weight * divergence
+        return torch.where(batch.weight > 0, losses, 0.0)
+
+    def accumulate(self, batch: MicroBatch, *, step: int, micro_batch: int, last: bool) -> Tensor:
+        """Adds the gradient of the micro-batch's summed loss; synchronises over ranks with the last one.
+
+        Returns the detached losses (B,), still on the device.
+        """
+        torch.manual_seed(seed_of("dropout", self.seed, step, micro_batch))
+        with torch.enable_grad(), naming_lost_peers(self.world):
+            if last:
+                losses = self.losses(batch, step)
+                self.world.positions.meet("reducing the gradients")
+                self.scaler.scale(losses.sum()).backward()
+            else:
+                with without_sync(self.model):
+                    losses = self.losses(batch, step)
+                    self.scaler.scale(losses.sum()).backward()
+        return losses.detach()
+
+    def update(self, step: int, total_steps: int, utterances: float) -> tuple[float, bool]:
+        """Divides, clips and steps; returns the gradient's norm and whether the weights were updated.
+
+        Gradients are the same on all ranks here, and so is every decision.
+        """
+        rate = learning_rate(step, total_steps, self.optim)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, self.world.world_size / max(utterances, 1.0))
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm)
+        finite = bool(torch.isfinite(norm)) and utterances > 0
+        if finite:
+            self.scaler.step(self.optimizer)
+            if self.average is not None:
+                self.average.update(self.plain_model.parameters())
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norm), finite
+
+    def discard(self) -> None:
+        """Drops the step's gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resume needs, as tensors and plain containers."""
+        average = self.average
+        return {
+            "model": self.plain_model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "averages": None if average is None else dict(zip(self.parameter_names(), average.weights, strict=True)),
+            "average_updates": 0 if average is None else average.updates,
+        }
+
+    def parameter_names(self) -> list[str]:
+        return [name for name, _ in self.plain_model.named_parameters()]
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continues from `state`."""
+        self.plain_model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.updates = state["average_updates"]
+            for name, weight in zip(self.parameter_names(), self.average.weights, strict=True):
+                weight.copy_(state["averages"][name])
+
+
+class Trainer:
+    """Runs steps until the end, a stop, or an error that all ranks raise together."""
+
+    def __init__(self, world: World, learner: Learner, schedule: Schedule, hooks: Hooks, stop: StopRequest) -> None:
+        self.world, self.learner, self.schedule, self.hooks, self.stop = world, learner, schedule, hooks, stop
+        self.progress = Progress()
+        self._failure: UserError | None = None
+        self._saved_at_s = time.monotonic()
+
+    def run(self, batches: Iterator[MicroBatch], share_of_step: range, progress: Progress) -> Outcome:
+        """Trains from `progress` on; `batches` yields this rank's micro-batches from exactly there.
+
+        Raises:
+            UserError: on every rank, when one of them cannot go on or a limit is passed.
+        """
+        self.progress = progress
+        self.stop.wait_for_boundary()
+        if self._evaluate_if_due():  # the attempt before was stopped between a step and its evaluation
+            return self._stopped()
+        while progress.step < self.schedule.total_steps:
+            if self.schedule.stops_at(progress.step):  # a resumed run may be there, or beyond, already
+                self.stop.request(f"train.stop_at_step = {self.schedule.stop_at_step}")
+                self.stop.agreed()
+                return self._stopped()
+            asked_to_stop = self._step(batches, share_of_step)
+            self._save_if_due()
+            if asked_to_stop or self._evaluate_if_due():
+                return self._stopped()
+        self._save()
+        self._finish()
+        return Outcome("done", f"all {self.schedule.epochs} epochs")
+
+    def _step(self, batches: Iterator[MicroBatch], share_of_step: range) -> bool:
+        """One step; returns whether any rank has been asked to stop."""
+        started = time.monotonic()
+        tally, losses, mine = Tally(), [], []
+        step = self.progress.step + 1
+        for micro_batch in share_of_step:
+            wait_from = time.monotonic()
+            self.world.at(step, "waiting for data")
+            batch = next(batches)
+            tally.wait_s += time.monotonic() - wait_from
+            mine.append(batch)
+            last = micro_batch == share_of_step[-1]
+            self.world.at(step, f"forward and backward of micro-batch {micro_batch}")
+            losses.append(self.learner.accumulate(batch, step=step, micro_batch=micro_batch, last=last))
+            self._count(batch, tally)
+        per_utterance = torch.cat(losses)
+        tally.loss = float(per_utterance.sum(dtype=torch.float64))
+        tally.stops, tally.failures = float(self.stop.reason is not None), float(self._failure is not None)
+        self.world.at(step, "reducing")
+        everyones = tally.over_all_ranks(self.world)
+        self.world.at(step, "updating")
+        if everyones.stops:
+            self.stop.agreed()  # not before the reduction: a rank waits there for one that is stuck
+        if everyones.failures:
+            self._raise_together()
+        updated, norm = self._update(step, everyones)
+        if not updated:
+            self._note_skipped(step, everyones, per_utterance, mine)
+        self.progress.step = step
+        self._note_bad_samples(mine, everyones)
+        self._log(step, everyones, norm, time.monotonic() - started)
+        return everyones.stops > 0
+
+    def _count(self, batch: MicroBatch, tally: Tally) -> None:
+        tally.utterances += batch.utterances
+        tally.samples += batch.audio_samples
+        tally.computed_samples += batch.waveforms.numel()
+        tally.bad_samples += len(batch.bad)
+
+    def _update(self, step: int, everyones: Tally) -> tuple[bool, float]:
+        """(whether the weights were updated, the gradient's norm)."""
+        if everyones.loss - everyones.loss != 0:  # infinite or not a number on at least one rank
+            self.learner.discard()
+            return False, float("nan")
+        norm, updated = self.learner.update(step, self.schedule.total_steps, everyones.utterances)
+        return updated, norm
+
+    def _note_skipped(self, step: int, everyones: Tally, losses: Tensor, mine: list[MicroBatch]) -> None:
+        """Counts a step without an update, names its utterances, and ends the run at the limit; on all ranks alike."""
+        self.progress.skipped += 1
+        if not everyones.utterances:  # `_note_bad_samples` names them, and counts them towards its own limit
+            self.progress.emptied += 1
+            return
+        finite_loss = everyones.loss - everyones.loss == 0
+        # An overflow is the scaler's normal work, until it has nothing left to lower.
+        if finite_loss and self.learner.scaler.is_enabled() and self.learner.scaler.get_scale() >= 1.0:
+            self.progress.overflows += 1
+            return
+        keys = [key for batch in mine for key in batch.keys]
+        if not finite_loss:
+            keys = [key for key, loss in zip(keys, losses.tolist(), strict=True) if loss - loss != 0]
+        keys = [key for key in keys if key]  # an emptied micro-batch's stand-in has none
+        named = self.world.gather_objects(keys)
+        what = "loss" if not finite_loss else "gradient"
+        if named is not None:
+            of_all = [key for of_rank in named for key in of_rank]
+            self.hooks.message(f"step {step} skipped: non-finite {what} in {', '.join(of_all)}")
+        nonfinite = self.progress.skipped - self.progress.overflows - self.progress.emptied
+        if nonfinite > self.schedule.max_nonfinite_steps:
+            self.hooks.dump(step, mine)
+            raise self.world_error(
+                f"{nonfinite} steps had a non-finite loss or gradient, more than train.max_nonfinite_steps = "
+                f"{self.schedule.max_nonfinite_steps}; the last one's micro-batches are kept in the run directory: "
+                "lower optim.learning_rate or optim.clip_norm, or look at the utterances named in the log"
+            )
+
+    def _note_bad_samples(self, mine: list[MicroBatch], everyones: Tally) -> None:
+        if not everyones.bad_samples:
+            return
+        everyones_bad = self.world.all_objects([bad for batch in mine for bad in batch.bad])
+        named = dict(bad for of_rank in everyones_bad for bad in of_rank)
+        self.progress.bad_keys = sorted({*self.progress.bad_keys, *named})
+        texts = [f"{key} ({reason})" for key, reason in named.items()]
+        self.hooks.message(f"left out of this step, no longer readable: {', '.join(texts)}")
+        if len(self.progress.bad_keys) > self.schedule.max_bad_samples:
+            raise self.world_error(
+                f"{len(self.progress.bad_keys)} utterances could not be read, more than data.max_bad_samples = "
+                f"{self.schedule.max_bad_samples}: check the shards with 'python -m ddp_asr.shard ... --verify'"
+            )
+
+    def world_error(self, text: str) -> UserError:
+        """The same error on all ranks, for rank 0 to report."""
+        return UserError(text) if self.world.rank == 0 else RaisedElsewhere(text)
+
+    def _log(self, step: int, everyones: Tally, norm: float, seconds: float) -> None:
+        self.progress.trained_s += seconds
+        line = {
+            "kind": "train",
+            "step": step,
+            "epoch": (step - 1) // self.schedule.steps_per_epoch + 1,
+            "loss": _finite(everyones.loss / max(everyones.utterances, 1.0)),
+            "learning_rate": learning_rate(step, self.schedule.total_steps, self.learner.optim),
+            "gradient_norm": _finite(norm),
+            "audio_s_per_s": everyones.samples / SAMPLE_RATE_HZ / seconds,
+            "data_wait": everyones.wait_s / self.world.world_size / seconds,
+            "padding": everyones.padding,
+            "skipped": self.progress.skipped,
+            "time_s": time.time(),
+        }
+        self.world.at(step, "writing the metrics")
+        self._guarded(lambda: self.hooks.log(line))
+
+    def _evaluate_if_due(self) -> bool:
+        """Evaluates after the step where that is due and still missing; returns whether a stop cut it short."""
+        step = self.progress.step
+        if not self.schedule.evaluation_due(step) or self.progress.evaluated_step == step:
+            return False
+        self.world.at(step, "evaluating")
+        # Closed whatever happens: an evaluation's loader workers ignore the signals that end their parent.
+        with contextlib.closing(self.hooks.evaluate(step)) as rounds:
+            while True:
+                try:
+                    next(rounds)
+                except StopIteration as finished:
+                    result = finished.value
+                    break
+                if self._agreed_to_stop():
+                    return True
+        self.progress.evaluated_step = step
+        if result is not None:
+            _, score = result
+            best = self.progress.best is None or score < self.progress.best
+            if best:
+                self.progress.best = score
+                self._save(best=True)
+        return False
+
+    def _agreed_to_stop(self) -> bool:
+        asked = self.world.any(self.stop.reason is not None)
+        if asked:
+            self.stop.agreed()
+        return asked
+
+    def _save_if_due(self) -> None:
+        # Saving needs no other rank, so rank 0's clock alone may decide.
+        every_steps, every_s = self.schedule.save_every_steps, self.schedule.save_every_s
+        by_steps = every_steps and self.progress.step % every_steps == 0
+        by_time = every_s and time.monotonic() - self._saved_at_s >= every_s
+        if by_steps or by_time:
+            self._save()
+
+    def _save(self, best: bool = False) -> None:
+        self.world.at(self.progress.step, "saving")
+        if self.world.rank == 0:
+            state = {**self.learner.state(), "progress": asdict(self.progress)}
+            self._guarded(lambda: self.hooks.save(state, best))
+        if not best:  # a resume does not look at the best one, so it is no checkpoint of the last minutes
+            self._saved_at_s = time.monotonic()
+
+    def _stopped(self) -> Outcome:
+        self._save()
+        self._finish()
+        reasons = self.world.gather_objects(self.stop.reason) or [self.stop.reason]
+        reason = next((reason for reason in reasons if reason), "another rank was asked to stop")
+        # Where it was to stop, whoever asked for it, a launcher that goes on would be here again at once.
+        return Outcome("stopped", reason, retry=not self.schedule.stops_at(self.progress.step))
+
+    def _finish(self) -> None:
+        self._guarded(self.hooks.flush)
+        self._raise_together()
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        """Runs what only this rank does; its error is raised on all ranks at the next boundary, not on this one now."""
+        try:
+            action()
+        except UserError as error:
+            self._failure = self._failure or error
+        except OSError as error:
+            self._failure = self._failure or UserError(
+                f"the run directory cannot be written ({error}): free space or mend it, then start again; the run goes "
+                "on from its newest checkpoint"
+            )
+
+    def _raise_together(self) -> None:
+        def raise_own() -> None:
+            if self._failure is not None:
+                raise self._failure
+
+        self.world.together(raise_own)
+
+
+def _finite(number: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return number if number - number == 0 else None
