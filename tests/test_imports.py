@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY
 
 ROOMS = ("text", "data", "features", "encoders", "decoding", "ranks", "runs", "recognition", "training")
 TOP_LEVEL = {
-    "ground": "__init__ errors config draws",
+    "ground": "__init__ errors config draws files",
     "objective": "objective",
     "doors": "train evaluate transcribe shard tracking bandwidth",
 }

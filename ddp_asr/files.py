@@ -1,0 +1,126 @@
+"""Files that are whole or absent, files of JSON lines, checksums: each done in one place.
+
+replace_file(path, b"...")                      # readers see the old file or the new one, both whole
+with writing_aside(path) as file: ...           # the same for what is written piece by piece
+for line in read_json_lines(path): ...          # torn and damaged lines are left out
+sha256_of(path)
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+BLOCK_BYTES = 8 << 20
+
+# Every temporary file of this process carries this name, so that another process can tell them from its own.
+WRITER = secrets.token_hex(8)
+
+
+@contextlib.contextmanager
+def writing_aside(path: Path, before_rename: Callable[[], None] | None = None) -> Iterator[IO[bytes]]:
+    """A binary file that gets its name `path` when the block ends well; it is removed after an error.
+
+    The content is synced to the disk before the rename, and the directory after it, so that a power failure leaves
+    either the old file or the new one.
+
+    Args:
+        before_rename: called when the content is on the disk; where it raises, nothing is renamed.
+
+    Raises:
+        OSError: the directory cannot be written or is full.
+    """
+    aside = path.with_name(f".{path.name}.{WRITER}-{secrets.token_hex(4)}.tmp")
+    try:
+        with aside.open("xb") as file:
+            yield file
+            sync(file)
+        if before_rename is not None:
+            before_rename()
+        os.replace(aside, path)
+        sync_directory(path.parent)
+    finally:
+        with contextlib.suppress(OSError):  # the error that is on its way says more
+            aside.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, content: bytes | str, before_rename: Callable[[], None] | None = None) -> None:
+    """Writes `content` as the whole file `path`, see `writing_aside`; text is encoded as UTF-8."""
+    with writing_aside(path, before_rename) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def sync(file: IO[Any]) -> None:
+    """Returns when all that was written is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_directory(directory: Path) -> None:
+    """Makes a rename in the directory outlive a power failure."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def json_lines(objects: Iterable[dict[str, Any]]) -> str:
+    """The objects as JSONL text."""
+    return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in objects)
+
+
+def parse_json_line(text: bytes | str) -> dict[str, Any] | None:
+    """The object of one line; None for a line that was torn by a kill or lost in a power failure.
+
+    A machine that loses power may leave blocks of zeros in a file, so a line feed at its end proves nothing.
+    """
+    line = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+    if not (line.endswith("\n") and line.startswith("{")):
+        return None
+    with contextlib.suppress(ValueError):
+        value = json.loads(line)
+        return value if isinstance(value, dict) else None
+    return None
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file that grows: torn lines are left out, and a missing file has none."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for text in file:
+            if (line := parse_json_line(text)) is not None:
+                yield line
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is no file, or one that holds something else.
+
+    Raises:
+        OSError: there is a file that cannot be read.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def finite(number: float) -> float | None:
+    """The number as JSON can hold it: JSON has neither NaN nor infinity."""
+    return number if math.isfinite(number) else None
