@@ -75,7 +75,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--resume",
         default="auto",
         metavar="auto|never|PATH",
-        help="auto: from the newest good checkpoint of the run, if any; never: refuse a directory with checkpoints; "
+        help="auto: from the newest good checkpoint of the run, if any; never: refuse a directory with results; "
         "PATH: from that checkpoint (default: auto)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and start nothing")

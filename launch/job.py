@@ -7,8 +7,9 @@ The trainer takes every signal over, so whichever one Slurm sends, and to whiche
 write a checkpoint and end; `conclude` then asks for the same job again. It is judged by two witnesses and not by an
 exit code, which torchrun makes 1 after any signal and Slurm 0 for a job that it then takes for finished:
 
-- status.json of this very attempt: `done`, and `failed` with `retry: false`, are never requeued. A failure that may
-  pass (a lost node, an out-of-memory kill) is, but only `MAX_FAILURES` times in a row without a step of progress.
+- status.json of this very attempt: `done`, `refused`, and `failed` with `retry: false`, are never requeued. A failure
+  that may pass (a lost node, an out-of-memory kill) is, but only `MAX_FAILURES` times in a row without a step of
+  progress.
 - Slurm's state of the job: a CANCELLED one is never requeued, although `scancel` sends the same SIGTERM as a
   pre-emption; one that Slurm is requeueing by itself (a lost node) is left to it.
 
@@ -175,6 +176,8 @@ def judge(ended: Ended, history: History) -> Verdict:
         return Verdict(False, False, "cancelled: not requeued; submitted again, the run goes on from its checkpoint")
     status = ended.status or {}
     own = (status.get("job_id"), status.get("attempt")) == (ended.job_id, ended.attempt)
+    if own and "refused" in status:  # state and reason are those of the attempt before
+        return Verdict(False, False, f"refused: {status['refused']}; not requeued, because it would be refused again")
     state = status.get("state") if own else None
     reason = status.get("reason", "")
     if state == "done":

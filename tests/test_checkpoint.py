@@ -223,7 +223,9 @@ def test_nothing_there_is_a_new_run_but_nothing_good_is_an_error(tmp_path):
     assert newest_good(tmp_path, must_not_be_told) is None
     for path in save(tmp_path, 1, 2):
         os.truncate(path, 1000)
-    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged .*best\.pt with --resume PATH"):
+    with pytest.raises(
+        UserError, match=r"every checkpoint in .* is damaged .*best\.pt with --resume PATH, or remove /"
+    ):
         newest_good(tmp_path, lambda path, reason: None)
 
 

@@ -174,7 +174,9 @@ def test_a_full_disk_is_said_once_and_closing_does_not_hide_it(tmp_path, write, 
 
 def test_the_status_is_what_launchers_read(files, tmp_path):
     assert read_status(tmp_path) is None
-    files.status("stopped", "SIGTERM", retry=True, step=12, epoch=3, total_steps=40, best_wer=0.25)
+    files.status(
+        "stopped", "SIGTERM", retry=True, step=12, epoch=3, total_steps=40, best_wer=0.25, checkpoint_saved=True
+    )
     status = read_status(tmp_path)
     assert status.pop("time_s") > 1.7e9 and status.pop("host")
     assert status == {
@@ -185,9 +187,18 @@ def test_the_status_is_what_launchers_read(files, tmp_path):
         "epoch": 3,
         "total_steps": 40,
         "best_wer": 0.25,
+        "checkpoint_saved": True,
         "attempt": 3,
         "job_id": "4711",
     }
+
+
+def test_a_refused_attempt_leaves_the_status_of_the_run(files, tmp_path):
+    former = {"state": "done", "reason": "all 3 epochs", "retry": False, "step": 12, "attempt": 1, "job_id": None}
+    files.refuse(former, "bad shards")
+    assert read_status(tmp_path) == former | {"refused": "bad shards", "attempt": 3, "job_id": "4711"}
+    files.status("running", "training", retry=True, step=1, epoch=0)
+    assert "refused" not in read_status(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["all is well", '["all", "is", "well"]'])

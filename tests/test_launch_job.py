@@ -19,10 +19,13 @@ from tests.conftest import REPOSITORY
 NOTHING_BEFORE = History()
 
 
-def ended(state=None, *, retry=True, reason="SIGTERM", slurm="RUNNING", exit_code=0, step=40, job_id="7", attempt=2):
+def ended(
+    state=None, *, retry=True, reason="SIGTERM", slurm="RUNNING", exit_code=0, step=40, job_id="7", attempt=2, **more
+):
     status = None
     if state is not None:
         status = {"state": state, "reason": reason, "retry": retry, "step": step, "job_id": job_id, "attempt": attempt}
+        status |= more
     return Ended("7", 2, slurm, status, exit_code)
 
 
@@ -53,6 +56,9 @@ def ended(state=None, *, retry=True, reason="SIGTERM", slurm="RUNNING", exit_cod
         (ended(exit_code=143), True, True, "stopped while it was still starting: requeued"),
         (ended(exit_code=140), True, True, "stopped while it was still starting: requeued"),
         (ended(exit_code=2), True, True, "ended before the run began"),
+        (ended("done", refused="bad shards"), False, False, "^refused: bad shards; not requeued"),
+        (ended("stopped", refused="bad shards"), False, False, "^refused: bad shards; not requeued"),
+        (ended("stopped", refused="bad shards", attempt=1), True, True, "ended before the run began"),
         # What another job, or an attempt before, left there says nothing of this one.
         (ended("done", job_id="6", exit_code=2), True, True, "ended before the run began"),
         (ended("failed", attempt=1, retry=False, exit_code=143), True, True, "stopped while it was still starting"),

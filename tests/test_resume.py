@@ -1,5 +1,6 @@
 """A stop is invisible (property 3), and what exists is complete (property 7): stopped, killed, resized, damaged."""
 
+import json
 import os
 import shutil
 import signal
@@ -273,14 +274,87 @@ def test_a_finished_run_says_so(undisturbed, tiny_corpus, tmp_path):
     ],
 )
 def test_what_does_not_fit_the_checkpoint_is_named(tiny_corpus, stopped, options, expected):
-    before = {path: path.read_bytes() for path in stopped.rglob("*.pt")}
+    before, status = {path: path.read_bytes() for path in stopped.rglob("*.pt")}, tiny.status(stopped)
     options = [
         option.replace("TEST", str(tiny_corpus.test)).replace("TINY", str(tiny_corpus.directory)) for option in options
     ]
     sentence = tiny.start([*tiny_corpus.arguments(stopped.parent), *options], 2).fail()
     assert tiny.matches(expected, sentence)
     assert {path: path.read_bytes() for path in stopped.rglob("*.pt")} == before
-    assert tiny.status(stopped)["state"] == "failed" and not tiny.status(stopped)["retry"]
+    # Neither `failed` nor another epoch over a run that nothing is wrong with.
+    assert tiny.status(stopped) == status | {"refused": sentence, "attempt": 2}
+
+
+def files_of(run: Path) -> dict[Path, bytes]:
+    """What an attempt that is refused must leave as it was."""
+    return {path: path.read_bytes() for path in run.rglob("*") if path.suffix in (".pt", ".jsonl", ".yaml")}
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+@pytest.mark.parametrize("best", ["with best.pt", "without best.pt"])
+@pytest.mark.parametrize("status", ["new status", "old status", "no status"])
+def test_a_run_that_lost_its_checkpoints_is_not_trained_over(undisturbed, tiny_corpus, tmp_path, resume, best, status):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed(1), run, ignore=shutil.ignore_patterns("checkpoints"))
+    if best == "without best.pt":
+        (run / "best.pt").unlink()
+    recorded = tiny.status(run)
+    if status == "old status":  # of a version that did not record whether a checkpoint was saved
+        recorded.pop("checkpoint_saved")
+    (run / "status.json").write_text(json.dumps(recorded))
+    if status == "no status":
+        (run / "status.json").unlink()
+    before = files_of(run)
+    sentence = tiny.start([*tiny_corpus.arguments(tmp_path), "--resume", resume], 2).fail()
+    assert tiny.matches(r"holds the results of a run up to step 12 and no checkpoint in .*another --run.name", sentence)
+    assert (f"--resume {run / 'best.pt'}" in sentence) == (best == "with best.pt")
+    assert files_of(run) == before
+    assert tiny.status(run)["state"] == ("failed" if status == "no status" else "done")
+
+
+def test_a_run_that_lost_its_checkpoints_goes_on_from_its_best_one(undisturbed, tiny_corpus, stopped):
+    """As the refusal says: best.pt, here of the evaluation after step 5, has all that a checkpoint has."""
+    shutil.rmtree(stopped / "checkpoints")
+    output = tiny.train([*tiny_corpus.arguments(stopped.parent), "--resume", str(stopped / "best.pt")])
+    assert "going on from step 5" in output
+    tiny.assert_same_run(stopped, undisturbed(1))
+
+
+@pytest.mark.parametrize("step, goes_on_from", [(3, None), (8, 5)], ids=["before an evaluation", "after an evaluation"])
+def test_a_run_killed_before_its_first_checkpoint_starts_again_by_itself(
+    undisturbed, tiny_corpus, tmp_path, step, goes_on_from
+):
+    """The evaluation after step 5 has written best.pt, which is as good as any checkpoint."""
+    arguments = tiny_corpus.arguments(tmp_path, "run", "--train.save_every_steps=1000")
+    gate = tiny.Gate(tmp_path, step=step)
+    ranks = tiny.start(arguments, 1, [gate])
+    gate.wait()
+    ranks.kill()
+    run = tmp_path / "run"
+    assert tiny.lines_of(run) >= step - 1 and not (run / "checkpoints").exists()
+    before = files_of(run)
+    refused = tiny.start([*arguments, "--resume", "never"]).fail()
+    assert tiny.matches(rf"holds the results of a run up to step {step - 1} and no checkpoint", refused)
+    assert files_of(run) == before
+    output = tiny.train(arguments)
+    assert f"going on from step {goes_on_from}" in output if goes_on_from else "going on" not in output
+    tiny.assert_same_run(run, undisturbed(1))
+
+
+def test_a_run_records_its_first_checkpoint_once_it_is_on_the_disk(tiny_corpus, tmp_path):
+    """Killed at once after that, without a word of its own; then its checkpoints are deleted."""
+    gates = [tiny.Gate(tmp_path, step=3), tiny.Gate(tmp_path, step=4)]
+    ranks = tiny.start(tiny_corpus.arguments(tmp_path), 1, gates)
+    gates[0].wait()
+    assert tiny.status(tmp_path / "run")["checkpoint_saved"] is False
+    gates[0].open()
+    gates[1].wait()
+    assert tiny.status(tmp_path / "run")["checkpoint_saved"] is True
+    ranks.kill()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    sentence = tiny.start(tiny_corpus.arguments(tmp_path)).fail()
+    assert tiny.matches(r"holds the results of a run up to step 3 and no checkpoint", sentence)
+    assert "best.pt" not in sentence
 
 
 def test_settings_that_do_not_shape_the_result_may_change(undisturbed, tiny_corpus, stopped):

@@ -145,7 +145,7 @@ def newest_good(run_directory: Path, on_damage: Callable[[Path, str], None]) -> 
     if damage is not None:
         raise UserError(
             f"every checkpoint in {run_directory / 'checkpoints'} is damaged (the newest: {damage.reason}): go on from "
-            f"{run_directory / 'best.pt'} with --resume PATH, or remove the directory to begin anew"
+            f"{run_directory / 'best.pt'} with --resume PATH, or remove {run_directory} to begin anew"
         ) from damage
     return None
 

@@ -90,8 +90,12 @@ class RunDirectory:
         epoch: int,
         total_steps: int | None = None,
         best_wer: float | None = None,
+        checkpoint_saved: bool | None = None,
     ) -> None:
-        """Says in status.json how the run stands: running, stopped, done or failed."""
+        """Says in status.json how the run stands: running, stopped, done or failed.
+
+        `checkpoint_saved` is whether the run ever had a complete file in checkpoints/; None means unknown.
+        """
         record = {
             "state": state,
             "reason": reason,
@@ -100,11 +104,17 @@ class RunDirectory:
             "epoch": epoch,
             "total_steps": total_steps,
             "best_wer": best_wer,
+            "checkpoint_saved": checkpoint_saved,
             "attempt": self._attempt,
             "job_id": self._job_id,
             "host": socket.gethostname(),
             "time_s": time.time(),
         }
+        self.write("status.json", json.dumps(record, indent=1) + "\n")
+
+    def refuse(self, former: dict[str, Any], reason: str) -> None:
+        """Adds to `former`, the status of the attempt before, that this attempt was refused and changed nothing."""
+        record = former | {"refused": reason, "attempt": self._attempt, "job_id": self._job_id}
         self.write("status.json", json.dumps(record, indent=1) + "\n")
 
     def close(self) -> None:

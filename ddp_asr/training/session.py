@@ -38,7 +38,7 @@ from ddp_asr.ranks.signals import StopRequest
 from ddp_asr.ranks.world import World
 from ddp_asr.recognition.recogniser import Recogniser
 from ddp_asr.runs import checkpoint, display
-from ddp_asr.runs.directory import RunDirectory, json_lines, read_status
+from ddp_asr.runs.directory import RunDirectory, json_lines, read_lines, read_status
 from ddp_asr.runs.lease import Lease
 from ddp_asr.text.characters import Vocabulary
 from ddp_asr.training.loop import Evaluation, Hooks, Learner, Outcome, Progress, Schedule, Trainer
@@ -60,7 +60,9 @@ class Session:
         self.follower: tracking.Follower | None = None
         self.log: logging.Logger | None = None
         self.config = config
-        self.steps_per_epoch = 1
+        self.former: dict[str, Any] = {}  # status.json of the attempt before; emptied when this one begins to write
+        self.checkpoint_saved: bool | None = None  # see RunDirectory.status
+        self.steps_per_epoch = 0  # until the plan says it
         self.total_steps: int | None = None  # as soon as the plan says it
         world.positions.report_to(self._lost, self._note)
         self.stop = StopRequest(config.distributed.stop_grace_s, self._overdue)
@@ -88,9 +90,11 @@ class Session:
         self.lease = Lease.acquire(self.path, job_id=job_id, attempt=attempt, on_wait=self.message)
         self.lease.start_renewing()
         self.files = RunDirectory(self.path, self.lease, job_id, attempt)
+        status = self.former = read_status(self.path) or {}  # again: its writer may have ended just before the lease
         # What a status says until the checkpoint and the plan are read.
         self.progress.step, self.progress.best = int(status.get("step", 0)), status.get("best_wer")
         self.total_steps = status.get("total_steps")
+        self.checkpoint_saved = status.get("checkpoint_saved") if self._has_results() else False
 
     def message(self, text: str) -> None:
         """Notes a sentence in the rank's log and, on rank 0, shows it where the user looks."""
@@ -172,12 +176,37 @@ class Session:
         found = checkpoint.newest_good(
             self.path, on_damage=lambda path, why: self.message(f"{path} is damaged ({why}): trying the one before")
         )
-        if found is not None and resume == "never":
+        if found is None:
+            return self._find_without_checkpoints(resume)
+        if resume == "never":
             raise UserError(
                 f"{self.path} holds checkpoints, the newest of step {found.step}, and --resume never was given: choose "
                 "another --run.name, or remove the directory"
             )
-        return found.path if found is not None else None
+        self.checkpoint_saved = True
+        return found.path
+
+    def _find_without_checkpoints(self, resume: str) -> Path | None:
+        """Where a run goes on whose checkpoints/ is empty or missing; refuses to train over results.
+
+        A run that was killed before its first checkpoint must start again without a human, because Slurm requeues it.
+        Its status.json says `checkpoint_saved: false`. Any other run with results has lost its checkpoints: somebody
+        deleted them, or copied the directory without them.
+        """
+        if not self._has_results():
+            return None
+        best = self.path / "best.pt"
+        if resume == "auto" and self.checkpoint_saved is False:
+            return best if best.exists() else None  # an evaluation may come before the first checkpoint is due
+        step = max((line["step"] for line in read_lines(self.path / "metrics.jsonl")), default=0)
+        go_on = f"go on from its best one with --resume {best}, " if best.exists() else ""
+        raise UserError(
+            f"{self.path} holds the results of a run up to step {step} and no checkpoint in {self.path}/checkpoints: "
+            f"{go_on}choose another --run.name, or remove the directory to begin anew"
+        )
+
+    def _has_results(self) -> bool:
+        return (self.path / "best.pt").exists() or any(read_lines(self.path / "metrics.jsonl"))
 
     def _read_checkpoint(self, path: Path | None, corpus: Corpus) -> dict[str, Any] | None:
         """The state in `path`, after a check that it is of this very run."""
@@ -250,6 +279,7 @@ class Session:
         self.fingerprint = corpus.whole.fingerprint()
         own = state is not None and found is not None and self._is_own(found)
         self.comet_key = tracking.experiment_key(self.path, known=state["comet_key"] if state and own else None)
+        self.former = {}  # from here on this attempt changes the run
         # In this order: metrics that end before the newest checkpoint would lack steps for good.
         checkpoint.set_aside_beyond(self.path, self.progress.step, self.lease.check)
         self.files.cut_after(self.progress.step, self.progress.evaluated_step)
@@ -348,6 +378,11 @@ class Session:
         path = self.path / "best.pt" if best else checkpoint.step_path(self.path, self.progress.step)
         keep_last = self.config.train.keep_last
         self._writer.submit(path, state, then=lambda: self._prune(keep_last))
+        if not best and not self.checkpoint_saved:
+            # Once in a run training waits for the disk, so that status.json never claims a checkpoint that is not
+            # there: a run killed in that moment would be refused when Slurm requeues it.
+            self._writer.wait()
+            self.checkpoint_saved = True
         self._status("running", "training", retry=True)
 
     def _prune(self, keep_last: int) -> None:
@@ -410,14 +445,17 @@ class Session:
     def _status(self, state: str, reason: str, *, retry: bool) -> None:
         if self.files is not None:
             progress = self.progress
+            # Before the plan is read, step and epoch are those of the attempt before.
+            epoch = progress.step // self.steps_per_epoch if self.steps_per_epoch else self.former.get("epoch", 0)
             self.files.status(
                 state,
                 reason,
                 retry=retry,
                 step=progress.step,
-                epoch=progress.step // self.steps_per_epoch,
+                epoch=epoch,
                 total_steps=self.total_steps,
                 best_wer=None if progress.best is None else _finite(progress.best),
+                checkpoint_saved=self.checkpoint_saved,
             )
 
     def _account(self) -> str:
@@ -455,7 +493,10 @@ class Session:
         if self.files is None or self.lease is None:
             return
         with contextlib.suppress(UserError):  # the lease may be lost, which is then the error that is being reported
-            self._status(state, reason, retry=retry)
+            if failed and not retry and self.former.get("state") in ("done", "stopped"):
+                self.files.refuse(self.former, reason)  # a mistyped setting does not make a finished run a failed one
+            else:
+                self._status(state, reason, retry=retry)
         if self.show is not None:
             self.show.close()
             self.show = None
