@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY
 
 ROOMS = ("text", "data", "features", "encoders", "decoding", "ranks", "runs", "recognition", "training")
 TOP_LEVEL = {
-    "ground": "__init__ errors config draws files",
+    "ground": "__init__ errors settings config draws files",
     "objective": "objective",
     "doors": "train evaluate transcribe shard tracking bandwidth",
 }
@@ -40,7 +40,7 @@ UNKNOWN_TO_THE_LOOP = {"tracking", "runs.display", "runs.checkpoint", "decoding"
 NEVER = {"training.loop": UNKNOWN_TO_THE_LOOP, "training.rehearsal": UNKNOWN_TO_THE_LOOP}
 # Not even through what they import: launchers use these on login nodes that have no torch, and `plan` is arithmetic.
 WITHOUT_TORCH = [
-    *("errors", "config", "draws", "data.plan", "data.index", "data.corpus", "text.score"),
+    *("errors", "settings", "config", "draws", "data.plan", "data.index", "data.corpus", "text.score"),
     *("runs.lease", "runs.directory", "ranks.positions"),
 ]
 TORCH = {"torch", "torchaudio", "webdataset"}  # webdataset imports torch

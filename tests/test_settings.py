@@ -1,0 +1,412 @@
+"""The settings engine, with settings of a cake: reading, choosing kinds, refusing, and writing what repeats the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ddp_asr.errors import UserError
+from ddp_asr.settings import (
+    Setting,
+    declared,
+    describe,
+    differences,
+    flatten,
+    from_dict,
+    help_text,
+    load,
+    nearest,
+    section,
+    setting,
+    suggest,
+    to_dict,
+)
+from tests.conftest import REPOSITORY
+
+
+@dataclass(frozen=True)
+class Oven:
+    """Baking in an oven."""
+
+    kind: ClassVar[str] = "oven"
+
+    degrees: float = setting(180.0, "temperature", above=0, at_most=300, also_called=("temp", "heat"))
+    fan: bool = setting(False, "blow the air around")
+
+
+@dataclass(frozen=True)
+class Steamer:
+    """Steaming in a pot."""
+
+    kind: ClassVar[str] = "steamer"
+
+    water_ml: int = setting(500, "water in the pot", at_least=1)
+
+
+@dataclass(frozen=True)
+class Icing:
+    """Sugar on the top."""
+
+    share: float = setting(0.0, "fraction of the surface", at_least=0, below=1)
+    colour: str = setting("white", "colour of the icing", choices=("white", "pink"))
+
+
+@dataclass(frozen=True)
+class Top:
+    """What is on the cake."""
+
+    nuts: int = setting(0, "nuts on the top", at_least=0)
+    icing: Icing = section(Icing)
+    layers: list[float] = setting([1.0], "thickness of each layer", above=0, not_empty=True)
+
+    def check(self) -> None:
+        if self.nuts and self.icing.share:
+            raise UserError("top.nuts and top.icing.share exclude each other: set one of them to 0")
+
+
+@dataclass(frozen=True)
+class Cake:
+    """A cake."""
+
+    name: str = setting("", "name of the cake")
+    seed: int = setting(0, "seed of the decoration", shapes_result=True, also_called=("random_seed",))
+    notes: list[str] = setting([], "notes for the baker")
+    bake: Oven | Steamer = section(Oven, shapes_result=True, also_called=("cook",))
+    top: Top = section(Top)
+
+    def check(self) -> None:
+        if self.top.nuts > 9 and self.bake.kind == "steamer":
+            raise UserError("top.nuts would sink in steam: set bake.kind=oven")
+
+
+def given_on_command_line(name, text):
+    return flatten(load(Cake, None, [f"--{name}={text}"]))[name]
+
+
+def refusal(*overrides, path=None):
+    with pytest.raises(UserError) as error:
+        load(Cake, path, overrides)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text):
+        path = tmp_path / "cake.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        # what YAML 1.1 makes something else of
+        *(("name", text, text) for text in ("off", "no", "on", "Yes", "null", "2024-01-31", "1e3", "0123")),
+        ("bake.degrees", "5e-4", 5e-4),
+        ("bake.degrees", "5E-04", 5e-4),
+        ("seed", "010", 10),
+        # types
+        ("bake.degrees", "90", 90.0),
+        ("seed", "1e3", 1000),
+        ("seed", "3.0", 3),
+        ("seed", "9007199254740993", 2**53 + 1),  # no float holds it
+        *(("bake.fan", text, False) for text in ("off", "no", "False")),
+        *(("bake.fan", text, True) for text in ("on", "yes", "TRUE")),
+        ("name", "", ""),
+        ("top.icing.share", "0.5", 0.5),
+        # lists
+        ("notes", "a", ["a"]),
+        ("notes", "a, b,c", ["a", "b", "c"]),
+        ("notes", "[a, 'b, c']", ["a", "b, c"]),
+        ("notes", "[off, 010]", ["off", "010"]),
+        ("notes", "", []),
+        ("notes", "[]", []),
+        ("top.layers", "0.9,1,1.1", [0.9, 1.0, 1.1]),
+        ("top.layers", "1", [1.0]),
+    ],
+)
+def test_a_text_becomes_what_its_field_declares_from_file_and_command_line_alike(file, name, text, expected):
+    *sections, key = name.split(".")
+    nested = "".join(f"{'  ' * depth}{part}:\n" for depth, part in enumerate(sections))
+    from_file = flatten(load(Cake, file(f"{nested}{'  ' * len(sections)}{key}: {text}\n")))[name]
+    for value in (given_on_command_line(name, text), from_file):
+        assert value == expected and type(value) is type(expected)
+
+
+@given(st.from_regex(r"[A-Za-z0-9~+.][A-Za-z0-9_.:+-]{0,8}[A-Za-z0-9]", fullmatch=True))
+def test_any_word_reads_alike_from_file_and_command_line(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "word.yaml"
+    path.write_text(f"name: {text}\n")
+    assert load(Cake, path).name == load(Cake, None, [f"--name={text}"]).name == text
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("seed", "2.5", "seed must be a whole number, not '2.5'"),
+        ("seed", "", "seed must be a whole number, not ''"),
+        ("seed", "inf", "seed must be a whole number, not 'inf'"),
+        ("seed", "[3]", "seed must be a whole number, not ['3']"),
+        ("bake.degrees", "hot", "bake.degrees must be a number, not 'hot'"),
+        ("bake.degrees", "on", "bake.degrees must be a number, not 'on'"),
+        ("bake.fan", "maybe", "bake.fan must be true or false, not 'maybe'"),
+        ("bake.fan", "1", "bake.fan must be true or false, not '1'"),
+        ("top.layers", "2,x", "top.layers must be a number, not 'x'"),
+        ("name", "[a]", "name must be a text, not ['a']"),
+        # ranges
+        ("bake.degrees", "301", "bake.degrees must be above 0 and at most 300, not 301.0"),
+        ("bake.degrees", "nan", "bake.degrees must be a finite number, not nan"),
+        ("top.icing.share", "1", "top.icing.share must be at least 0 and below 1, not 1.0"),
+        ("top.nuts", "-1", "top.nuts must be 0 or more, not -1"),
+        ("top.layers", "1,0", "top.layers must be above 0, not [1.0, 0.0]"),
+        ("top.layers", "", "top.layers must not be empty: give at least one value (thickness of each layer)"),
+        ("top.icing.colour", "pnik", "top.icing.colour must be one of white, pink, not 'pnik'; did you mean 'pink'?"),
+        ("top.icing.colour", "blue", "top.icing.colour must be one of white, pink, not 'blue'"),
+        ("notes", "a\x85b", r"notes holds the control character '\x85': take it out of ['a\x85b']"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_with_what_can(name, text, said):
+    assert refusal(f"--{name}={text}") == said
+
+
+@pytest.mark.parametrize(
+    ("bounds", "words", "inside", "outside"),
+    [
+        ({"at_least": 0, "at_most": 1}, "between 0 and 1", [0, 0.5, 1], [-0.1, 1.1]),
+        ({"at_least": 0, "below": 1}, "at least 0 and below 1", [0, 0.5], [-0.1, 1]),
+        ({"above": 0}, "above 0", [1e-9], [0, -1]),
+        ({"above": 0, "at_most": 2}, "above 0 and at most 2", [1e-9, 2], [0, 2.1]),
+        ({"at_least": 1}, "1 or more", [1, 2], [0]),
+        ({"at_most": 3}, "at most 3", [3, -9], [4]),
+        ({"below": 3}, "below 3", [2], [3]),
+        ({}, "", [-1e300, 1e300], []),
+    ],
+)
+def test_a_range_in_words(bounds, words, inside, outside):
+    setting = Setting("", **bounds)
+    assert setting.allowed == words
+    assert all(setting.admits(value) for value in inside) and not any(setting.admits(value) for value in outside)
+
+
+def test_the_kind_decides_what_stands_in_a_section(file):
+    assert load(Cake, None).bake == Oven()
+    assert load(Cake, None, ["--bake.kind=steamer"]).bake == Steamer()
+    assert load(Cake, None, ["--bake.water_ml=9", "--bake.kind=steamer"]).bake == Steamer(9)
+    steamed = file("bake: {kind: steamer, water_ml: 7}")
+    assert load(Cake, steamed).bake == Steamer(7)
+    assert load(Cake, steamed, ["--bake.water_ml=8"]).bake == Steamer(8)
+    assert refusal("--bake.kind=steemer") == (
+        "bake.kind must be one of oven, steamer, not 'steemer'; did you mean 'steamer'?"
+    )
+    assert refusal("--bake.kind=[oven]") == "bake.kind must be a text, not ['oven']"
+    assert refusal("--bake.degree=9", "--bake.kind=steamer") == (
+        "unknown setting 'bake.degree' in the command line, where bake.kind is 'steamer'; "
+        "known in bake are: kind, water_ml"
+    )
+    assert refusal("--bake.degree=9") == (
+        "unknown setting 'bake.degree' in the command line, where bake.kind is 'oven'; did you mean 'bake.degrees'?"
+    )
+    # What the file says of one kind is not silently dropped when the command line chooses the other.
+    assert re.fullmatch(
+        r"unknown setting 'bake.water_ml' in \S*cake.yaml, where bake.kind is 'oven'; known in bake are: .*",
+        refusal("--bake.kind=oven", path=steamed),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("bake.degree", "'bake.degrees'"),  # spelling
+        ("bake.Fan", "'bake.fan'"),
+        ("top.water-ml", None),  # of the kind that is not chosen
+        ("top.degrees", "'bake.degrees'"),  # the same key in another section
+        ("icing.colour", "'top.icing.colour'"),
+        ("bkae.fan", "'bake.fan'"),
+        ("top.icing_share", "'top.icing.share'"),
+        ("top.seed", "'seed'"),
+        ("top.temp", "'bake.degrees'"),  # another program's name
+        ("cook.fan", "'bake.fan'"),  # another program's section
+        ("cook.degree", "'bake.degrees'"),
+        ("cook.kind", "'bake.kind'"),
+        ("top.nut", "'top.nuts'"),
+        ("top.icing.xyz", None),  # shares its section with all that are known, and nothing else
+        ("top.xy", None),
+    ],
+)
+def test_an_unknown_name_is_answered_with_what_was_probably_meant(name, meant):
+    said = suggest(Cake, name)
+    assert said == f"did you mean {meant}?" if meant else said.startswith("known in top")
+
+
+def test_where_nothing_is_near_all_names_beside_it_are_listed():
+    assert suggest(Cake, "top.xy") == "known in top are: nuts, icing, layers"
+    assert suggest(Cake, "top.icing.xyz") == "known in top.icing are: share, colour"
+    assert suggest(Cake, "top.xy.z") == "known in top are: nuts, icing, layers"
+    assert suggest(Cake, "zzz.q") == "known are: name, seed, notes, bake, top"
+    assert nearest("slrum", ["slurm", "local"]) == "did you mean 'slurm'?"
+    assert nearest("zz", ["slurm", "local"]) == "known are: slurm, local"
+
+
+@dataclass(frozen=True)
+class Twice:
+    """The same section twice."""
+
+    one: Icing = section(Icing)
+    other: Icing = section(Icing)
+
+
+def test_a_name_in_several_sections_is_answered_with_all_of_them():
+    assert suggest(Twice, "third.share") == "did you mean 'one.share' or 'other.share'?"
+    assert suggest(Twice, "other.colr") == "did you mean 'other.colour'?"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("--fan=on", "'--fan=on' is no setting: write --section.key=value, for instance --bake.fan=on"),
+        ("--heat=9", "'--heat=9' is no setting: write --section.key=value, for instance --bake.degrees=9"),
+        ("--zzz=9", "'--zzz=9' is no setting: write --section.key=value, for instance --seed=0"),
+        ("bake.fan=on", "'bake.fan=on' is no setting: write --section.key=value, for instance --bake.fan=on"),
+        ("--bake.fan", "'--bake.fan' is no setting: write --section.key=value, for instance --bake.fan=False"),
+        ("--top=3", "'--top=3' is no setting: write --section.key=value, for instance --seed=0"),
+        (
+            "--top.icing=3",
+            "top.icing in the command line is a section, not '3': name a setting in it, such as top.icing.share",
+        ),
+        ("--seed.x=3", "unknown setting 'seed.x' in the command line; did you mean 'seed'?"),
+    ],
+)
+def test_what_is_no_setting_is_answered_with_how_it_is_written(override, said):
+    assert refusal(override) == said
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("bake: {degree: 3}", "unknown setting 'bake.degree' in .*cake.yaml, where .*; did you mean 'bake.degrees'"),
+        ("cooking: {fan: on}", "unknown setting 'cooking.fan' in .*cake.yaml; did you mean 'bake.fan'"),
+        ("1: {fan: on}", "unknown setting '1.fan' in"),
+        ("top: {on: 3}", "unknown setting 'top.on' in"),
+        ("top: 3", "top in .*cake.yaml is a section, not '3': name a setting in it, such as top.nuts"),
+        ("top: {icing: [1]}", r"top.icing in .*cake.yaml is a section, not \['1'\]"),
+        ("seed: {x: 3}", "unknown setting 'seed.x' in"),
+        ("seed: {}", "seed must be a whole number, not {}"),
+        ("top:\n  nuts: 3\n  nuts: 4\n", "cake.yaml is no valid YAML: 'nuts' is given twice .*line 3"),
+        ("top: {nuts: 3}\ntop: {nuts: 4}\n", "'top' is given twice"),
+        ("top: {nuts: 3}\ntop.nuts: 4\n", "top.nuts is given twice in .*cake.yaml: remove one"),
+        ("[a]: 3\n", "cake.yaml is no valid YAML"),
+        ("top:\n\tnuts: 3\n", "cake.yaml is no valid YAML: .*line 2"),
+        ("- top\n", "cake.yaml must hold settings by their names"),
+        ("top", "cake.yaml must hold settings by their names"),
+        (b"\xff\xfe\x00", "cake.yaml is no valid YAML"),
+    ],
+)
+def test_a_file_that_cannot_be_understood_is_one_sentence(file, text, said):
+    assert re.search(said, refusal(path=file(text)))
+
+
+def test_a_file_that_is_not_there_is_one_sentence(tmp_path):
+    assert "none.yaml: No such file or directory; give the path" in refusal(path=tmp_path / "none.yaml")
+
+
+def test_the_command_line_replaces_single_settings_of_the_file_and_the_last_one_counts(file):
+    path = file("seed: 3\ntop:\n  nuts: 5\n  icing:\n    colour: pink\nbake:\n")
+    cake = load(Cake, path, ["--top.nuts=1", "--top.nuts=2"])
+    assert (cake.seed, cake.top.nuts, cake.top.icing.colour, cake.bake) == (3, 2, "pink", Oven())
+    assert load(Cake, file("")) == load(Cake, None) == Cake()
+
+
+def test_values_that_do_not_go_together_are_refused_where_their_classes_say_so():
+    assert refusal("--top.nuts=1", "--top.icing.share=0.5").startswith("top.nuts and top.icing.share exclude")
+    assert refusal("--top.nuts=10", "--bake.kind=steamer").startswith("top.nuts would sink")
+    # Bounds come first: a check may rely on them.
+    assert refusal("--top.nuts=1", "--top.icing.share=2").startswith("top.icing.share must be")
+
+
+TEXTS = st.text(st.characters(codec="utf8", exclude_categories=["Cc", "Zl", "Zp"]), max_size=12)
+CAKES = st.builds(
+    from_dict,
+    st.just(Cake),
+    st.fixed_dictionaries(
+        {
+            "name": TEXTS,
+            "seed": st.integers(-(2**63), 2**63),
+            "notes": st.lists(TEXTS, max_size=3),
+            "bake": st.one_of(
+                st.fixed_dictionaries({"degrees": st.floats(1e-300, 300), "fan": st.booleans()}),
+                st.fixed_dictionaries({"kind": st.just("steamer"), "water_ml": st.integers(1, 10**30)}),
+            ),
+            "top": st.fixed_dictionaries(
+                {
+                    "layers": st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=3),
+                    "icing": st.fixed_dictionaries({"share": st.floats(0, 0.99)}),
+                }
+            ),
+        }
+    ),
+    st.just("the test"),
+)
+
+
+@given(CAKES)
+def test_what_is_written_gives_the_same_settings_again(tmp_path_factory, cake):
+    path = tmp_path_factory.getbasetemp() / "written.yaml"
+    path.write_text(describe(cake), encoding="utf8")
+    assert load(Cake, path) == cake
+    assert from_dict(Cake, to_dict(cake), "a checkpoint") == cake
+    assert from_dict(Cake, flatten(cake), "a checkpoint") == cake
+    assert load(Cake, None, [f"--{name}={value}" for name, value in flatten(cake).items() if name == "seed"])
+
+
+def test_the_kind_is_written_first():
+    assert list(to_dict(Cake())["bake"]) == ["kind", "degrees", "fan"]
+    assert (
+        list(flatten(Cake()))
+        == [each.name for each in declared(Cake)]
+        == [
+            *("name", "seed", "notes", "bake.kind", "bake.degrees", "bake.fan"),
+            *("top.nuts", "top.icing.share", "top.icing.colour", "top.layers"),
+        ]
+    )
+
+
+def test_differences_are_of_what_shapes_the_result_and_a_kind_is_one_difference():
+    ours = load(Cake, None, ["--seed=1", "--bake.fan=on", "--top.nuts=3"])
+    assert differences(ours, Cake()) == [("seed", 1, 0), ("bake.fan", True, False)]
+    assert differences(ours, dataclasses.replace(ours, bake=Steamer())) == [("bake.kind", "oven", "steamer")]
+
+
+def test_the_help_shows_every_setting_of_every_kind_with_its_range():
+    shown = help_text(Cake)
+    assert shown.splitlines()[:2] == ["  --name=", "        name of the cake"]
+    entry = (
+        "\nbake: Steaming in a pot.\n  --bake.kind=steamer\n        the kind with the settings below; default: oven\n"
+    )
+    assert f"{entry}  --bake.water_ml=500\n        water in the pot (1 or more)\n" in shown
+    assert "\ntop.icing: Sugar on the top.\n  --top.icing.share=0.0\n" in shown
+    assert "colour of the icing (one of white, pink)" in shown
+    assert shown.index("--top.layers") < shown.index("--top.icing.share")  # under its own heading
+
+
+def test_nothing_can_be_changed_afterwards_and_no_list_is_shared():
+    cake = Cake()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cake.top.nuts = 3
+    assert cake.notes is not Cake().notes and to_dict(cake)["notes"] is not cake.notes
+
+
+def test_the_engine_imports_neither_torch_nor_what_is_being_set():
+    program = "import ddp_asr.settings, sys; print(sorted({'torch', 'numpy', 'ddp_asr.config'} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    assert run.stdout == "[]\n"
