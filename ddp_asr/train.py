@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddp_asr import config as settings_module
 from ddp_asr.config import Config, load_config, require_shards
 from ddp_asr.errors import UserError, run_entry_point
+from ddp_asr.settings import help_text
 
 if TYPE_CHECKING:
     from ddp_asr.training.session import Session
@@ -65,7 +65,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="python -m ddp_asr.train",
         description="Trains a CTC speech recogniser on one process or many; the result is the same.",
-        epilog=EXAMPLES + "\nsettings, with their defaults:\n" + settings_module.settings_help(),
+        epilog=EXAMPLES + "\nsettings, with their defaults:\n" + help_text(Config),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         usage="%(prog)s [--config FILE] [--resume auto|never|PATH] [--dry-run] [--profile N] [--section.key=value ...]",

@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddp_asr.config import convert, nearest, read_yaml, setting
 from ddp_asr.errors import UserError
+from ddp_asr.settings import check_bounds, convert, nearest, read_yaml, setting
 
 if TYPE_CHECKING:
     from submitit import Executor
@@ -48,11 +48,13 @@ _TEXTS = ("partition", "account", "qos", "constraint", "exclude", "nodelist", "m
 class Request:
     """What a job asks for: keys of a profile, options of every launcher; empty or 0 is left to the cluster."""
 
-    executor: str = setting("slurm", "slurm, local (processes of this machine) or debug (this very process)")
+    executor: str = setting(
+        "slurm", "Slurm, local processes of this machine, or debug: this very process", choices=EXECUTORS
+    )
     nodes: str = setting("1", "nodes, or a range such as 1-4: the run goes on with what there is")
-    gpus_per_node: int = setting(0, "GPUs a node, each with a rank of its own")
-    tasks_per_node: int = setting(0, "ranks a node; 0: one for each GPU, or one where there are none")
-    cpus_per_task: int = setting(0, "CPU cores a rank, its loader processes included")
+    gpus_per_node: int = setting(0, "GPUs a node, each with a rank of its own", at_least=0)
+    tasks_per_node: int = setting(0, "ranks a node; 0: one for each GPU, or one where there are none", at_least=0)
+    cpus_per_task: int = setting(0, "CPU cores a rank, its loader processes included", at_least=0)
     mem: str = setting("", "memory a node, such as 200G")
     time: str = setting("", "time limit, such as 8:00:00; the run checkpoints and requeues itself before it")
     partition: str = setting("", "partition")
@@ -61,7 +63,7 @@ class Request:
     constraint: str = setting("", "node features, such as a100")
     exclude: str = setting("", "nodes to stay away from")
     nodelist: str = setting("", "nodes to run on")
-    signal_s: int = setting(120, "so many seconds before the time limit the ranks are told to stop")
+    signal_s: int = setting(120, "so many seconds before the time limit the ranks are told to stop", at_least=0)
     setup: list[str] = setting([], "shell lines before the ranks start, such as 'module load cuda'")
 
     @property
@@ -95,7 +97,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             option, repeated = f"--{name.replace('_', '-')}", name == "setup"
             metavar = "LINE" if repeated else name.rpartition("_")[2].upper()
             action = "append" if repeated else "store"
-            group.add_argument(option, metavar=metavar, action=action, help=field.metadata["meaning"])
+            group.add_argument(option, metavar=metavar, action=action, help=field.metadata["setting"].meaning)
 
 
 def request_from(options: argparse.Namespace, **defaults: Any) -> Request:
@@ -107,7 +109,10 @@ def request_from(options: argparse.Namespace, **defaults: Any) -> Request:
     values = defaults | _read_profile(options.cluster)
     values |= {name: given for name in _FIELDS if (given := getattr(options, name, None)) is not None}
     types = typing.get_type_hints(Request)
-    request = Request(**{name: convert(value, types[name], name) for name, value in values.items()})
+    values = {name: convert(value, types[name], name) for name, value in values.items()}
+    for name, value in values.items():
+        check_bounds(value, _FIELDS[name].metadata["setting"], name)
+    request = Request(**values)
     _check(request)
     return request
 
@@ -136,14 +141,9 @@ def _find_profile(name: str) -> Path | None:
 
 
 def _check(request: Request) -> None:
-    if request.executor not in EXECUTORS:
-        raise UserError(f"executor must be one of {', '.join(EXECUTORS)}, not {request.executor!r}")
     nodes = re.fullmatch(r"([1-9]\d*)(?:-([1-9]\d*))?", request.nodes)
     if not nodes or (nodes[2] and int(nodes[2]) < int(nodes[1])):
         raise UserError(f"nodes must be a number such as 4, or a range such as 1-4, not {request.nodes!r}")
-    for name in ("gpus_per_node", "tasks_per_node", "cpus_per_task", "signal_s"):
-        if getattr(request, name) < 0:
-            raise UserError(f"{name} must be 0 or more, not {getattr(request, name)}")
     for name in _TEXTS:  # each becomes a line of the batch script
         if "\n" in getattr(request, name):
             raise UserError(f"{name} must be one line, not {getattr(request, name)!r}")

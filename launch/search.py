@@ -24,19 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddp_asr.config import (
-    Config,
-    Run,
-    config_from_dict,
-    convert,
-    differences,
-    flatten,
-    load_config,
-    nearest,
-    read_yaml,
-    to_dict,
-)
+from ddp_asr.config import Config, Run, config_from_dict, load_config
 from ddp_asr.errors import UserError
+from ddp_asr.settings import convert, declared, differences, flatten, nearest, read_yaml, suggest
 
 LABEL_CHARACTERS = 60  # of a run's name, which is a directory's and an argument's
 DRAWS_A_TRIAL = 1000  # before a trial unlike the others is given up
@@ -129,10 +119,10 @@ def _mapping(tree: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
     mapping = tree.get(key) or {}
     if not isinstance(mapping, dict):
         raise UserError(f"{key} in {path} must hold settings by their names, such as 'train.epochs: 3'")
-    known = [name for name, _ in flatten(Config())]
+    known = [each.name for each in declared(Config)]
     for name in mapping:
         if name not in known:
-            raise UserError(f"unknown setting {name!r} under {key} in {path}; {nearest(name, known)}")
+            raise UserError(f"unknown setting {name!r} under {key} in {path}; {suggest(Config, name)}")
         if name == "run.name" or (name == "run.dir" and key == "settings"):
             raise UserError(f"{name} cannot stand under {key} in {path}: each trial has a directory of its own")
     return mapping
@@ -180,8 +170,7 @@ def _range(name: str, given: Mapping[str, Any]) -> Range:
 
 
 def _type_of(name: str) -> Any:
-    section, _, key = name.partition(".")
-    return typing.get_type_hints(typing.get_type_hints(Config)[section])[key]
+    return next(each.type for each in declared(Config) if each.name == name)
 
 
 # ---- the trials ----------------------------------------------------------------------------------------------------
@@ -221,10 +210,10 @@ def _draw(sweep: Sweep, name: str, trial: int, attempt: int) -> str:
 
 def label_of(values: Values) -> str:
     """`learning_rate=1e-3,dropout=0.1`: what a trial is known by, another for any other values."""
-    keys = Counter(name.partition(".")[2] for name in values)
+    keys = Counter(name.rpartition(".")[2] for name in values)
     parts = []
     for name, value in values.items():
-        key = name.partition(".")[2]
+        key = name.rpartition(".")[2]
         shown = re.sub(r"[^\w.+-]+", "-", value).strip("-") if value else "none"
         parts.append(f"{key if keys[key] == 1 else name}={shown}")
     label = ",".join(parts)
@@ -280,12 +269,9 @@ def plan(sweep: Sweep, overrides: Sequence[str] = ()) -> list[Trial]:
     names = names_of(values_of, [path.name for path in folder.iterdir()] if folder.is_dir() else [])
     trials = []
     for name, values in zip(names, values_of, strict=True):
-        tree = to_dict(base)
-        for setting, value in ({"run.dir": str(folder), "run.name": name} | values).items():
-            section, _, key = setting.partition(".")
-            tree[section][key] = value
+        settings = flatten(base) | {"run.dir": str(folder), "run.name": name} | values
         try:
-            trials.append(Trial(name, values, config_from_dict(tree, str(sweep.config))))
+            trials.append(Trial(name, values, config_from_dict(settings, str(sweep.config))))
         except UserError as error:
             raise UserError(f"trial {name}: {error}") from None
     _refuse_alike(trials)

@@ -20,9 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddp_asr.config import Config, describe, load_config, require_shards, settings_help
+from ddp_asr.config import Config, load_config, require_shards
 from ddp_asr.errors import UserError, run_entry_point
 from ddp_asr.runs.directory import read_status
+from ddp_asr.settings import describe, help_text
 from launch import cluster, job
 from launch.cluster import Request, Submission
 
@@ -120,7 +121,7 @@ def check_all(configs: Sequence[Config], request: Request) -> None:
     """`check`, once for all runs whose data and plan are the same: the trials of a sweep are many."""
     checked: list[tuple[Any, ...]] = []
     for config in configs:
-        shapes = (config.model.time_strides, config.augment.speeds)
+        shapes = (config.encoder.time_strides, config.augment.speeds)
         plan = (config.data, config.vocabulary, config.batch, config.features, *shapes)
         if plan not in checked:
             check(config, request)
@@ -208,7 +209,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="python -m launch.submit",
         description="Trains on Slurm, on this machine, or in this process: the same run everywhere.",
-        epilog=EXAMPLES + "\nsettings, with their defaults:\n" + settings_help(),
+        epilog=EXAMPLES + "\nsettings, with their defaults:\n" + help_text(Config),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         usage="%(prog)s --config FILE [job options] [--dry-run] [--section.key=value ...]",

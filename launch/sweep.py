@@ -55,7 +55,7 @@ a sweep's file:
   seed: 0                            # random only
   parallel: 4                        # jobs at a time; 0: all
   settings:
-    model.rnn_size: [256, 512]       # random: one of them is drawn
+    encoder.rnn_size: [256, 512]       # random: one of them is drawn
     optim.learning_rate: {min: 1e-4, max: 1e-2, scale: log}     # random only; scale: linear or log
   fixed:
     train.epochs: 20                 # the same in all trials

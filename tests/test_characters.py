@@ -12,7 +12,7 @@ from ddp_asr import config
 from ddp_asr.errors import UserError
 from ddp_asr.text.characters import REASONS, Vocabulary, fit_targets
 
-ENGLISH = Vocabulary.from_config(config.Vocabulary())
+ENGLISH = Vocabulary.from_config(config.Characters())
 
 
 class FakeIndex:

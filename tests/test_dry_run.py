@@ -20,7 +20,8 @@ SECTIONS = {
     "batch": {"max_seconds": 2.0, "micro_batches": 4},
     "features": {"mel_bands": 16, "n_fft": 512},
     "augment": {"frequency_mask_bands": 4},
-    "model": {"conv_channels": 4, "residual_blocks": 1, "rnn_layers": 2, "rnn_size": 8, "dropout": 0.2},
+    "encoder": {"conv_channels": 4, "residual_blocks": 1, "rnn_layers": 2, "rnn_size": 8, "dropout": 0.2},
+    "objective": {},
     "train": {"epochs": 3},
 }
 # 16 that can be trained; then a foreign character, too few frames for CTC, nothing left of it, too long.
@@ -52,7 +53,7 @@ def test_it_names_steps_data_and_model(shards):
     assert f"steps             {steps} an epoch, {3 * steps} in all\n" in text
     assert "training data     16 utterances, 0.00 h\n" in text
     assert "test data         none\n" in text
-    parameters = sum(p.numel() for p in AcousticModel(config.features, config.model, 4).parameters())
+    parameters = sum(p.numel() for p in AcousticModel(config.features, config.encoder, 4).parameters())
     assert f"model             {parameters:,} parameters, 4 classes\n" in text
     assert "4 micro-batches, " in text and "up to 4; " in text
     assert "symbols: ' ab'" in text and "rnn_size: 8" in text  # every setting, as it would be saved
@@ -92,7 +93,7 @@ def test_what_a_run_would_refuse_is_refused(shards):
 def test_the_command_prints_it_and_leaves_nothing_behind(shards, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     arguments = ["--dry-run", f"--data.train={shards}", "--data.test=", f"--run.dir={tmp_path / 'runs'}"]
-    arguments += ["--vocabulary.symbols= ab", "--vocabulary.drop=.", "--batch.micro_batches=2", "--model.rnn_size=8"]
+    arguments += ["--vocabulary.symbols= ab", "--vocabulary.drop=.", "--batch.micro_batches=2", "--encoder.rnn_size=8"]
     with pytest.raises(UserError, match="3 processes cannot share out 2"):
         train.main(arguments)
     monkeypatch.delenv("WORLD_SIZE")
@@ -106,7 +107,7 @@ def test_the_command_prints_it_and_leaves_nothing_behind(shards, tmp_path, capsy
 
 def kept_bytes(config, utterances, seconds):
     """What autograd really keeps of a micro-batch in training: each storage once, weights not counted."""
-    model = AcousticModel(config.features, config.model, 4)
+    model = AcousticModel(config.features, config.encoder, 4)
     frames = config.features.frames(int(seconds * SAMPLE_RATE_HZ))
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     alive, total = {}, 0
@@ -129,7 +130,7 @@ def kept_bytes(config, utterances, seconds):
 
 def test_the_estimate_is_what_a_micro_batch_really_keeps(shards):
     config = settings(shards)
-    model = AcousticModel(config.features, config.model, 4)
+    model = AcousticModel(config.features, config.encoder, 4)
     a_second = activation_bytes_per_second(config, model)
     for utterances, seconds in ((1, 7.0), (6, 2.0), (10, 1.0)):
         estimate = a_second * utterances * seconds
@@ -140,17 +141,17 @@ def test_the_estimate_is_what_a_micro_batch_really_keeps(shards):
 @pytest.mark.parametrize(
     "section, changed, least, most",
     [
-        ("model", {"conv_channels": 8}, 1.3, 2.0),
-        ("model", {"rnn_layers": 8}, 2.0, 4.0),
-        ("model", {"time_strides": [4]}, 0.5, 0.6),
+        ("encoder", {"conv_channels": 8}, 1.3, 2.0),
+        ("encoder", {"rnn_layers": 8}, 2.0, 4.0),
+        ("encoder", {"time_strides": [4]}, 0.5, 0.6),
         ("features", {"hop_ms": 25.0}, 0.48, 0.52),
-        ("augment", {"consistency_weight": 0.2}, 1.99, 2.01),
+        ("objective", {"consistency_weight": 0.2}, 1.99, 2.01),
     ],
     ids=str,
 )
 def test_the_estimate_scales_with_what_is_computed(shards, section, changed, least, most):
     before, after = (settings(shards, **{section: {**SECTIONS[section], **more}}) for more in ({}, changed))
-    one, other = (activation_bytes_per_second(c, AcousticModel(c.features, c.model, 4)) for c in (before, after))
+    one, other = (activation_bytes_per_second(c, AcousticModel(c.features, c.encoder, 4)) for c in (before, after))
     assert least < other / one < most
 
 

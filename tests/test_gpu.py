@@ -34,7 +34,7 @@ def settings(tiny_corpus):
     """Settings of the tiny corpus, without dropout; further overrides come after."""
 
     def of(*overrides):
-        path, *given = tiny_corpus.arguments(Path("runs"), "run", "--model.dropout=0", *overrides)[1:]
+        path, *given = tiny_corpus.arguments(Path("runs"), "run", "--encoder.dropout=0", *overrides)[1:]
         return load_config(Path(path), given)
 
     return of
@@ -52,7 +52,7 @@ def learner_of(settings, precision="fp32"):
     set_matmul_precision(precision)
     corpus = read_corpus(settings)
     torch.manual_seed(0)
-    model = AcousticModel(settings.features, settings.model, corpus.vocabulary.size).to(DEVICE)
+    model = AcousticModel(settings.features, settings.encoder, corpus.vocabulary.size).to(DEVICE)
     learner = Learner(
         world=World(0, 1, 0, DEVICE),
         model=model,
@@ -61,7 +61,7 @@ def learner_of(settings, precision="fp32"):
         optim=settings.optim,
         precision=precision,
         seed=0,
-        augmentation=settings.augment,
+        objective=settings.objective,
         frame_s=settings.frame_s,
     )
     return learner, corpus
@@ -167,7 +167,7 @@ def test_an_utterance_alone_and_beside_31_longer_ones_gives_the_same_logits(stri
     set_matmul_precision("fp32")
     features = config.Features()
     torch.manual_seed(0)
-    model = AcousticModel(features, config.Model(time_strides=strides, rnn_size=64), 29).to(DEVICE).eval()
+    model = AcousticModel(features, config.RescnnBigru(time_strides=strides, rnn_size=64), 29).to(DEVICE).eval()
     log_mel = LogMel(features).to(DEVICE)
     samples = torch.tensor([4_001] + [4_200 + 97 * n for n in range(31)])
     waveforms = torch.randint(-9_000, 9_000, (32, int(samples.max())), dtype=torch.int16)
@@ -204,7 +204,7 @@ def test_a_stop_is_invisible_on_a_gpu(tiny_corpus, tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_no_step_needs_more_memory_than_the_rehearsal(settings, precision):
-    chosen = settings("--model.conv_channels=32", "--model.rnn_size=64")
+    chosen = settings("--encoder.conv_channels=32", "--encoder.rnn_size=64")
     learner, corpus = learner_of(chosen, precision)
     torch.cuda.reset_peak_memory_stats(DEVICE)
     lines = rehearse(corpus, learner)

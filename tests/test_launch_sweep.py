@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddp_asr.config import describe, load_config
+from ddp_asr.config import load_config
 from ddp_asr.errors import UserError
+from ddp_asr.settings import describe
 from launch import submit, sweep
 from launch.cluster import Request, Submission
 from launch.search import Range, Sweep, label_of, names_of, plan, read_sweep, trials_of
@@ -38,7 +39,7 @@ def write(tmp_path):
     return written
 
 
-GRID = "settings: {optim.learning_rate: [1e-3, 2e-3], model.dropout: [0, 0.1, 0.2]}"
+GRID = "settings: {optim.learning_rate: [1e-3, 2e-3], encoder.dropout: [0, 0.1, 0.2]}"
 
 
 # ---- the file ------------------------------------------------------------------------------------------------------
@@ -47,8 +48,8 @@ GRID = "settings: {optim.learning_rate: [1e-3, 2e-3], model.dropout: [0, 0.1, 0.
 def test_a_file_is_read_as_it_is_written(write, tmp_path):
     path = write(
         "search: random\ntrials: 20\nseed: 3\nparallel: 4\nfixed: {train.epochs: 2, data.train: [a, b]}\n"
-        "settings:\n  model.time_strides: [[2], [2, 1]]\n  optim.anneal: [linear, cosine]\n"
-        "  optim.learning_rate: {min: 1e-4, max: 1e-2, scale: log}\n  model.rnn_size: {min: 64, max: 512}"
+        "settings:\n  encoder.time_strides: [[2], [2, 1]]\n  optim.anneal: [linear, cosine]\n"
+        "  optim.learning_rate: {min: 1e-4, max: 1e-2, scale: log}\n  encoder.rnn_size: {min: 64, max: 512}"
     )
     assert read_sweep(path) == Sweep(
         config=tmp_path / "base.yaml",
@@ -58,10 +59,10 @@ def test_a_file_is_read_as_it_is_written(write, tmp_path):
         seed=3,
         parallel=4,
         settings={
-            "model.time_strides": ["2", "2,1"],
+            "encoder.time_strides": ["2", "2,1"],
             "optim.anneal": ["linear", "cosine"],
             "optim.learning_rate": Range(1e-4, 1e-2, log=True, whole=False),
-            "model.rnn_size": Range(64, 512, log=False, whole=True),
+            "encoder.rnn_size": Range(64, 512, log=False, whole=True),
         },
         fixed={"train.epochs": "2", "data.train": "a,b"},
     )
@@ -91,7 +92,7 @@ def test_a_grid_needs_nothing_but_a_config_and_values(write, tmp_path):
         ("settings: {run.name: [a, b]}", "run.name cannot stand under settings .* a directory of its own"),
         ("settings: {run.dir: [a, b]}", "run.dir cannot stand under settings"),
         (f"{GRID}\nfixed: {{run.name: a}}", "run.name cannot stand under fixed"),
-        (f"{GRID}\nfixed: {{model.dropout: 0}}", "model.dropout stands under both settings and fixed"),
+        (f"{GRID}\nfixed: {{encoder.dropout: 0}}", "encoder.dropout stands under both settings and fixed"),
         (f"{GRID}\nsearch: bayes", "search must be grid or random, not 'bayes'"),
         (f"{GRID}\nsearch: random", "must say how many trials to draw"),
         (f"{GRID}\nsearch: random\ntrials: -1", "trials must be 0 or more, not -1"),
@@ -123,7 +124,7 @@ def test_a_mistake_in_the_file_is_one_sentence(write, text, said):
         ("optim.learning_rate: {min: a, max: 1}", "min of optim.learning_rate must be a number, not 'a'"),
         ("optim.learning_rate: {min: 0, max: 1, scale: log}", "must lie above 0 for 'scale: log'"),
         ("optim.learning_rate: {min: 0, max: 1, scale: exp}", "the scale of optim.learning_rate must be linear or log"),
-        ("model.rnn_size: {min: 1.5, max: 2}", "min of model.rnn_size must be a whole number, not '1.5'"),
+        ("encoder.rnn_size: {min: 1.5, max: 2}", "min of encoder.rnn_size must be a whole number, not '1.5'"),
         ("optim.anneal: {min: 1, max: 2}", "optim.anneal is no number"),
         ("vocabulary.lowercase: {min: 1, max: 2}", "vocabulary.lowercase is no number"),
         ("augment.speeds: {min: 1, max: 2}", "augment.speeds is no number"),
@@ -151,7 +152,7 @@ def test_the_example_is_sound():
 def test_a_grid_is_every_combination_and_the_last_setting_turns_fastest(write):
     rates, dropouts = ["1e-3", "2e-3"], ["0", "0.1", "0.2"]
     assert trials_of(read_sweep(write(GRID))) == [
-        {"optim.learning_rate": rate, "model.dropout": dropout} for rate in rates for dropout in dropouts
+        {"optim.learning_rate": rate, "encoder.dropout": dropout} for rate in rates for dropout in dropouts
     ]
 
 
@@ -160,7 +161,7 @@ trials: {trials}
 seed: {seed}
 settings:
   optim.learning_rate: {{min: 1e-4, max: 1e-2, scale: log}}
-  model.dropout: [0, 0.1, 0.2]
+  encoder.dropout: [0, 0.1, 0.2]
 """
 
 
@@ -170,22 +171,22 @@ def drawn(write, trials=4, seed=0, more=""):
 
 def test_random_trials_are_the_same_for_ever(write):
     assert drawn(write) == [
-        {"optim.learning_rate": rate, "model.dropout": dropout}
-        for rate, dropout in [("0.000873", "0"), ("0.000116", "0.2"), ("0.000163", "0.1"), ("0.00387", "0")]
+        {"optim.learning_rate": rate, "encoder.dropout": dropout}
+        for rate, dropout in [("0.000873", "0.2"), ("0.000116", "0"), ("0.000163", "0.2"), ("0.00387", "0")]
     ]
 
 
 def test_more_trials_or_another_setting_leave_the_former_as_they_were(write):
     few = drawn(write)
     assert drawn(write, trials=9)[:4] == few
-    wider = drawn(write, more="  model.rnn_size: [64, 128]\n")
+    wider = drawn(write, more="  encoder.rnn_size: [64, 128]\n")
     assert [{name: trial[name] for name in few[0]} for trial in wider] == few
     assert drawn(write, seed=1) != few
 
 
 def test_random_trials_are_all_different(write):
     path = write(
-        "search: random\ntrials: 6\nsettings: {model.rnn_layers: {min: 1, max: 3}, optim.anneal: [linear, cosine]}"
+        "search: random\ntrials: 6\nsettings: {encoder.rnn_layers: {min: 1, max: 3}, optim.anneal: [linear, cosine]}"
     )
     assert len({tuple(trial.values()) for trial in trials_of(read_sweep(path))}) == 6
     path.write_text(path.read_text().replace("trials: 6", "trials: 7"))
@@ -230,7 +231,7 @@ def test_a_range_in_numbers():
     ("values", "label"),
     [
         ({"optim.learning_rate": "1e-3"}, "learning_rate=1e-3"),
-        ({"optim.learning_rate": "1e-3", "model.dropout": "0.1"}, "learning_rate=1e-3,dropout=0.1"),
+        ({"optim.learning_rate": "1e-3", "encoder.dropout": "0.1"}, "learning_rate=1e-3,dropout=0.1"),
         ({"data.train": "shards/a,shards/b"}, r"train=shards-a-shards-b@\w{6}"),
         ({"vocabulary.drop": ""}, r"drop=none@\w{6}"),
         ({"vocabulary.drop": "none"}, r"drop=none@\w{6}"),
@@ -278,7 +279,7 @@ def test_the_plan_is_a_checked_config_each_under_one_directory(write, tmp_path):
     last = trials[-1]
     assert last.run == tmp_path / "runs" / "search" / "005-learning_rate=2e-3,dropout=0.2"
     config = last.config
-    assert (config.optim.learning_rate, config.model.dropout) == (2e-3, 0.2)
+    assert (config.optim.learning_rate, config.encoder.dropout) == (2e-3, 0.2)
     assert (config.optim.anneal, config.train.epochs) == ("cosine", 2)
 
 
@@ -286,25 +287,25 @@ def test_the_plan_is_a_checked_config_each_under_one_directory(write, tmp_path):
     ("text", "overrides", "said"),
     [
         (
-            "settings: {model.dropout: [0.1, high]}",
+            "settings: {encoder.dropout: [0.1, high]}",
             [],
-            "trial 001-dropout=high: model.dropout must be a number, not 'high'",
+            "trial 001-dropout=high: encoder.dropout must be a number, not 'high'",
         ),
         (
-            "settings: {model.dropout: [0.1, 1]}",
+            "settings: {encoder.dropout: [0.1, 1]}",
             [],
-            "trial 001-dropout=1: model.dropout must be at least 0 and below 1",
+            "trial 001-dropout=1: encoder.dropout must be at least 0 and below 1",
         ),
         (
-            "settings: {model.dropout: [0.1, 1e-1]}",
+            "settings: {encoder.dropout: [0.1, 1e-1]}",
             [],
             "trials 000-dropout=0.1 and 001-dropout=1e-1 have the same settings",
         ),
-        (GRID, ["--model.dropout=0.3"], "--model.dropout is what the sweep varies"),
+        (GRID, ["--encoder.dropout=0.3"], "--encoder.dropout is what the sweep varies"),
         (
             GRID,
-            ["--model.droput=0.3"],
-            "unknown setting 'model.droput' in the command line; did you mean 'model.dropout'",
+            ["--encoder.droput=0.3"],
+            "unknown setting 'encoder.droput' in the command line; did you mean 'encoder.dropout'",
         ),
     ],
 )
@@ -498,13 +499,13 @@ def test_the_ranking_is_by_error_rate_then_loss_and_failures_come_last(write):
         ("failed", None, None, None, "no space left"),
     )
     assert ranking(found) == [
-        "rank  trial  optim.learning_rate  model.dropout  best WER   loss  at step  state",
-        "   1    003                 2e-3              0    10.0 %  0.400       40  done",
-        "   2    002                 1e-3            0.2    10.0 %  0.600       30  done",
-        "   3    000                 1e-3              0    20.0 %  0.500       40  done",
-        "   4    004                 2e-3            0.1         -      -        -  done",
-        "   -    001                 1e-3            0.1    10.0 %  0.100       20  failed: the loss was not finite",
-        "   -    005                 2e-3            0.2         -      -        -  failed: no space left",
+        "rank  trial  optim.learning_rate  encoder.dropout  best WER   loss  at step  state",
+        "   1    003                 2e-3                0    10.0 %  0.400       40  done",
+        "   2    002                 1e-3              0.2    10.0 %  0.600       30  done",
+        "   3    000                 1e-3                0    20.0 %  0.500       40  done",
+        "   4    004                 2e-3              0.1         -      -        -  done",
+        "   -    001                 1e-3              0.1    10.0 %  0.100       20  failed: the loss was not finite",
+        "   -    005                 2e-3              0.2         -      -        -  failed: no space left",
     ]
 
 

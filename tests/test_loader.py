@@ -20,7 +20,7 @@ import soundfile
 import torch
 
 from ddp_asr import shard
-from ddp_asr.config import Augment, Batch, Config, Data, Train
+from ddp_asr.config import Augment, Batch, Config, Data, Noise, Train
 from ddp_asr.data import index, loader
 from ddp_asr.data.plan import Plan, speed_samples
 from ddp_asr.errors import UserError
@@ -32,7 +32,7 @@ VOCABULARY = Vocabulary("' abcdefghijklmnopqrstuvwxyz")
 CONFIG = Config(
     data=Data(workers=0, prefetch=2),
     batch=Batch(max_seconds=6.0, micro_batches=3, buckets=4),
-    augment=Augment(speeds=[0.9, 1.0, 1.1], noise_share=0.5),
+    augment=Augment(speeds=[0.9, 1.0, 1.1], noise=Noise(share=0.5)),
     train=Train(epochs=2),
 )
 PLAIN = dataclasses.replace(CONFIG, augment=Augment(frequency_masks=0, time_masks=0))
@@ -151,7 +151,7 @@ def test_speed_changes_length_and_pitch_by_the_plans_arithmetic(tmp_path):
 
 
 def test_noise_is_as_loud_and_as_frequent_as_the_settings_say(whole):
-    noisy = dataclasses.replace(PLAIN, augment=Augment(noise_share=0.5, noise_snr_db_min=10.0, noise_snr_db_max=20.0))
+    noisy = dataclasses.replace(PLAIN, augment=Augment(noise=Noise(0.5, 10.0, 20.0)))
     ratios_db = []
     for clean, dirty in zip(train(whole, PLAIN), train(whole, noisy), strict=True):
         for i, samples in enumerate(clean.samples.tolist()):

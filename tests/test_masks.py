@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddp_asr.config import Augment
+from ddp_asr.config import Augment, Objective
 from ddp_asr.features.masks import apply, draw, draw_span
 
 SETTINGS = Augment(frequency_masks=2, frequency_mask_bands=15, time_masks=3, time_mask_share=0.1)
@@ -14,9 +14,10 @@ HASHES = np.random.default_rng(0).integers(0, 2**64, 4_000, np.uint64)
 UTTERANCES = st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 3_000)), min_size=1, max_size=20)
 
 
-def masks_of(utterances, settings=SETTINGS, seed=0, epoch=0):
+def masks_of(utterances, settings=SETTINGS, seed=0, epoch=0, views=1):
     key_hash, frames = zip(*utterances, strict=True)
-    return draw(settings, seed, epoch, np.array(key_hash, np.uint64), np.array(frames, np.int64), mel_bands=40)
+    hashes, frames = np.array(key_hash, np.uint64), np.array(frames, np.int64)
+    return draw(settings, seed, epoch, hashes, frames, mel_bands=40, views=views)
 
 
 def tensors(masks):
@@ -103,20 +104,20 @@ def test_without_masks_nothing_happens(settings):
 
 
 def test_a_short_context_is_any_whole_number_of_frames_between_its_bounds():
-    settings = Augment(consistency_weight=0.2, short_context_s=[0.1, 0.2])
+    settings = Objective(consistency_weight=0.2, short_context_s=[0.1, 0.2])
     spans = [draw_span(settings, seed=0, step=step, frame_s=0.025) for step in range(200)]
     assert set(spans) == {4, 5, 6, 7, 8}
     assert spans == [draw_span(settings, seed=0, step=step, frame_s=0.025) for step in range(200)]
     assert spans != [draw_span(settings, seed=1, step=step, frame_s=0.025) for step in range(200)]
     assert draw_span(settings, seed=0, step=1, frame_s=1.0) == 1  # never less than a frame
-    assert draw_span(Augment(), seed=0, step=1, frame_s=0.025) == 0
+    assert draw_span(Objective(), seed=0, step=1, frame_s=0.025) == 0
 
 
 def test_two_views_have_masks_of_their_own_and_together_all_of_them():
-    settings = Augment(frequency_masks=1, frequency_mask_bands=9, time_masks=2, consistency_weight=0.2)
-    masks = masks_of([(int(key), 60) for key in HASHES[:20]], settings)
+    settings = Augment(frequency_masks=1, frequency_mask_bands=9, time_masks=2)
+    masks = masks_of([(int(key), 60) for key in HASHES[:20]], settings, views=2)
     assert masks["frequency"].shape == (20, 2, 2) and masks["time"].shape == (20, 4, 2)
-    one, other = apply(torch.ones(20, 60, 40), tensors(masks), settings.views)
+    one, other = apply(torch.ones(20, 60, 40), tensors(masks), 2)
     assert not torch.equal(one, other)
     everything = apply(torch.ones(20, 60, 40), tensors(masks), 1)[0]
     assert torch.equal(one * other, everything)

@@ -71,7 +71,7 @@ def test_warming_up_to_the_last_step_and_a_warm_up_of_one_step(anneal):
 
 def small_model():
     torch.manual_seed(0)
-    sizes = config.Model(conv_channels=2, residual_blocks=1, rnn_layers=1, rnn_size=4, dropout=0.0)
+    sizes = config.RescnnBigru(conv_channels=2, residual_blocks=1, rnn_layers=1, rnn_size=4, dropout=0.0)
     return AcousticModel(config.Features(mel_bands=8), sizes, 4)
 
 

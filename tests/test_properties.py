@@ -89,18 +89,19 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-TWO_VIEWS = "--augment.consistency_weight=0.3"
-SHORT_CONTEXT = "--augment.short_context_s=0.1,0.4"
-INTERMEDIATE = "--model.intermediate_ctc_weight=0.3"
+TWO_VIEWS = "--objective.consistency_weight=0.3"
+SHORT_CONTEXT = "--objective.short_context_s=0.1,0.4"
+INTERMEDIATE = "--objective.intermediate_weight=0.3"
 
 
 def step_of(tiny_corpus, *options, index_of=lambda index: index):
     """A learner without dropout, and a step of four micro-batches of which some have an utterance more."""
-    path, *overrides = tiny_corpus.arguments(Path("runs"), "run", "--model.dropout=0", *options)[1:]
+    path, *overrides = tiny_corpus.arguments(Path("runs"), "run", "--encoder.dropout=0", *options)[1:]
     config = load_config(Path(path), overrides)
     corpus = read_corpus(config)
     torch.manual_seed(0)
-    model = AcousticModel(config.features, config.model, corpus.vocabulary.size)
+    intermediate = config.objective.intermediate_weight > 0
+    model = AcousticModel(config.features, config.encoder, corpus.vocabulary.size, intermediate)
     learner = Learner(
         world=World(0, 1, 0, torch.device("cpu")),
         model=model,
@@ -109,7 +110,7 @@ def step_of(tiny_corpus, *options, index_of=lambda index: index):
         optim=config.optim,
         precision="fp32",
         seed=0,
-        augmentation=config.augment,
+        objective=config.objective,
         frame_s=config.frame_s,
     )
     loader = train_loader(
@@ -141,9 +142,9 @@ def in_one_batch(learner, batches):
     samples, lengths = (torch.cat([getattr(b, name) for b in batches]) for name in ("samples", "target_lengths"))
     features, frames = learner.log_mel(joined([batch.waveforms for batch in batches]), samples)
     masks = {name: torch.cat([batch.masks[name] for batch in batches]) for name in batches[0].masks}
-    targets, weight = joined([batch.targets for batch in batches]), learner.augmentation.consistency_weight
-    masked = augment.apply(features, masks, learner.augmentation.views)
-    span = augment.draw_span(learner.augmentation, learner.seed, 1, learner.frame_s)
+    targets, weight = joined([batch.targets for batch in batches]), learner.objective.consistency_weight
+    masked = augment.apply(features, masks, learner.objective.views)
+    span = augment.draw_span(learner.objective, learner.seed, 1, learner.frame_s)
     if span:
         both, frames, _ = learner.model(torch.cat(masked), frames.repeat(2), span)
         logits, frames, early = both.chunk(2), frames.chunk(2)[0], (None,)
@@ -157,7 +158,7 @@ def in_one_batch(learner, batches):
     outputs = [view.log_softmax(-1) for view in logits]
     loss = ctc(outputs)
     if early[0] is not None:
-        share = learner.model.sizes.intermediate_ctc_weight
+        share = learner.objective.intermediate_weight
         loss = (1 - share) * loss + share * ctc([view.log_softmax(-1) for view in early])
     if weight:
         one, other = outputs
@@ -185,7 +186,7 @@ def test_loss_and_gradient_of_uneven_micro_batches_are_those_of_one_batch(tiny_c
 
 def test_so_are_those_of_two_views(tiny_corpus, double):
     learner, batches = step_of(tiny_corpus, TWO_VIEWS)
-    assert batches[0].masks["time"].shape[1] == 2 * learner.augmentation.time_masks
+    assert batches[0].masks["time"].shape[1] == 4  # two of each view
     assert_equal_steps(by_micro_batches(learner, batches), in_one_batch(learner, batches))
 
 
@@ -215,7 +216,7 @@ def test_two_views_are_the_same_training_on_any_number_of_processes(tiny_corpus,
         tiny_corpus.arguments(
             tmp_path,
             *("stronger", SHORT_CONTEXT, INTERMEDIATE),
-            *("--augment.consistency_weight=0.6", "--train.stop_at_step=1"),
+            *("--objective.consistency_weight=0.6", "--train.stop_at_step=1"),
         ),
         patches=[tiny.in_double],
     )

@@ -16,11 +16,12 @@ FEATURES = config.Features(mel_bands=16, n_fft=512)
 STRIDES = [[2], [1], [2, 1], [2, 2], [3, 2]]
 
 
-def small(time_strides=(2,), vocabulary_size=6, **sizes):
+def small(time_strides=(2,), vocabulary_size=6, intermediate=False, **sizes):
     """A model of all parts, its weights drawn from a fixed seed, that drops nothing out."""
-    settings = config.Model(conv_channels=3, time_strides=list(time_strides), residual_blocks=2, rnn_layers=2, **sizes)
+    strides = list(time_strides)
+    settings = config.RescnnBigru(conv_channels=3, time_strides=strides, residual_blocks=2, rnn_layers=2, **sizes)
     torch.manual_seed(0)
-    return AcousticModel(FEATURES, settings, vocabulary_size).eval()
+    return AcousticModel(FEATURES, settings, vocabulary_size, intermediate).eval()
 
 
 @torch.no_grad()
@@ -31,7 +32,7 @@ def relative(one, other):
 
 def test_the_default_sizes_are_the_tutorials():
     defaults = config.Config()
-    model = AcousticModel(defaults.features, defaults.model, len(defaults.vocabulary.symbols) + 1)
+    model = AcousticModel(defaults.features, defaults.encoder, len(defaults.vocabulary.symbols) + 1)
     assert count_parameters(model) == 23_705_373
 
 
@@ -48,7 +49,7 @@ def test_the_frames_foretold_are_the_frames_that_come_out(frames, strides):
 def default_model():
     settings = config.Config()
     torch.manual_seed(0)
-    return settings.features, AcousticModel(settings.features, settings.model, 29).eval()
+    return settings.features, AcousticModel(settings.features, settings.encoder, 29).eval()
 
 
 @pytest.mark.parametrize("strides", [*STRIDES, "default"], ids=str)
@@ -109,7 +110,7 @@ def test_with_a_span_the_second_half_of_a_batch_hears_nothing_from_afar():
 
 
 def test_an_intermediate_classifier_reads_the_first_block_in_training_alone():
-    plain, model = small(rnn_size=8).double(), small(rnn_size=8, dropout=0.0, intermediate_ctc_weight=0.3).double()
+    plain, model = small(rnn_size=8).double(), small(rnn_size=8, dropout=0.0, intermediate=True).double()
     features, frames = torch.randn(2, 40, 16, dtype=torch.float64), torch.tensor([40, 33])
     for one, other in zip(plain(features, frames)[:2], model(features, frames)[:2], strict=True):
         assert torch.equal(one, other)  # nothing else changes, from the first weights on

@@ -265,7 +265,10 @@ def test_a_finished_run_says_so(undisturbed, tiny_corpus, tmp_path):
     [
         (["--resume", "never"], r"holds checkpoints, the newest of step 7.*--resume never.*another --run.name"),
         (["--optim.learning_rate=0.1"], r"trained with optim.learning_rate = 0.003 .* 0.1: set --optim.learning_rate="),
-        (["--model.rnn_size=8"], r"trained with model.rnn_size = 16 and this run has 8: set --model.rnn_size=16 to go"),
+        (
+            ["--encoder.rnn_size=8"],
+            r"trained with encoder.rnn_size = 16 and this run has 8: set --encoder.rnn_size=16",
+        ),
         (["--augment.speeds=1.0"], r"trained with augment.speeds = \[0.9, 1.0, 1.1\] .* set --augment.speeds=0.9,1.0"),
         (["--train.epochs=9"], r"trained with train.epochs = 3 and this run has 9: set --train.epochs=3 to go on"),
         (["--data.train=TEST"], r"trained on other utterances than those in .*name the shards it was trained on"),

@@ -34,7 +34,7 @@ def test_a_run_directory_holds_what_the_design_says(run):
     status, wers = tiny.status(run), [line["wer"] for line in tiny.metrics(run) if line["kind"] == "test"]
     assert status["state"] == "done" and not (run / "lease.json").exists()
     assert (status["step"], status["total_steps"], status["best_wer"]) == (tiny.STEPS, tiny.STEPS, min(wers))
-    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["rnn_size"] == 16
+    assert yaml.safe_load((run / "config.yaml").read_text())["encoder"]["rnn_size"] == 16
     assert json.loads((run / "environment.json").read_text())["processes"] == 2
     newest = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert newest == ["step-00000006.pt", "step-00000009.pt", "step-00000012.pt"]  # train.keep_last
@@ -147,7 +147,7 @@ def test_a_run_starts_from_anothers_weights(run, tiny_corpus, tmp_path):
     "option, expected",
     [
         ("--vocabulary.symbols= ab'c", r"init_from = .* writes the symbols \" ab'\" and this run has .*: set --vocab"),
-        ("--model.rnn_size=8", r"init_from = .* is of another model \(.*\): take over its model settings"),
+        ("--encoder.rnn_size=8", r"init_from = .* is of another model \(.*\): take over its encoder settings"),
         ("--train.init_from=nowhere.pt", r"checkpoint nowhere.pt cannot be read: No such file"),
     ],
 )

@@ -80,7 +80,7 @@ def run(tmp_path):
     directory = tmp_path / "an4"
     directory.mkdir()
     (directory / "config.yaml").write_text(
-        "model: {time_strides: [2, 2]}\noptim: {learning_rate: 0.0005}\ntracking: {project: speech, workspace: ''}\n"
+        "encoder: {time_strides: [2, 2]}\noptim: {learning_rate: 0.0005}\ntracking: {project: speech, workspace: ''}\n"
     )
     (directory / "environment.json").write_text(json.dumps({"python": "3.11", "packages": {"torch": "2.11.0"}}))
     (directory / "spectrogram.png").write_bytes(PNG)
@@ -269,8 +269,12 @@ def test_the_key_is_made_once_and_suits_comet(tmp_path):
 
 
 def test_settings_are_flattened():
-    settings = {"optim": {"beta1": 0.9, "anneal": "linear"}, "model": {"time_strides": [2, 2]}}
-    assert tracking.flatten(settings) == {"optim.beta1": 0.9, "optim.anneal": "linear", "model.time_strides": "[2, 2]"}
+    settings = {"optim": {"beta1": 0.9, "anneal": "linear"}, "encoder": {"time_strides": [2, 2]}}
+    assert tracking.flatten(settings) == {
+        "optim.beta1": 0.9,
+        "optim.anneal": "linear",
+        "encoder.time_strides": "[2, 2]",
+    }
 
 
 steps_and_cuts = st.lists(
@@ -437,7 +441,8 @@ def test_a_killed_run_gets_its_archive_and_comet_upload_takes_it(run, comet):
     assert comet.counts() == dict.fromkeys(VALUES_120, 1)
     assert {value[4] for value in comet.values if value[2] == 7} == {int((STARTED_S + 7) * 1000)}
     assert (
-        float(comet.parameters["optim.learning_rate"]) == 0.0005 and comet.parameters["model.time_strides"] == "[2, 2]"
+        float(comet.parameters["optim.learning_rate"]) == 0.0005
+        and comet.parameters["encoder.time_strides"] == "[2, 2]"
     )
     assert comet.system["packages.torch"] == "2.11.0"
     assert (None, "spectrogram before and after SpecAugment") in comet.uploads

@@ -9,11 +9,12 @@ import torch
 from ddp_asr import config
 from ddp_asr.encoders.rescnn_bigru import AcousticModel
 from ddp_asr.runs import checkpoint
+from ddp_asr.settings import to_dict
 from ddp_asr.text.characters import Vocabulary
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "features": {"mel_bands": 16, "n_fft": 512},
-    "model": {"conv_channels": 2, "residual_blocks": 1, "rnn_layers": 1, "rnn_size": 12},
+    "encoder": {"conv_channels": 2, "residual_blocks": 1, "rnn_layers": 1, "rnn_size": 12},
     "vocabulary": {"symbols": " ab'", "drop": "."},
 }
 
@@ -22,7 +23,7 @@ def tiny_state(seed: int = 10, **sections: dict) -> dict:
     """What training would save of a model that has learnt nothing and is sure of it."""
     settings = config.config_from_dict({**SETTINGS, **sections}, "the test")
     torch.manual_seed(seed)
-    model = AcousticModel(settings.features, settings.model, Vocabulary.from_config(settings.vocabulary).size)
+    model = AcousticModel(settings.features, settings.encoder, Vocabulary.from_config(settings.vocabulary).size)
     with torch.no_grad():
         # Random weights alone write the same symbol in every frame: loud ones write a text.
         for name, parameter in model.named_parameters():
@@ -31,7 +32,7 @@ def tiny_state(seed: int = 10, **sections: dict) -> dict:
     return {
         "model": dict(model.state_dict()),
         "averages": None,
-        "config": config.to_dict(settings),
+        "config": to_dict(settings),
         "step": 7,
         "epoch": 2,
     }

@@ -41,8 +41,8 @@ vocabulary: {symbols: " ab'"}
 data: {workers: 0}
 batch: {max_seconds: 2.2, micro_batches: 4}
 features: {mel_bands: 16, n_fft: 512}
-augment: {frequency_mask_bands: 4, time_mask_share: 0.1, speeds: [0.9, 1.0, 1.1], noise_share: 0.5}
-model: {conv_channels: 4, residual_blocks: 1, rnn_layers: 2, rnn_size: 16, dropout: 0.2}
+augment: {frequency_mask_bands: 4, time_mask_share: 0.1, speeds: [0.9, 1.0, 1.1], noise: {share: 0.5}}
+encoder: {conv_channels: 4, residual_blocks: 1, rnn_layers: 2, rnn_size: 16, dropout: 0.2}
 optim: {learning_rate: 3.0e-3, ema_decay: 0.9}
 train: {epochs: 3, precision: fp32, eval_every_steps: 5, save_every_steps: 3, save_every_min: 0}
 tracking: {mode: "off", samples: 2}

@@ -43,7 +43,7 @@ def read_corpus(settings: config.Config) -> Corpus:
     targets = fit_targets(
         whole,
         vocabulary,
-        lambda samples: settings.model.output_frames(settings.features.frames(samples)),
+        lambda samples: settings.encoder.output_frames(settings.features.frames(samples)),
         speeds=settings.augment.speeds,
         max_seconds=settings.batch.max_seconds,
     )

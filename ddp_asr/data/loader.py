@@ -45,8 +45,8 @@ from ddp_asr.draws import seed_of, uniform
 from ddp_asr.errors import UserError
 from ddp_asr.text.characters import Vocabulary
 
-# draw(settings, seed, epoch, key_hash (B,), frames (B,), mel_bands) -> masks; see augment.py
-DrawMasks = Callable[[Augment, int, int, np.ndarray, np.ndarray, int], dict[str, np.ndarray] | None]
+# draw(settings, seed, epoch, key_hash (B,), frames (B,), mel_bands, views) -> masks; see augment.py
+DrawMasks = Callable[[Augment, int, int, np.ndarray, np.ndarray, int, int], dict[str, np.ndarray] | None]
 Batches = Generator["MicroBatch", None, None]  # closing it ends its workers
 
 _STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT}
@@ -257,7 +257,7 @@ class Recordings(Dataset[MicroBatch]):
             samples = samples[good]
             waveforms = waveforms[good, : samples.max(initial=0)]
         rows = work.rows[good]
-        if self.training and self.config.augment.noise_share:
+        if self.training and self.config.augment.noise.share:
             self._add_noise(work.epoch, rows, samples, waveforms.numpy())
         return self._collate(work, rows, samples, waveforms, bad)
 
@@ -279,11 +279,11 @@ class Recordings(Dataset[MicroBatch]):
             out[: len(changed)] = changed
 
     def _add_noise(self, epoch: int, rows: np.ndarray, samples: np.ndarray, waveforms: np.ndarray) -> None:
-        settings, seed = self.config.augment, self.config.train.seed
+        settings, seed = self.config.augment.noise, self.config.train.seed
         key_hash = self.index.key_hash[rows]
         chance, place = uniform(seed, epoch, key_hash, "noise", 2).T
-        snr_db = settings.noise_snr_db_min + place * (settings.noise_snr_db_max - settings.noise_snr_db_min)
-        for i in np.flatnonzero(chance < settings.noise_share).tolist():
+        snr_db = settings.snr_db_min + place * (settings.snr_db_max - settings.snr_db_min)
+        for i in np.flatnonzero(chance < settings.share).tolist():
             speech = waveforms[i, : samples[i]].astype(np.float32)
             loudness = np.sqrt(np.mean(speech**2, dtype=np.float64)) * 10 ** (-snr_db[i] / 20)
             generator = np.random.default_rng(seed_of("noise", seed, epoch, int(key_hash[i])))
@@ -326,8 +326,8 @@ class Recordings(Dataset[MicroBatch]):
         if self.draw_masks is None:
             return None
         config = self.config
-        seed, bands = config.train.seed, config.features.mel_bands
-        drawn = self.draw_masks(config.augment, seed, epoch, key_hash, config.features.frames(samples), bands)
+        frames, bands, views = config.features.frames(samples), config.features.mel_bands, config.objective.views
+        drawn = self.draw_masks(config.augment, config.train.seed, epoch, key_hash, frames, bands, views)
         return None if drawn is None else _change(drawn, np.ndarray, torch.from_numpy)
 
 

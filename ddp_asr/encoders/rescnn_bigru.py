@@ -8,7 +8,7 @@ The network of AssemblyAI's "Building an End-to-End Speech Recognition Model in 
   before every operation that looks at neighbours, and the backward direction of a BiGRU is a one-directional GRU over
   the sequence reversed *by its own length*. (On a CPU that is 1.4 times faster than packing, too.)
 
-With `model.intermediate_ctc_weight` a part of the loss is taken behind the first GRU block, which so has to spell by
+With `objective.intermediate_weight` a part of the loss is taken behind the first GRU block, which so has to spell by
 itself: Lee and Watanabe, "Intermediate loss regularization for CTC-based speech recognition" (2021).
 
 Precision. The caller's autocast covers convolutions and linear layers; `ddp_asr.encoders.gru` casts for itself.
@@ -93,7 +93,9 @@ class BiGRU(nn.Module):
 class AcousticModel(nn.Module):
     """ResCNN + BiGRU with a linear classifier over V symbols, the blank last."""
 
-    def __init__(self, features: config.Features, sizes: config.Model, vocabulary_size: int) -> None:
+    def __init__(
+        self, features: config.Features, sizes: config.RescnnBigru, vocabulary_size: int, intermediate: bool = False
+    ) -> None:
         super().__init__()
         self.sizes = sizes
         channels, bands = sizes.conv_channels, features.mel_bands
@@ -114,17 +116,16 @@ class AcousticModel(nn.Module):
             nn.Dropout(sizes.dropout),
             nn.Linear(sizes.rnn_size, vocabulary_size),
         )
-        early = sizes.intermediate_ctc_weight > 0
-        self.intermediate = nn.Linear(2 * sizes.rnn_size, vocabulary_size) if early else None
+        self.intermediate = nn.Linear(2 * sizes.rnn_size, vocabulary_size) if intermediate else None
 
     def forward(self, features: Tensor, frames: Tensor, span: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
         """Features (B, T, F), zero beyond each utterance's frames (B,) -> logits (B, T', V) and frames (B,) of T'.
 
-        In training with `model.intermediate_ctc_weight`, third, the logits (B, T', V) that a linear classifier of its
+        In training with `objective.intermediate_weight`, third, the logits (B, T', V) that a linear classifier of its
         own reads from the first GRU block.
 
         With a `span`, in training, the GRUs start anew every so many frames of T' in the second half of the batch,
-        which holds the second views: see `augment.short_context_s`.
+        which holds the second views: see `objective.short_context_s`.
         """
         x = features[:, None]  # (B, 1, T, F)
         for conv, stride in zip(self.strided, self.sizes.time_strides, strict=True):

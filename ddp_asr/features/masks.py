@@ -1,8 +1,8 @@
 """SpecAugment: masks drawn for each utterance by (seed, epoch, key), applied to the batch on its device.
 
-    masks = draw(settings, seed, epoch, key_hash, frames, mel_bands)     # in a loader worker, numpy
-    (features,) = apply(features, masks, settings.views)                 # on the device, torch
-    span = draw_span(settings, seed, step, frame_s)                      # for the whole step
+    masks = draw(settings, seed, epoch, key_hash, frames, mel_bands, views)     # in a loader worker, numpy
+    (features,) = apply(features, masks, views)                                 # on the device, torch
+    span = draw_span(objective, seed, step, frame_s)                            # for the whole step
 
 Park et al., "SpecAugment" (2019), with its time masks as a share of the utterance ("SpecAugment on large scale
 datasets", 2020). A mask hides with zero, which is each band's mean after normalisation. With `consistency_weight` each
@@ -32,12 +32,13 @@ def draw(
     key_hash: NDArray[np.uint64],
     frames: NDArray[np.int64],
     mel_bands: int,
+    views: int = 1,
 ) -> Masks:
     """Masks of B utterances: `frequency` (B, views x masks, 2) and `time` (B, views x masks, 2), each [first, end).
 
     Widths are uniform between 0 and the widest allowed, both included; places are uniform among those that fit.
     """
-    numbers = 2 * settings.views  # a width and a place for each mask of each view
+    numbers = 2 * views  # a width and a place for each mask of each view
     bands = np.full_like(frames, mel_bands)
     widest_time = np.floor(settings.time_mask_share * frames).astype(np.int64)
     widest_frequency = np.full_like(frames, settings.frequency_mask_bands)
@@ -53,7 +54,7 @@ def draw(
     }
 
 
-def draw_span(settings: config.Augment, seed: int, step: int, frame_s: float) -> int:
+def draw_span(settings: config.Objective, seed: int, step: int, frame_s: float) -> int:
     """Frames of T' after which the second view's GRUs start anew in `step`; 0: never.
 
     One for all micro-batches of a step, whole numbers of frames, each as likely.

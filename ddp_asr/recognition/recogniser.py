@@ -105,7 +105,8 @@ def build_recogniser(trained: Trained, device: torch.device, precision: str = "f
     """The recogniser of a checkpoint, ready to hear."""
     config = config_from_dict(trained.config, f"the checkpoint {trained.path}")
     vocabulary = Vocabulary.from_config(config.vocabulary)
-    model = AcousticModel(config.features, config.model, vocabulary.size)
+    intermediate = config.objective.intermediate_weight > 0
+    model = AcousticModel(config.features, config.encoder, vocabulary.size, intermediate)
     try:
         model.load_state_dict(trained.weights)
     except RuntimeError as error:

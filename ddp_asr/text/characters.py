@@ -65,7 +65,7 @@ class Vocabulary:
         self._classes[_code_points(symbols)] = np.arange(len(symbols))
 
     @classmethod
-    def from_config(cls, settings: config.Vocabulary) -> Vocabulary:
+    def from_config(cls, settings: config.Characters) -> Vocabulary:
         return cls(settings.symbols, settings.lowercase, settings.drop)
 
     def normalise(self, text: str) -> str:

@@ -6,11 +6,12 @@ import numpy as np
 import torch
 
 from ddp_asr import SAMPLE_RATE_HZ
-from ddp_asr.config import Config, describe
+from ddp_asr.config import Config
 from ddp_asr.data.corpus import Corpus, read_corpus
 from ddp_asr.data.index import read_index
 from ddp_asr.data.plan import share, speed_samples
 from ddp_asr.encoders.rescnn_bigru import AcousticModel, count_parameters
+from ddp_asr.settings import describe
 
 _FLOAT_BYTES = 4
 _OPTIMISER_COPIES = 4  # weights, gradients and AdamW's two moments
@@ -21,7 +22,8 @@ def report(config: Config, world_size: int) -> str:
     """The report as text; raises the UserErrors that the run itself would raise before its first step."""
     share(config.batch.micro_batches, 0, world_size)
     corpus = read_corpus(config)
-    model = AcousticModel(config.features, config.model, corpus.vocabulary.size)
+    intermediate = config.objective.intermediate_weight > 0
+    model = AcousticModel(config.features, config.encoder, corpus.vocabulary.size, intermediate)
     sections = [
         _run_lines(config, corpus, count_parameters(model)),
         _plan_lines(config, corpus, world_size),
@@ -93,7 +95,7 @@ def activation_bytes_per_second(config: Config, model: AcousticModel) -> float:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         model(torch.zeros(1, frames, config.features.mel_bands), torch.tensor([frames]))
-    return config.augment.views * sum(kept.values()) / seconds
+    return config.objective.views * sum(kept.values()) / seconds
 
 
 def _left_out_lines(corpus: Corpus) -> list[str]:

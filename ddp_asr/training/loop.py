@@ -142,7 +142,7 @@ class Learner:
     optim: config.Optim
     precision: str
     seed: int
-    augmentation: config.Augment
+    objective: config.Objective
     frame_s: float  # from one frame of the logits to the next
     average: WeightAverage | None = None
     scaler: torch.amp.GradScaler = field(init=False)
@@ -159,20 +159,20 @@ class Learner:
     def losses(self, batch: MicroBatch, step: int) -> Tensor:
         """(B,) loss of each utterance; 0 for the stand-in of an emptied micro-batch."""
         features, frames = self.log_mel(batch.waveforms, batch.samples)  # (B, T, F)
-        views = self.augmentation.views
+        views = self.objective.views
         masked = augment.apply(features, batch.masks, views) if batch.masks is not None else [features] * views
-        span = augment.draw_span(self.augmentation, self.seed, step, self.frame_s)
+        span = augment.draw_span(self.objective, self.seed, step, self.frame_s)
         with precision.autocast(self.precision, self.world.device):
             logits, frames, early = self.model(torch.cat(masked), frames.repeat(views), span)  # (views x B, T', V)
         targets, target_lengths = batch.targets.repeat(views, 1), batch.target_lengths.repeat(views)
         losses = ctc_loss(logits, frames, targets, target_lengths)
         if early is not None:
-            early_weight = self.plain_model.sizes.intermediate_ctc_weight
-            losses = torch.lerp(losses, ctc_loss(early, frames, targets, target_lengths), early_weight)
+            early_losses = ctc_loss(early, frames, targets, target_lengths)
+            losses = torch.lerp(losses, early_losses, self.objective.intermediate_weight)
         losses = losses.view(views, -1).mean(0)
         if views == 2:
             divergence = consistency_loss(logits, frames[: len(losses)], batch.target_lengths)
-            losses = losses + self.augmentation.consistency_weight * divergence
+            losses = losses + self.objective.consistency_weight * divergence
         return torch.where(batch.weight > 0, losses, 0.0)
 
     def accumulate(self, batch: MicroBatch, *, step: int, micro_batch: int, last: bool) -> Tensor:

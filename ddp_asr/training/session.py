@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from ddp_asr import __version__, tracking
-from ddp_asr.config import Config, config_from_dict, describe, differences, to_dict
+from ddp_asr.config import Config, config_from_dict
 from ddp_asr.data.corpus import Corpus, read_corpus
 from ddp_asr.data.index import Index, read_index
 from ddp_asr.data.loader import MicroBatch, Recordings, Work, cache_shards, eval_loader, on_device, train_loader
@@ -40,6 +40,7 @@ from ddp_asr.recognition.recogniser import Recogniser
 from ddp_asr.runs import checkpoint, display
 from ddp_asr.runs.directory import RunDirectory, json_lines, read_lines, read_status
 from ddp_asr.runs.lease import Lease
+from ddp_asr.settings import describe, differences, to_dict
 from ddp_asr.text.characters import Vocabulary
 from ddp_asr.training.loop import Evaluation, Hooks, Learner, Outcome, Progress, Schedule, Trainer
 from ddp_asr.training.optim import WeightAverage, make_optimizer
@@ -243,7 +244,8 @@ class Session:
         config, device = self.config, self.world.device
         # Weights are drawn on the CPU, so that they are the same wherever the run begins.
         torch.manual_seed(config.train.seed)
-        model = AcousticModel(config.features, config.model, corpus.vocabulary.size)
+        intermediate = config.objective.intermediate_weight > 0
+        model = AcousticModel(config.features, config.encoder, corpus.vocabulary.size, intermediate)
         if state is None and config.train.init_from:
             load_weights(model, Path(config.train.init_from), corpus.vocabulary)
         model = model.to(device)
@@ -256,7 +258,7 @@ class Session:
             optim=config.optim,
             precision=config.train.precision,
             seed=config.train.seed,
-            augmentation=config.augment,
+            objective=config.objective,
             frame_s=config.frame_s,
             average=average,
         )
@@ -308,7 +310,7 @@ class Session:
         recordings = Recordings(corpus.index, corpus.vocabulary, self.config, draw_masks=augment.draw, training=True)
         batch = recordings[Work(epoch=0, step=0, micro_batch=0, rows=rows)].to(self.world.device)
         before, _ = learner.log_mel(batch.waveforms, batch.samples)
-        after = augment.apply(before, batch.masks, self.config.augment.views)[0] if batch.masks else before
+        after = augment.apply(before, batch.masks, self.config.objective.views)[0] if batch.masks else before
         pictures = (before[0].cpu().numpy(), after[0].cpu().numpy())
         self.files.produce("spectrogram.png", lambda: display.draw_spectrogram(self.path, batch.keys[0], *pictures))
 
@@ -558,7 +560,7 @@ def load_weights(model: AcousticModel, path: Path, vocabulary: Vocabulary) -> No
     except RuntimeError as error:
         first = str(error).splitlines()[-1].strip()
         raise UserError(
-            f"train.init_from = {path} is of another model ({first}): take over its model settings"
+            f"train.init_from = {path} is of another model ({first}): take over its encoder settings"
         ) from None
 
 

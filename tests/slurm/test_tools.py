@@ -40,7 +40,7 @@ name: trials
 parallel: 2
 settings:
   optim.learning_rate: [1e-3, 3e-3, 1e-2]
-  model.dropout: [0, 0.2]
+  encoder.dropout: [0, 0.2]
 fixed: {{run.dir: {runs}, data.train: {train}, data.test: {test}, train.epochs: 1}}
 """
 
