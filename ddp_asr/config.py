@@ -256,7 +256,7 @@ class Objective:
         "weight of the CTC losses of intermediate layers; the last layer's CTC loss gets the rest; 0: none",
         at_least=0,
         below=1,
-        also_called=("interctc_weight", "intermediate_ctc_weight"),
+        also_called=("interctc_weight",),
     )
     intermediate_layers: list[int] = setting(
         [1],

@@ -63,7 +63,7 @@ def test_settings_may_stand_behind_a_space(tiny_corpus, tmp_path):
 
 MISTAKES = [
     (["--train.epoch=3"], r"^unknown setting 'train.epoch' .*did you mean 'train.epochs'\?$"),
-    (["--trian.epochs=3"], r"^unknown section 'trian' .*did you mean 'train'\?$"),
+    (["--trian.epochs=3"], r"^unknown setting 'trian.epochs' .*did you mean 'train.epochs'\?$"),
     (["--train.epochs=many"], r"^train.epochs must be a whole number, not 'many'$"),
     (["--train.epochs=0"], r"^train.epochs must be .*not 0$"),
     (["--train.epochs"], r"^--train.epochs has no value: write --train.epochs=VALUE$"),
