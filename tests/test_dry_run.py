@@ -9,10 +9,12 @@ import torch
 from ddp_asr import SAMPLE_RATE_HZ, train
 from ddp_asr.config import config_from_dict
 from ddp_asr.data.corpus import read_corpus
-from ddp_asr.encoders.rescnn_bigru import AcousticModel
+from ddp_asr.encoders import ENCODERS
 from ddp_asr.errors import UserError
+from ddp_asr.model import make_model
 from ddp_asr.objective import ctc_loss
 from ddp_asr.training.dry_run import activation_bytes_per_second, report
+from tests import tiny_encoders
 from tests.tiny_speech import manifest, noise, shard
 
 SECTIONS = {
@@ -53,7 +55,7 @@ def test_it_names_steps_data_and_model(shards):
     assert f"steps             {steps} an epoch, {3 * steps} in all\n" in text
     assert "training data     16 utterances, 0.00 h\n" in text
     assert "test data         none\n" in text
-    parameters = sum(p.numel() for p in AcousticModel(config.features, config.encoder, 4).parameters())
+    parameters = sum(p.numel() for p in make_model(config, 4).parameters())
     assert f"model             {parameters:,} parameters, 4 classes\n" in text
     assert "4 micro-batches, " in text and "up to 4; " in text
     assert "symbols: ' ab'" in text and "rnn_size: 8" in text  # every setting, as it would be saved
@@ -107,7 +109,7 @@ def test_the_command_prints_it_and_leaves_nothing_behind(shards, tmp_path, capsy
 
 def kept_bytes(config, utterances, seconds):
     """What autograd really keeps of a micro-batch in training: each storage once, weights not counted."""
-    model = AcousticModel(config.features, config.encoder, 4)
+    model = make_model(config, 4)
     frames = config.features.frames(int(seconds * SAMPLE_RATE_HZ))
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     alive, total = {}, 0
@@ -128,9 +130,10 @@ def kept_bytes(config, utterances, seconds):
     return total
 
 
-def test_the_estimate_is_what_a_micro_batch_really_keeps(shards):
-    config = settings(shards)
-    model = AcousticModel(config.features, config.encoder, 4)
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_the_estimate_is_what_a_micro_batch_really_keeps(shards, kind):
+    config = settings(shards, encoder={"kind": kind, "dropout": 0.2, **tiny_encoders.SETTINGS[kind][0]})
+    model = make_model(config, 4)
     a_second = activation_bytes_per_second(config, model)
     for utterances, seconds in ((1, 7.0), (6, 2.0), (10, 1.0)):
         estimate = a_second * utterances * seconds
@@ -150,8 +153,8 @@ def test_the_estimate_is_what_a_micro_batch_really_keeps(shards):
     ids=str,
 )
 def test_the_estimate_scales_with_what_is_computed(shards, section, changed, least, most):
-    before, after = (settings(shards, **{section: {**SECTIONS[section], **more}}) for more in ({}, changed))
-    one, other = (activation_bytes_per_second(c, AcousticModel(c.features, c.encoder, 4)) for c in (before, after))
+    before, after = (settings(shards, **{section: {**SECTIONS.get(section, {}), **more}}) for more in ({}, changed))
+    one, other = (activation_bytes_per_second(c, make_model(c, 4)) for c in (before, after))
     assert least < other / one < most
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ from ddp_asr import config
 from ddp_asr.config import load_config
 from ddp_asr.data.corpus import read_corpus
 from ddp_asr.data.loader import train_loader
-from ddp_asr.encoders.rescnn_bigru import AcousticModel
 from ddp_asr.features import masks as augment
 from ddp_asr.features.log_mel import LogMel
+from ddp_asr.model import make_model
+from ddp_asr.objective import Objective
 from ddp_asr.ranks.signals import StopRequest
 from ddp_asr.ranks.world import World
-from ddp_asr.training.loop import Hooks, Learner, Progress, Schedule, Trainer
+from ddp_asr.training.learner import Learner
+from ddp_asr.training.loop import Evaluation, Hooks, Progress, Schedule, Trainer
 from ddp_asr.training.optim import make_optimizer
 from ddp_asr.training.precision import autocast, set_matmul_precision
 from ddp_asr.training.rehearsal import rehearse
@@ -52,17 +55,16 @@ def learner_of(settings, precision="fp32"):
     set_matmul_precision(precision)
     corpus = read_corpus(settings)
     torch.manual_seed(0)
-    model = AcousticModel(settings.features, settings.encoder, corpus.vocabulary.size).to(DEVICE)
+    model = make_model(settings, corpus.vocabulary.size).to(DEVICE)
     learner = Learner(
         world=World(0, 1, 0, DEVICE),
         model=model,
         log_mel=LogMel(settings.features).to(DEVICE),
+        objective=Objective(settings.objective, seed=0, frame_s=settings.frame_s),
         optimizer=make_optimizer(model, settings.optim),
         optim=settings.optim,
         precision=precision,
         seed=0,
-        objective=settings.objective,
-        frame_s=settings.frame_s,
     )
     return learner, corpus
 
@@ -80,16 +82,12 @@ def train(learner, corpus, settings, epochs=1):
     lines, messages = [], []
     schedule = Schedule(corpus.plan.steps_per_epoch, epochs, 0, 0, 0.0, 0, max_nonfinite_steps=0, max_bad_samples=0)
 
-    def nothing_to_evaluate(step):
-        return None
-        yield
-
     hooks = Hooks(
         log=lines.append,
         save=lambda state, best: None,
         flush=lambda: None,
         message=messages.append,
-        evaluate=nothing_to_evaluate,
+        evaluate=lambda step, should_stop: Evaluation(score=None),
         dump=lambda step, batches: None,
     )
     progress = Progress()
@@ -151,7 +149,7 @@ def test_cudnns_gru_runs_in_the_type_that_was_asked_for(settings, precision, exp
     learner, _ = learner_of(settings(), precision)
     frames = torch.tensor([40, 31], device=DEVICE)
     with Seen() as seen, autocast(precision, DEVICE):
-        logits, *_ = learner.model(torch.randn(2, 40, 16, device=DEVICE), frames)
+        logits = learner.model(torch.randn(2, 40, 16, device=DEVICE), frames).logits
         logits.float().sum().backward()
     assert seen.types["_cudnn_rnn"] == {expected}
     assert seen.types["_cudnn_rnn_backward"] == {expected}
@@ -165,10 +163,11 @@ def test_cudnns_gru_runs_in_the_type_that_was_asked_for(settings, precision, exp
 @torch.no_grad()
 def test_an_utterance_alone_and_beside_31_longer_ones_gives_the_same_logits(strides):
     set_matmul_precision("fp32")
-    features = config.Features()
+    tree = {"encoder": {"kind": "rescnn_bigru", "time_strides": strides, "rnn_size": 64}}
+    settings = config.config_from_dict(tree, "the test")
     torch.manual_seed(0)
-    model = AcousticModel(features, config.RescnnBigru(time_strides=strides, rnn_size=64), 29).to(DEVICE).eval()
-    log_mel = LogMel(features).to(DEVICE)
+    model = make_model(settings, 29).to(DEVICE).eval()
+    log_mel = LogMel(settings.features).to(DEVICE)
     samples = torch.tensor([4_001] + [4_200 + 97 * n for n in range(31)])
     waveforms = torch.randint(-9_000, 9_000, (32, int(samples.max())), dtype=torch.int16)
     waveforms[torch.arange(waveforms.shape[1]) >= samples[:, None]] = 0
@@ -184,10 +183,11 @@ def test_an_utterance_alone_and_beside_31_longer_ones_gives_the_same_logits(stri
 
 
 def test_a_stop_is_invisible_on_a_gpu(tiny_corpus, tmp_path):
-    """DESIGN 2.3: to 1e-4 in float32, because the backward pass of CTC adds in no fixed order there."""
-    tiny.train(tiny_corpus.arguments(tmp_path, "whole"))
+    """Property 3: to 1e-4 in float32, because the backward pass of CTC adds in no fixed order there."""
+    on_gpu = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
+    tiny.train(tiny_corpus.arguments(tmp_path, "whole"), **on_gpu)
     for stop in (["--train.stop_at_step=6"], []):
-        tiny.train(tiny_corpus.arguments(tmp_path, "resumed", *stop))
+        tiny.train(tiny_corpus.arguments(tmp_path, "resumed", *stop), **on_gpu)
     for run in ("whole", "resumed"):
         assert json.loads((tmp_path / run / "environment.json").read_text())["cuda"], "not on the GPU"
     whole, resumed = (

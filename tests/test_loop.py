@@ -29,6 +29,45 @@ def test_padding_is_a_share_of_what_is_computed():
     assert Tally(samples=3.0, computed_samples=4.0).padding == 0.25 and Tally().padding == 1.0
 
 
+# ---- saving --------------------------------------------------------------------------------------------------------
+
+
+def announcing_checkpoints() -> None:
+    """Rank 0 prints the name of every checkpoint that it hands over to be written."""
+    from ddp_asr.runs.checkpoint import BackgroundWriter
+
+    before = BackgroundWriter.submit
+
+    def submit(self, path, state, then=None):
+        print(f"saving {path.name}", flush=True)
+        before(self, path, state, then)
+
+    BackgroundWriter.submit = submit  # type: ignore[method-assign]
+
+
+def test_a_stop_where_a_save_is_due_writes_one_checkpoint(tiny_corpus, tmp_path):
+    """Twice would be within the grace time of a pre-emption."""
+    options = ("--train.stop_at_step=6", "--train.eval_every_steps=100")  # save_every_steps is 3
+    output = tiny.train(tiny_corpus.arguments(tmp_path, "run", *options), 1, [announcing_checkpoints])
+    assert [line for line in output.splitlines() if line.startswith("saving")] == [
+        "saving step-00000003.pt",
+        "saving step-00000006.pt",
+    ]
+
+
+def announcing_devices() -> None:
+    import os
+
+    print(f"devices [{os.environ['CUDA_VISIBLE_DEVICES']}]", flush=True)
+
+
+def test_a_tiny_training_sees_the_gpus_that_it_is_given(tiny_corpus, tmp_path):
+    """tests/test_gpu.py trains on one; all others on CPUs, whatever the machine has."""
+    stop = tiny_corpus.arguments(tmp_path, "run", "--train.stop_at_step=1")
+    assert "devices []" in tiny.train(stop, 1, [announcing_devices])
+    assert "devices [0]" in tiny.train(stop, 1, [announcing_devices], CUDA_VISIBLE_DEVICES="0")
+
+
 # ---- non-finite steps ----------------------------------------------------------------------------------------------
 
 
@@ -82,7 +121,7 @@ def test_a_broken_gradient_is_not_taken_either(tiny_corpus, tmp_path):
 
 def broken_gradient() -> None:
     """The loss of step 2 is finite and its gradient is not, as after an overflow in a backward pass."""
-    from ddp_asr.training.loop import Learner
+    from ddp_asr.training.learner import Learner
 
     before = Learner.accumulate
 

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddp_asr.config import Augment, Objective
-from ddp_asr.features.masks import apply, draw, draw_span
+from ddp_asr.config import Augment
+from ddp_asr.features.masks import apply, draw
 
 SETTINGS = Augment(frequency_masks=2, frequency_mask_bands=15, time_masks=3, time_mask_share=0.1)
 HASHES = np.random.default_rng(0).integers(0, 2**64, 4_000, np.uint64)
@@ -16,8 +16,7 @@ UTTERANCES = st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 3_000)
 
 def masks_of(utterances, settings=SETTINGS, seed=0, epoch=0, views=1):
     key_hash, frames = zip(*utterances, strict=True)
-    hashes, frames = np.array(key_hash, np.uint64), np.array(frames, np.int64)
-    return draw(settings, seed, epoch, hashes, frames, mel_bands=40, views=views)
+    return draw(settings, seed, epoch, np.array(key_hash, np.uint64), np.array(frames, np.int64), 40, views)
 
 
 def tensors(masks):
@@ -101,16 +100,6 @@ def test_what_is_masked_is_zero_and_nothing_else_is_touched(utterances):
 def test_without_masks_nothing_happens(settings):
     features = torch.randn(2, 30, 40)
     assert torch.equal(apply(features, tensors(masks_of([(1, 30), (2, 12)], settings)), 1)[0], features)
-
-
-def test_a_short_context_is_any_whole_number_of_frames_between_its_bounds():
-    settings = Objective(consistency_weight=0.2, short_context_s=[0.1, 0.2])
-    spans = [draw_span(settings, seed=0, step=step, frame_s=0.025) for step in range(200)]
-    assert set(spans) == {4, 5, 6, 7, 8}
-    assert spans == [draw_span(settings, seed=0, step=step, frame_s=0.025) for step in range(200)]
-    assert spans != [draw_span(settings, seed=1, step=step, frame_s=0.025) for step in range(200)]
-    assert draw_span(settings, seed=0, step=1, frame_s=1.0) == 1  # never less than a frame
-    assert draw_span(Objective(), seed=0, step=1, frame_s=0.025) == 0
 
 
 def test_two_views_have_masks_of_their_own_and_together_all_of_them():

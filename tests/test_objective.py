@@ -1,4 +1,4 @@
-"""CTC loss against the sum over all paths, written out; the mean's numerator, and what it costs to be impossible."""
+"""The terms of the loss against their oracles, and how the objective weighs them."""
 
 import itertools
 import math
@@ -8,7 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddp_asr.objective import consistency_loss, ctc_loss
+from ddp_asr import config
+from ddp_asr.model import Output
+from ddp_asr.objective import Objective, consistency_loss, ctc_loss
 
 
 def collapse(path, blank):
@@ -114,3 +116,52 @@ def test_each_view_is_pulled_towards_the_other_as_it_stands():
     consistency_loss(logits, torch.tensor([5]), torch.tensor([1])).sum().backward()
     one, other = logits.detach().softmax(-1)
     assert torch.allclose(logits.grad, torch.stack([one - other, other - one]) / 2, rtol=0, atol=1e-12)
+
+
+# ---- how they are weighed --------------------------------------------------------------------------------------------
+
+
+def objective(frame_s=0.025, seed=0, **settings):
+    return Objective(config.Objective(**settings), seed=seed, frame_s=frame_s)
+
+
+def output_of(views, intermediate=0):
+    """The model's output for 3 utterances in so many views, and their targets."""
+    torch.manual_seed(0)
+    frames = torch.tensor([9, 4, 7])
+    logits = [torch.randn(3 * views, 9, 5, dtype=torch.float64) for _ in range(1 + intermediate)]
+    targets, lengths = torch.tensor([[0, 1, 1], [2, 3, 3], [1, 2, 0]]), torch.tensor([3, 1, 2])
+    return Output(logits[0], frames.repeat(views), logits[1:]), targets, lengths
+
+
+def test_alone_it_is_the_ctc_loss():
+    output, targets, lengths = output_of(views=1)
+    assert torch.equal(objective()(output, targets, lengths), ctc_loss(output.logits, output.frames, targets, lengths))
+
+
+def test_an_intermediate_layer_takes_its_share():
+    output, targets, lengths = output_of(views=1, intermediate=2)
+    last, *lower = (
+        ctc_loss(logits, output.frames, targets, lengths) for logits in (output.logits, *output.intermediate)
+    )
+    found = objective(intermediate_weight=0.3, intermediate_layers=[1, 2])(output, targets, lengths)
+    assert torch.allclose(found, 0.7 * last + 0.3 * (lower[0] + lower[1]) / 2, rtol=1e-12)
+
+
+def test_two_views_are_a_mean_and_their_divergence():
+    output, targets, lengths = output_of(views=2)
+    frames = output.frames[:3]
+    one, other = (ctc_loss(logits, frames, targets, lengths) for logits in output.logits.chunk(2))
+    divergence = consistency_loss(output.logits, frames, lengths)
+    found = objective(consistency_weight=0.4)(output, targets, lengths)
+    assert torch.allclose(found, (one + other) / 2 + 0.4 * divergence, rtol=1e-12)
+
+
+def test_a_short_context_is_any_whole_number_of_frames_between_its_bounds():
+    short = {"consistency_weight": 0.2, "short_context_s": [0.1, 0.2]}
+    drawn = [objective(**short).context(step, utterances=2) for step in range(200)]
+    assert {tuple(rows) for rows in drawn} == {(0, 0, frames, frames) for frames in (4, 5, 6, 7, 8)}
+    assert drawn == [objective(**short).context(step, utterances=2) for step in range(200)]
+    assert drawn != [objective(**short, seed=1).context(step, utterances=2) for step in range(200)]
+    assert objective(**short, frame_s=1.0).context(1, utterances=1) == [0, 1]  # never less than a frame
+    assert objective(consistency_weight=0.2).context(1, utterances=2) is None

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ddp_asr import config
-from ddp_asr.encoders.rescnn_bigru import AcousticModel
+from ddp_asr.model import make_model
 from ddp_asr.training.optim import WeightAverage, learning_rate, make_optimizer
 
 
@@ -72,7 +72,7 @@ def test_warming_up_to_the_last_step_and_a_warm_up_of_one_step(anneal):
 def small_model():
     torch.manual_seed(0)
     sizes = config.RescnnBigru(conv_channels=2, residual_blocks=1, rnn_layers=1, rnn_size=4, dropout=0.0)
-    return AcousticModel(config.Features(mel_bands=8), sizes, 4)
+    return make_model(config.Config(features=config.Features(mel_bands=8), encoder=sizes), 4)
 
 
 def test_decay_is_on_matrices_and_kernels_only_and_every_weight_is_in_one_group():
@@ -82,8 +82,10 @@ def test_decay_is_on_matrices_and_kernels_only_and_every_weight_is_in_one_group(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     in_groups = [{names.pop(id(p)) for p in group["params"]} for group in (decaying, free)]
     assert names == {}
-    assert {"strided.0.weight", "rnn.0.backward_gru.weight_hh_l0", "bridge.weight"} <= in_groups[0]
-    assert {"blocks.0.norms.0.weight", "rnn.0.forward_gru.bias_hh_l0", "bridge.bias"} <= in_groups[1]
+    assert {"encoder.strided.0.weight", "encoder.rnn.0.backward_gru.weight_hh_l0", "classifier.weight"} <= in_groups[0]
+    assert {"encoder.blocks.0.norms.0.weight", "encoder.rnn.0.forward_gru.bias_hh_l0", "classifier.bias"} <= in_groups[
+        1
+    ]
 
 
 def test_the_allocated_optimiser_steps_bit_for_bit_as_a_lazy_one():

@@ -475,7 +475,7 @@ def test_a_defect_on_one_rank_is_told_to_the_others(tiny_corpus, tmp_path, rank)
 
 
 def failing() -> None:
-    from ddp_asr.training.loop import Learner
+    from ddp_asr.training.learner import Learner
 
     def accumulate(self, batch, *, step, micro_batch, last, before=Learner.accumulate):
         if step == 4 and os.environ["RANK"] == os.environ["BAD_RANK"]:

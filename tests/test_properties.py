@@ -12,11 +12,13 @@ from ddp_asr.config import load_config
 from ddp_asr.data.corpus import read_corpus
 from ddp_asr.data.index import Index
 from ddp_asr.data.loader import train_loader
-from ddp_asr.encoders.rescnn_bigru import AcousticModel
+from ddp_asr.encoders import ENCODERS
 from ddp_asr.features import masks as augment
 from ddp_asr.features.log_mel import LogMel
+from ddp_asr.model import make_model
+from ddp_asr.objective import Objective
 from ddp_asr.ranks.world import World
-from ddp_asr.training.loop import Learner
+from ddp_asr.training.learner import Learner
 from ddp_asr.training.optim import make_optimizer
 from tests import tiny_training as tiny
 
@@ -61,7 +63,7 @@ def test_every_utterance_is_trained_once_an_epoch(runs, processes):
 def test_the_number_of_processes_changes_nothing(runs, processes):
     directory, dtype = runs
     alone, together = directory / "w1", directory / f"w{processes}"
-    assert tiny.final_state(alone, STEPS)["model"]["bridge.weight"].dtype == getattr(torch, dtype)
+    assert tiny.final_state(alone, STEPS)["model"]["encoder.bridge.weight"].dtype == getattr(torch, dtype)
     tiny.assert_close_runs(together, alone, TOLERANCE[dtype], STEPS)
 
 
@@ -94,24 +96,22 @@ SHORT_CONTEXT = "--objective.short_context_s=0.1,0.4"
 INTERMEDIATE = "--objective.intermediate_weight=0.3"
 
 
-def step_of(tiny_corpus, *options, index_of=lambda index: index):
+def step_of(tiny_corpus, *options, kind=None, index_of=lambda index: index):
     """A learner without dropout, and a step of four micro-batches of which some have an utterance more."""
-    path, *overrides = tiny_corpus.arguments(Path("runs"), "run", "--encoder.dropout=0", *options)[1:]
+    path, *overrides = tiny_corpus.arguments(Path("runs"), "run", "--encoder.dropout=0", *options, kind=kind)[1:]
     config = load_config(Path(path), overrides)
     corpus = read_corpus(config)
     torch.manual_seed(0)
-    intermediate = config.objective.intermediate_weight > 0
-    model = AcousticModel(config.features, config.encoder, corpus.vocabulary.size, intermediate)
+    model = make_model(config, corpus.vocabulary.size)
     learner = Learner(
         world=World(0, 1, 0, torch.device("cpu")),
         model=model,
         log_mel=LogMel(config.features),
+        objective=Objective(config.objective, seed=0, frame_s=config.frame_s),
         optimizer=make_optimizer(model, config.optim),
         optim=config.optim,
         precision="fp32",
         seed=0,
-        objective=config.objective,
-        frame_s=config.frame_s,
     )
     loader = train_loader(
         index_of(corpus.index), corpus.vocabulary, corpus.plan, augment.draw, config, rank=0, world_size=1
@@ -131,44 +131,50 @@ def by_micro_batches(learner, batches):
     return float(torch.cat(losses).sum()) / utterances, gradients
 
 
+def joined(batches):
+    """One micro-batch of all utterances of several, padded to the longest."""
+
+    def rows(name):
+        parts = [getattr(batch, name) for batch in batches]
+        longest = max(part.shape[-1] for part in parts)
+        return torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[-1])) for part in parts])
+
+    def numbers(name):
+        return torch.cat([getattr(batch, name) for batch in batches])
+
+    return replace(
+        batches[0],
+        **{name: rows(name) for name in ("waveforms", "targets")},
+        **{name: numbers(name) for name in ("samples", "target_lengths", "weight", "rows")},
+        masks={name: torch.cat([batch.masks[name] for batch in batches]) for name in batches[0].masks},
+    )
+
+
+def alone(batch):
+    """A micro-batch for each utterance of another, without padding."""
+
+    def one(row):
+        samples, length = int(batch.samples[row]), int(batch.target_lengths[row])
+        tensors = {
+            name: getattr(batch, name)[row : row + 1] for name in ("samples", "target_lengths", "weight", "rows")
+        }
+        masks = {name: spans[row : row + 1] for name, spans in batch.masks.items()}
+        waveforms, targets = batch.waveforms[row : row + 1, :samples], batch.targets[row : row + 1, :length]
+        return replace(batch, waveforms=waveforms, targets=targets, masks=masks, **tensors)
+
+    return [one(row) for row in range(batch.utterances)]
+
+
 def in_one_batch(learner, batches):
-    """Loss and gradients of one plain batch of the same utterances, by `nn.CTCLoss(reduction="mean")`."""
+    """Loss and gradients of one plain batch of the same utterances, by the objective itself: the mean of its losses."""
+    loss = learner.losses(joined([batch for batch in batches if batch.utterances]), step=1).mean()
+    return float(loss.detach()), list(torch.autograd.grad(loss, list(learner.model.parameters())))
 
-    def joined(rows):
-        longest = max(row.shape[-1] for row in rows)
-        return torch.cat([torch.nn.functional.pad(row, (0, longest - row.shape[-1])) for row in rows])
 
-    batches = [batch for batch in batches if batch.utterances]
-    samples, lengths = (torch.cat([getattr(b, name) for b in batches]) for name in ("samples", "target_lengths"))
-    features, frames = learner.log_mel(joined([batch.waveforms for batch in batches]), samples)
-    masks = {name: torch.cat([batch.masks[name] for batch in batches]) for name in batches[0].masks}
-    targets, weight = joined([batch.targets for batch in batches]), learner.objective.consistency_weight
-    masked = augment.apply(features, masks, learner.objective.views)
-    span = augment.draw_span(learner.objective, learner.seed, 1, learner.frame_s)
-    if span:
-        both, frames, _ = learner.model(torch.cat(masked), frames.repeat(2), span)
-        logits, frames, early = both.chunk(2), frames.chunk(2)[0], (None,)
-    else:
-        logits, (frames, *_), early = zip(*(learner.model(view, frames) for view in masked), strict=True)
-
-    def ctc(outputs):
-        mean = torch.nn.CTCLoss(blank=outputs[0].shape[-1] - 1)
-        return sum(mean(output.transpose(0, 1), targets, frames, lengths) for output in outputs) / len(outputs)
-
-    outputs = [view.log_softmax(-1) for view in logits]
-    loss = ctc(outputs)
-    if early[0] is not None:
-        share = learner.objective.intermediate_weight
-        loss = (1 - share) * loss + share * ctc([view.log_softmax(-1) for view in early])
-    if weight:
-        one, other = outputs
-        towards = [
-            (goal.exp() * (goal - view)).sum(-1) for view, goal in ((one, other.detach()), (other, one.detach()))
-        ]
-        own = torch.arange(one.shape[1]) < frames[:, None]
-        loss = loss + weight * ((sum(towards) * own).sum(1) / lengths).mean() / 2
-    gradients = list(torch.autograd.grad(loss, list(learner.model.parameters())))
-    return float(loss.detach()), gradients
+def one_by_one(learner, batches):
+    """Loss and gradients of the same utterances, each in a batch of its own."""
+    loss = torch.cat([learner.losses(one, step=1) for batch in batches for one in alone(batch)]).mean()
+    return float(loss.detach()), list(torch.autograd.grad(loss, list(learner.model.parameters())))
 
 
 def assert_equal_steps(ours, plain):
@@ -178,48 +184,45 @@ def assert_equal_steps(ours, plain):
     assert whole > 0.1 and apart < 1e-10 * whole
 
 
-def test_loss_and_gradient_of_uneven_micro_batches_are_those_of_one_batch(tiny_corpus, double):
-    learner, batches = step_of(tiny_corpus)
+OBJECTIVES = {
+    "one view": [],
+    "two views": [TWO_VIEWS],
+    "a second view of short context": [TWO_VIEWS, SHORT_CONTEXT],
+    "an intermediate loss": [INTERMEDIATE],
+    "all of it": [TWO_VIEWS, SHORT_CONTEXT, INTERMEDIATE],
+}
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("options", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_loss_and_gradient_of_uneven_micro_batches_are_those_of_one_batch_and_of_each_alone(
+    tiny_corpus, double, options, kind
+):
+    learner, batches = step_of(tiny_corpus, *options, kind=kind)
     assert len({batch.utterances for batch in batches}) > 1 and batches[0].masks["time"].any()
-    assert_equal_steps(by_micro_batches(learner, batches), in_one_batch(learner, batches))
+    assert batches[0].masks["time"].shape[1] == 2 * learner.objective.views  # the tiny corpus has two time masks
+    ours = by_micro_batches(learner, batches)
+    assert_equal_steps(ours, in_one_batch(learner, batches))
+    assert_equal_steps(ours, one_by_one(learner, batches))
 
 
-def test_so_are_those_of_two_views(tiny_corpus, double):
-    learner, batches = step_of(tiny_corpus, TWO_VIEWS)
-    assert batches[0].masks["time"].shape[1] == 4  # two of each view
-    assert_equal_steps(by_micro_batches(learner, batches), in_one_batch(learner, batches))
-
-
-def test_so_are_those_of_a_second_view_of_short_context(tiny_corpus, double):
-    learner, batches = step_of(tiny_corpus, TWO_VIEWS, SHORT_CONTEXT)
-    short = by_micro_batches(learner, batches)
-    assert_equal_steps(short, in_one_batch(learner, batches))
-    assert short[0] != pytest.approx(by_micro_batches(step_of(tiny_corpus, TWO_VIEWS)[0], batches)[0], rel=1e-6)
-
-
-@pytest.mark.parametrize("views", [[], [TWO_VIEWS]], ids=["one view", "two views"])
-def test_so_are_those_of_an_intermediate_loss(tiny_corpus, double, views):
-    learner, batches = step_of(tiny_corpus, INTERMEDIATE, *views)
-    with_it = by_micro_batches(learner, batches)
-    assert_equal_steps(with_it, in_one_batch(learner, batches))
-    assert with_it[0] != pytest.approx(by_micro_batches(step_of(tiny_corpus, *views)[0], batches)[0], rel=1e-6)
+def test_each_term_of_the_objective_changes_the_loss(tiny_corpus, double):
+    losses = {name: by_micro_batches(*step_of(tiny_corpus, *options))[0] for name, options in OBJECTIVES.items()}
+    assert len({round(loss, 6) for loss in losses.values()}) == len(OBJECTIVES), losses
 
 
 @pytest.mark.slow
-def test_two_views_are_the_same_training_on_any_number_of_processes(tiny_corpus, tmp_path):
-    for processes in (1, 3):
-        arguments = tiny_corpus.arguments(tmp_path, f"w{processes}", TWO_VIEWS, SHORT_CONTEXT, INTERMEDIATE)
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_two_views_are_the_same_training_on_any_number_of_processes(tiny_corpus, tmp_path, kind):
+    options = (TWO_VIEWS, SHORT_CONTEXT, INTERMEDIATE)
+    for processes in WORLD_SIZES:
+        arguments = tiny_corpus.arguments(tmp_path, f"w{processes}", *options, kind=kind)
         tiny.train(arguments, processes, [tiny.in_double])
-    tiny.assert_close_runs(tmp_path / "w3", tmp_path / "w1", TOLERANCE["float64"])
+    for processes in WORLD_SIZES[1:]:
+        tiny.assert_close_runs(tmp_path / f"w{processes}", tmp_path / "w1", TOLERANCE["float64"])
 
-    tiny.train(
-        tiny_corpus.arguments(
-            tmp_path,
-            *("stronger", SHORT_CONTEXT, INTERMEDIATE),
-            *("--objective.consistency_weight=0.6", "--train.stop_at_step=1"),
-        ),
-        patches=[tiny.in_double],
-    )
+    once = (SHORT_CONTEXT, INTERMEDIATE, "--objective.consistency_weight=0.6", "--train.stop_at_step=1")
+    tiny.train(tiny_corpus.arguments(tmp_path, "stronger", *once, kind=kind), patches=[tiny.in_double])
     first, stronger = (tiny.metrics(tmp_path / name)[0]["loss"] for name in ("w1", "stronger"))
     assert stronger > first  # the same weights and views, and twice the pull
 
@@ -267,14 +270,15 @@ def leaving_no_trace() -> None:
 
         return without_a_trace
 
-    session.rehearse, session.settle = watched(session.rehearse), watched(session.settle)
+    session.rehearse = watched(session.rehearse)
+    session.fix_gradient_buckets = watched(session.fix_gradient_buckets)
 
 
 def without_rehearsal() -> None:
     from ddp_asr.training import session
 
     session.rehearse = lambda corpus, learner: []
-    session.settle = lambda corpus, learner: None
+    session.fix_gradient_buckets = lambda corpus, learner: None
 
 
 def test_the_rehearsal_leaves_no_trace(tiny_corpus, tmp_path):

@@ -197,7 +197,7 @@ def test_a_defect_of_ours_on_one_rank_ends_the_others(tiny_corpus, tmp_path):
 
 
 def failing_at_step_4() -> None:
-    from ddp_asr.training.loop import Learner
+    from ddp_asr.training.learner import Learner
 
     before = Learner.accumulate
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ddp_asr import config
-from ddp_asr.encoders.rescnn_bigru import AcousticModel
+from ddp_asr.model import make_model
 from ddp_asr.runs import checkpoint
 from ddp_asr.settings import to_dict
 from ddp_asr.text.characters import Vocabulary
@@ -23,11 +23,11 @@ def tiny_state(seed: int = 10, **sections: dict) -> dict:
     """What training would save of a model that has learnt nothing and is sure of it."""
     settings = config.config_from_dict({**SETTINGS, **sections}, "the test")
     torch.manual_seed(seed)
-    model = AcousticModel(settings.features, settings.encoder, Vocabulary.from_config(settings.vocabulary).size)
+    model = make_model(settings, Vocabulary.from_config(settings.vocabulary).size)
     with torch.no_grad():
         # Random weights alone write the same symbol in every frame: loud ones write a text.
         for name, parameter in model.named_parameters():
-            if "gru" in name or name.startswith("classifier"):
+            if "gru" in name or name.startswith(("classifier", "encoder.projection")):
                 parameter.mul_(6)
     return {
         "model": dict(model.state_dict()),

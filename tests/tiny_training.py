@@ -29,8 +29,10 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+import yaml
 
 from ddp_asr.runs import checkpoint
+from tests import tiny_encoders
 from tests.conftest import REPOSITORY
 from tests.tiny_recogniser import noises
 from tests.tiny_speech import shard
@@ -48,6 +50,7 @@ train: {epochs: 3, precision: fp32, eval_every_steps: 5, save_every_steps: 3, sa
 tracking: {mode: "off", samples: 2}
 """
 STEPS_PER_EPOCH, STEPS = 4, 12
+
 LIMIT_S = 120.0  # for a whole run, far above what one takes
 TIMES = ("time_s", "audio_s_per_s", "data_wait")
 
@@ -69,15 +72,19 @@ class TinyCorpus:
     def test(self) -> Path:
         return self.directory / "shards" / "test"
 
-    def arguments(self, runs: Path, name: str = "run", *more: str) -> list[str]:
-        """The command line of `ddp_asr.train`; later settings win."""
+    def arguments(self, runs: Path, name: str = "run", *more: str, kind: str | None = None) -> list[str]:
+        """The command line of `ddp_asr.train`; later settings win. `kind`: of the encoder, in tiny_encoders' size."""
+        config = "tiny.yaml" if kind is None else f"tiny-{kind}.yaml"
         data = [f"--data.train={self.train}", f"--data.test={self.test}"]
-        return ["--config", str(self.directory / "tiny.yaml"), f"--run.dir={runs}", f"--run.name={name}", *data, *more]
+        return ["--config", str(self.directory / config), f"--run.dir={runs}", f"--run.name={name}", *data, *more]
 
 
 def make_corpus(directory: Path) -> TinyCorpus:
     """26 utterances to train on, 7 to test on, 0.5 to 0.9 s each."""
     (directory / "tiny.yaml").write_text(CONFIG)
+    for kind, (encoder, *_) in tiny_encoders.SETTINGS.items():
+        tree = {**yaml.safe_load(CONFIG), "encoder": {"kind": kind, "dropout": 0.2, **encoder}}
+        (directory / f"tiny-{kind}.yaml").write_text(yaml.safe_dump(tree))
     for name, utterances, seed in (("train", 26, 0), ("test", 7, 1)):
         random = np.random.default_rng(seed)
         lines = []
@@ -144,7 +151,7 @@ class Ranks:
 
 
 def start(arguments: Sequence[str], processes: int = 1, patches: Sequence[Patch] = (), **environment: str) -> Ranks:
-    """Runs `ddp_asr.train` on so many ranks of one host, as torchrun would."""
+    """Runs `ddp_asr.train` on so many ranks of one host, as torchrun would; on CPUs if `environment` is silent."""
     port = str(free_port())
     ranks, logs = [], []
     for rank in range(processes):
@@ -157,9 +164,9 @@ def start(arguments: Sequence[str], processes: int = 1, patches: Sequence[Patch]
     return Ranks(ranks, logs)
 
 
-def train(arguments: Sequence[str], processes: int = 1, patches: Sequence[Patch] = ()) -> str:
+def train(arguments: Sequence[str], processes: int = 1, patches: Sequence[Patch] = (), **environment: str) -> str:
     """A whole run, or an attempt, that ends well; returns what rank 0 printed."""
-    return start(arguments, processes, patches).succeed()
+    return start(arguments, processes, patches, **environment).succeed()
 
 
 def free_port() -> int:
@@ -284,7 +291,7 @@ def in_double() -> None:
 
 def writing_down(directory: Path) -> None:
     """Each rank writes down the utterances of every micro-batch that it trains."""
-    from ddp_asr.training.loop import Learner
+    from ddp_asr.training.learner import Learner
 
     before, file = Learner.accumulate, directory / f"rank-{os.environ['RANK']}.jsonl"
 
@@ -320,12 +327,12 @@ class Gate:
         return self.directory / f"opened-{self.step}-{self.rank}"
 
     def __call__(self) -> None:
-        from ddp_asr import evaluate
-        from ddp_asr.training.loop import Learner
+        from ddp_asr.recognition import evaluation
+        from ddp_asr.training.learner import Learner
 
         if int(os.environ["RANK"]) != self.rank:
             return
-        accumulate, hear, now = Learner.accumulate, evaluate.hear, [0]
+        accumulate, recognise_batch, now = Learner.accumulate, evaluation.recognise_batch, [0]
 
         def accumulating(learner, batch, *, step, micro_batch, last):
             if step == self.step != now[0] and not self.evaluation:
@@ -333,14 +340,14 @@ class Gate:
             now[0] = step
             return accumulate(learner, batch, step=step, micro_batch=micro_batch, last=last)
 
-        def hearing(*arguments):
+        def recognising(*arguments):
             if now[0] == self.step and self.evaluation:
                 now[0] = 0
                 self._hold()
-            return hear(*arguments)
+            return recognise_batch(*arguments)
 
         Learner.accumulate = accumulating  # type: ignore[method-assign]
-        evaluate.hear = hearing
+        evaluation.recognise_batch = recognising
 
     def _hold(self) -> None:
         self._reached.write_text("")  # returns when the test reads it
@@ -356,7 +363,7 @@ class Gate:
 
 def infinite_loss(steps: Sequence[int], rank: int) -> None:
     """One utterance of the rank has an infinite loss in each of the steps."""
-    from ddp_asr.training.loop import Learner
+    from ddp_asr.training.learner import Learner
 
     if int(os.environ["RANK"]) != rank:
         return
@@ -417,7 +424,7 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
 
 # A bias before a LayerNorm has no gradient but rounding, which in float32 Adam blows up to full steps. In a real model
 # that is lost among millions of weights; here it would be a tenth of a percent (the next tensor differs by 1e-7).
-NO_GRADIENT = re.compile(r"blocks\.\d+\.convs\.0\.bias")
+NO_GRADIENT = re.compile(r"encoder\.blocks\.\d+\.convs\.0\.bias")
 
 
 def weight_distance(ours: Path, theirs: Path, step: int = STEPS) -> float:

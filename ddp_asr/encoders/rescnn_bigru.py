@@ -1,30 +1,32 @@
-"""The acoustic model: log-mel (B, T, F) -> strided convolutions -> residual blocks -> BiGRU -> logits (B, T', V).
+"""ResCNN + BiGRU: log-mel (B, T, F) -> strided convolutions -> residual blocks -> BiGRU layers -> hidden (B, T', D).
 
 The network of AssemblyAI's "Building an End-to-End Speech Recognition Model in PyTorch", Deep Speech 2 in shape
-(Amodei et al., 2015), with the same 23,705,373 parameters at the default sizes, and two things mended:
+(Amodei et al., 2015). With its classifier (model.py) it has the same 23,705,373 parameters at the default sizes. Two
+things are mended:
 
-- Its GRUs from the second on ran over the batch axis (`batch_first` only in the first); here all run over time.
-- Padding is invisible. An utterance's logits are the same alone and beside longer ones: frames beyond its own are zero
-  before every operation that looks at neighbours, and the backward direction of a BiGRU is a one-directional GRU over
-  the sequence reversed *by its own length*. (On a CPU that is 1.4 times faster than packing, too.)
+- The tutorial's GRUs from the second on run over the batch axis (`batch_first` is set in the first only); here all run
+  over time.
+- Padding is invisible. The backward direction of a BiGRU is a one-directional GRU over the sequence reversed by its own
+  length. (On a CPU that is 1.4 times faster than packing.)
 
-With `objective.intermediate_weight` a part of the loss is taken behind the first GRU block, which so has to spell by
-itself: Lee and Watanabe, "Intermediate loss regularization for CTC-based speech recognition" (2021).
-
-Precision. The caller's autocast covers convolutions and linear layers; `ddp_asr.encoders.gru` casts for itself.
+Autocast of the caller covers convolutions and linear layers; `encoders.gru` casts for itself.
 """
+
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ddp_asr import config
 from ddp_asr.encoders.gru import run_gru
+from ddp_asr.encoders.protocol import Encoded, Encoder
 from ddp_asr.features.log_mel import frame_mask
 
 
-def _mask_frames(x: Tensor, lengths: Tensor) -> Tensor:
-    """(B, C, T, F) with every frame beyond an utterance's own set to zero."""
-    return x * frame_mask(lengths, x.shape[2])[:, None, :, None]
+def _mask_frames(x: Tensor, frames: Tensor) -> Tensor:
+    """(B, C, T, F) with every frame beyond a row's own set to zero."""
+    return x * frame_mask(frames, x.shape[2])[:, None, :, None]
 
 
 class ResidualBlock(nn.Module):
@@ -36,40 +38,45 @@ class ResidualBlock(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, x: Tensor, frames: Tensor) -> Tensor:
         """(B, C, T', bands) -> the same shape."""
         residual = x
         for norm, conv in zip(self.norms, self.convs, strict=True):
             x = self.dropout(nn.functional.gelu(norm(x)))
             # LayerNorm's bias makes padding non-zero again, and a kernel at the last frame would see it.
-            x = conv(_mask_frames(x, lengths))
+            x = conv(_mask_frames(x, frames))
         return x + residual
 
 
-def reverse_by_length(x: Tensor, lengths: Tensor) -> Tensor:
-    """(T, B, D) with the first `lengths[b]` frames of each sequence in reverse order, the rest in place."""
+def reverse_by_length(x: Tensor, frames: Tensor) -> Tensor:
+    """(T, B, D) with the first `frames[b]` frames of each row in reverse order, the rest in place."""
     T, B, _ = x.shape
     place = torch.arange(T, device=x.device)[:, None].expand(T, B)
-    source = torch.where(place < lengths, lengths - 1 - place, place)
+    source = torch.where(place < frames, frames - 1 - place, place)
     return x.gather(0, source[:, :, None].expand_as(x))
 
 
-def run_in_spans(gru: nn.GRU, x: Tensor, span: int) -> Tensor:
-    """(T', B, D) -> (T', B, H) of a GRU that knows nothing again every `span` frames: its spans run side by side."""
+def run_in_chunks(gru: nn.GRU, x: Tensor, chunk_frames: int) -> Tensor:
+    """(T', B, D) -> (T', B, H) of a GRU whose state is zero again every `chunk_frames`; the chunks run as one batch."""
     T, B, _ = x.shape
-    span = min(span, T)  # or a span of minutes would be padding for the most part
-    spans = -(-T // span)
-    padded = nn.functional.pad(x, (0, 0, 0, 0, 0, spans * span - T))
-    beside = padded.unflatten(0, (spans, span)).transpose(0, 1).flatten(1, 2)  # (span, spans x B, D)
-    return run_gru(gru, beside).unflatten(1, (spans, B)).transpose(0, 1).flatten(0, 1)[:T]
+    chunk_frames = min(chunk_frames, T)  # a longer chunk would be padding for the most part
+    chunks = -(-T // chunk_frames)
+    padded = nn.functional.pad(x, (0, 0, 0, 0, 0, chunks * chunk_frames - T))
+    as_batch = padded.unflatten(0, (chunks, chunk_frames)).transpose(0, 1).flatten(1, 2)  # (chunk, chunks x B, D)
+    return run_gru(gru, as_batch).unflatten(1, (chunks, B)).transpose(0, 1).flatten(0, 1)[:T]
 
 
-def _run_views(gru: nn.GRU, x: Tensor, span: int) -> Tensor:
-    """(T', B, D) -> (T', B, H), the second half of the batch in spans, if there are any."""
-    if not span:
+def run_with_context(gru: nn.GRU, x: Tensor, context: Sequence[int] | None) -> Tensor:
+    """(T', B, D) -> (T', B, H), each row in chunks of its own `context`, or whole where that is 0."""
+    if context is None or not any(context):
         return run_gru(gru, x)
-    whole, cut = x.chunk(2, dim=1)
-    return torch.cat([run_gru(gru, whole), run_in_spans(gru, cut, span)], dim=1)
+    parts, start = [], 0
+    for chunk_frames, rows in itertools.groupby(context):  # neighbours with the same context run as one batch
+        end = start + len(list(rows))
+        part = x[:, start:end]
+        parts.append(run_in_chunks(gru, part, chunk_frames) if chunk_frames else run_gru(gru, part))
+        start = end
+    return torch.cat(parts, dim=1)
 
 
 class BiGRU(nn.Module):
@@ -82,67 +89,51 @@ class BiGRU(nn.Module):
         self.backward_gru = nn.GRU(input_size, size)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, lengths: Tensor, span: int = 0) -> Tensor:
-        """(T', B, D) -> (T', B, 2 x size); `span` as in the model's."""
+    def forward(self, x: Tensor, frames: Tensor, context: Sequence[int] | None = None) -> Tensor:
+        """(T', B, D) -> (T', B, 2 x size); `context` as in the encoder's."""
         x = nn.functional.gelu(self.norm(x))
-        ahead = _run_views(self.forward_gru, x, span)
-        back = reverse_by_length(_run_views(self.backward_gru, reverse_by_length(x, lengths), span), lengths)
+        ahead = run_with_context(self.forward_gru, x, context)
+        back = reverse_by_length(run_with_context(self.backward_gru, reverse_by_length(x, frames), context), frames)
         return self.dropout(torch.cat([ahead, back], dim=2))
 
 
-class AcousticModel(nn.Module):
-    """ResCNN + BiGRU with a linear classifier over V symbols, the blank last."""
+class ResCNNBiGRU(Encoder):
+    """The encoder; its taps lie behind each BiGRU layer."""
 
-    def __init__(
-        self, features: config.Features, sizes: config.RescnnBigru, vocabulary_size: int, intermediate: bool = False
-    ) -> None:
+    def __init__(self, settings: config.RescnnBigru, mel_bands: int) -> None:
         super().__init__()
-        self.sizes = sizes
-        channels, bands = sizes.conv_channels, features.mel_bands
+        self.settings = settings
+        channels, bands = settings.conv_channels, mel_bands
         self.strided = nn.ModuleList()
-        for stride in sizes.time_strides:
+        for stride in settings.time_strides:
             incoming = channels if len(self.strided) else 1
             self.strided.append(nn.Conv2d(incoming, channels, 3, stride=(stride, 2), padding=1))
             bands //= 2
-        self.blocks = nn.ModuleList(ResidualBlock(channels, bands, sizes.dropout) for _ in range(sizes.residual_blocks))
-        self.bridge = nn.Linear(channels * bands, sizes.rnn_size)
+        self.blocks = nn.ModuleList(
+            ResidualBlock(channels, bands, settings.dropout) for _ in range(settings.residual_blocks)
+        )
+        self.bridge = nn.Linear(channels * bands, settings.rnn_size)
         self.rnn = nn.ModuleList(
-            BiGRU(2 * sizes.rnn_size if layer else sizes.rnn_size, sizes.rnn_size, sizes.dropout)
-            for layer in range(sizes.rnn_layers)
+            BiGRU(2 * settings.rnn_size if layer else settings.rnn_size, settings.rnn_size, settings.dropout)
+            for layer in range(settings.rnn_layers)
         )
-        self.classifier = nn.Sequential(
-            nn.Linear(2 * sizes.rnn_size, sizes.rnn_size),
-            nn.GELU(),
-            nn.Dropout(sizes.dropout),
-            nn.Linear(sizes.rnn_size, vocabulary_size),
+        self.projection = nn.Sequential(
+            nn.Linear(2 * settings.rnn_size, settings.rnn_size), nn.GELU(), nn.Dropout(settings.dropout)
         )
-        self.intermediate = nn.Linear(2 * sizes.rnn_size, vocabulary_size) if intermediate else None
+        self.size = settings.rnn_size
+        self.tap_sizes = dict.fromkeys(range(1, settings.rnn_layers + 1), 2 * settings.rnn_size)
 
-    def forward(self, features: Tensor, frames: Tensor, span: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Features (B, T, F), zero beyond each utterance's frames (B,) -> logits (B, T', V) and frames (B,) of T'.
-
-        In training with `objective.intermediate_weight`, third, the logits (B, T', V) that a linear classifier of its
-        own reads from the first GRU block.
-
-        With a `span`, in training, the GRUs start anew every so many frames of T' in the second half of the batch,
-        which holds the second views: see `objective.short_context_s`.
-        """
+    def forward(self, features: Tensor, frames: Tensor, context: Sequence[int] | None = None) -> Encoded:
         x = features[:, None]  # (B, 1, T, F)
-        for conv, stride in zip(self.strided, self.sizes.time_strides, strict=True):
+        for conv, stride in zip(self.strided, self.settings.time_strides, strict=True):
             x = conv(_mask_frames(x, frames))  # (B, C, T / stride, bands / 2)
             frames = (frames + stride - 1) // stride
         for block in self.blocks:
             x = block(x, frames)
         x = self.bridge(x.transpose(1, 2).flatten(2))  # (B, T', rnn_size)
         x = x.transpose(0, 1)  # (T', B, rnn_size)
-        first, *others = self.rnn
-        x = first(x, frames, span)
-        early = self.intermediate(x.transpose(0, 1)) if self.training and self.intermediate is not None else None
-        for layer in others:
-            x = layer(x, frames, span)
-        return self.classifier(x.transpose(0, 1)), frames, early
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Trainable numbers."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        taps = {}
+        for number, layer in enumerate(self.rnn, start=1):
+            x = layer(x, frames, context)  # (T', B, 2 x rnn_size)
+            taps[number] = x.transpose(0, 1)
+        return Encoded(self.projection(x.transpose(0, 1)), frames, taps)

@@ -1,17 +1,11 @@
 """SpecAugment: masks drawn for each utterance by (seed, epoch, key), applied to the batch on its device.
 
-    masks = draw(settings, seed, epoch, key_hash, frames, mel_bands, views)     # in a loader worker, numpy
+    masks = draw(settings, seed, epoch, key_hash, frames, mel_bands, views)     # in the loader, numpy
     (features,) = apply(features, masks, views)                                 # on the device, torch
-    span = draw_span(objective, seed, step, frame_s)                            # for the whole step
 
 Park et al., "SpecAugment" (2019), with its time masks as a share of the utterance ("SpecAugment on large scale
-datasets", 2020). A mask hides with zero, which is each band's mean after normalisation. With `consistency_weight` each
-utterance has two views, and masks of its own for each.
-
-`short_context_s` hides from the second view what lies far off, in time and not in the features: its GRUs start anew
-every `span` frames. A small corpus is learned by heart from its context (on AN4, the other letters of the name that is
-spelled), and then no longer from the sound; the view that has no context must listen, and pulls the other along. Full
-and limited context side by side are Yu et al.'s, "Dual-mode ASR" (2021), there for streaming.
+datasets", 2020). A mask hides with zero, which is each band's mean after normalisation. Where the objective takes two
+views of each utterance, each has masks of its own.
 """
 
 import numpy as np
@@ -20,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddp_asr import config
-from ddp_asr.draws import seed_of, uniform
+from ddp_asr.draws import uniform
 
 Masks = dict[str, NDArray[np.int32]]
 
@@ -52,17 +46,6 @@ def draw(
             uniform(seed, epoch, key_hash, "time masks", numbers * settings.time_masks), widest_time, frames
         ),
     }
-
-
-def draw_span(settings: config.Objective, seed: int, step: int, frame_s: float) -> int:
-    """Frames of T' after which the second view's GRUs start anew in `step`; 0: never.
-
-    One for all micro-batches of a step, whole numbers of frames, each as likely.
-    """
-    if not settings.short_context_s:
-        return 0
-    shortest, longest = (max(1, round(seconds / frame_s)) for seconds in settings.short_context_s)
-    return shortest + seed_of("short context", seed, step) % (longest - shortest + 1)
 
 
 def _spans(numbers: NDArray[np.float64], widest: NDArray[np.int64], length: NDArray[np.int64]) -> NDArray[np.int32]:

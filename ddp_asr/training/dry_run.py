@@ -10,7 +10,7 @@ from ddp_asr.config import Config
 from ddp_asr.data.corpus import Corpus, read_corpus
 from ddp_asr.data.index import read_index
 from ddp_asr.data.plan import share, speed_samples
-from ddp_asr.encoders.rescnn_bigru import AcousticModel, count_parameters
+from ddp_asr.model import AcousticModel, count_parameters, make_model
 from ddp_asr.settings import describe
 
 _FLOAT_BYTES = 4
@@ -22,8 +22,7 @@ def report(config: Config, world_size: int) -> str:
     """The report as text; raises the UserErrors that the run itself would raise before its first step."""
     share(config.batch.micro_batches, 0, world_size)
     corpus = read_corpus(config)
-    intermediate = config.objective.intermediate_weight > 0
-    model = AcousticModel(config.features, config.encoder, corpus.vocabulary.size, intermediate)
+    model = make_model(config, corpus.vocabulary.size)
     sections = [
         _run_lines(config, corpus, count_parameters(model)),
         _plan_lines(config, corpus, world_size),

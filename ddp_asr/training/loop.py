@@ -1,48 +1,47 @@
 """The loop: K micro-batches, one reduction, one division, clip, finiteness, step; then log, evaluate, save, stop.
 
-    learner = Learner(world, model, log_mel, optimizer, ...)    # weights and how they change
-    trainer = Trainer(world, learner, schedule, hooks, stop)    # when what happens
-    outcome = trainer.run(micro_batches, progress)
+    learner = Learner(world, model, log_mel, objective, optimizer, ...)    # weights and how a step changes them
+    trainer = Trainer(world, learner, schedule, hooks, stop)               # what is due when
+    outcome = trainer.run(micro_batches, share_of_step, progress)
 
 A step on each of W ranks::
 
     for each of its micro-batches:                       (all but the last without synchronisation)
-        features -> masks, for each view -> model -> sum of losses -> backward
+        learner.accumulate: sum of losses -> backward
     one all-reduce of `Tally`: loss, utterances, finiteness, stop request, failures
-    gradients * W / utterances of the step               (DDP has divided the sum by W)
-    clip; all finite? -> AdamW -> moving average         (else the step is skipped, on all ranks)
+    learner.update: gradients * W / utterances of the step, clip; all finite? -> AdamW -> moving average
+                                                         (else the step is skipped, on all ranks)
 
-Why the mean is taken here and not in the loss: micro-batches differ in their number of utterances and ranks in their
-number of micro-batches, so that any earlier division would weigh utterances unevenly (DESIGN 2.5).
-
-Randomness belongs to the micro-batch: dropout is seeded by (seed, step, micro-batch), so neither the number of
-processes nor a stop changes it. The loop knows no tracker, no decoder and no error rate: it drives `Hooks`.
+The loop knows neither model nor loss, no tracker, no decoder and no error rate: it calls the learner and `Hooks`.
 """
 
-import contextlib
+import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ddp_asr import SAMPLE_RATE_HZ, config
+from ddp_asr import SAMPLE_RATE_HZ
 from ddp_asr.data.loader import MicroBatch
-from ddp_asr.draws import seed_of
-from ddp_asr.encoders.rescnn_bigru import AcousticModel
 from ddp_asr.errors import UserError
-from ddp_asr.features import masks as augment
-from ddp_asr.features.log_mel import LogMel
-from ddp_asr.objective import consistency_loss, ctc_loss
+from ddp_asr.files import finite
 from ddp_asr.ranks.signals import StopRequest
-from ddp_asr.ranks.world import RaisedElsewhere, World, naming_lost_peers, without_sync
-from ddp_asr.training import precision
-from ddp_asr.training.optim import WeightAverage, learning_rate
+from ddp_asr.ranks.world import RaisedElsewhere, World
+from ddp_asr.training.learner import Learner
+from ddp_asr.training.optim import learning_rate
 
-# A test line for the metrics, and what "best" is judged by (lower is better).
-Evaluation = tuple[dict[str, Any], float]
+# What "best" is judged by: numbers that are compared in their order, lower is better.
+Score = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation that ran to its end."""
+
+    score: Score | None  # None: there is nothing to evaluate on
 
 
 @dataclass
@@ -55,7 +54,8 @@ class Progress:
     emptied: int = 0  # of these, steps of which no utterance could be read
     bad_keys: list[str] = field(default_factory=list)  # utterances that no longer decoded, each once
     evaluated_step: int = 0  # the newest step whose evaluation is in the metrics
-    best: float | None = None  # lowest score of an evaluation
+    best: Score | None = None  # lowest score of an evaluation
+    best_step: int = 0  # the step that it is of
     trained_s: float = 0.0  # wall-clock seconds in steps, over all attempts; evaluations are not in it
 
 
@@ -117,8 +117,8 @@ class Hooks:
     save: Callable[[dict[str, Any], bool], None]  # (state, whether it is the best); takes a snapshot and returns
     flush: Callable[[], None]  # returns when everything saved is on the disk
     message: Callable[[str], None]
-    # Yields between rounds, so that ranks can agree on a stop; returns None where there is nothing to evaluate on.
-    evaluate: Callable[[int], Generator[None, None, Evaluation | None]]
+    # (step, should_stop): asks `should_stop` between rounds, on all ranks alike; None where it said yes.
+    evaluate: Callable[[int, Callable[[], bool]], Evaluation | None]
     dump: Callable[[int, list[MicroBatch]], None]  # keeps a step's micro-batches on the disk
 
 
@@ -131,117 +131,6 @@ class Outcome:
     retry: bool = False  # whether the same command has something left to do
 
 
-@dataclass
-class Learner:
-    """Weights and how a step changes them."""
-
-    world: World
-    model: nn.Module  # the acoustic model, wrapped by `world.wrap`
-    log_mel: LogMel
-    optimizer: torch.optim.Optimizer
-    optim: config.Optim
-    precision: str
-    seed: int
-    objective: config.Objective
-    frame_s: float  # from one frame of the logits to the next
-    average: WeightAverage | None = None
-    scaler: torch.amp.GradScaler = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.scaler = precision.make_scaler(self.precision, self.world.device)
-
-    @property
-    def plain_model(self) -> AcousticModel:
-        """The acoustic model without its wrapper."""
-        wrapped = isinstance(self.model, nn.parallel.DistributedDataParallel)
-        return cast(AcousticModel, self.model.module if wrapped else self.model)
-
-    def losses(self, batch: MicroBatch, step: int) -> Tensor:
-        """(B,) loss of each utterance; 0 for the stand-in of an emptied micro-batch."""
-        features, frames = self.log_mel(batch.waveforms, batch.samples)  # (B, T, F)
-        views = self.objective.views
-        masked = augment.apply(features, batch.masks, views) if batch.masks is not None else [features] * views
-        span = augment.draw_span(self.objective, self.seed, step, self.frame_s)
-        with precision.autocast(self.precision, self.world.device):
-            logits, frames, early = self.model(torch.cat(masked), frames.repeat(views), span)  # (views x B, T', V)
-        targets, target_lengths = batch.targets.repeat(views, 1), batch.target_lengths.repeat(views)
-        losses = ctc_loss(logits, frames, targets, target_lengths)
-        if early is not None:
-            early_losses = ctc_loss(early, frames, targets, target_lengths)
-            losses = torch.lerp(losses, early_losses, self.objective.intermediate_weight)
-        losses = losses.view(views, -1).mean(0)
-        if views == 2:
-            divergence = consistency_loss(logits, frames[: len(losses)], batch.target_lengths)
-            losses = losses + self.objective.consistency_weight * divergence
-        return torch.where(batch.weight > 0, losses, 0.0)
-
-    def accumulate(self, batch: MicroBatch, *, step: int, micro_batch: int, last: bool) -> Tensor:
-        """Adds the gradient of the micro-batch's summed loss; synchronises over ranks with the last one.
-
-        Returns the detached losses (B,), still on the device.
-        """
-        torch.manual_seed(seed_of("dropout", self.seed, step, micro_batch))
-        with torch.enable_grad(), naming_lost_peers(self.world):
-            if last:
-                losses = self.losses(batch, step)
-                self.world.positions.meet("reducing the gradients")
-                self.scaler.scale(losses.sum()).backward()
-            else:
-                with without_sync(self.model):
-                    losses = self.losses(batch, step)
-                    self.scaler.scale(losses.sum()).backward()
-        return losses.detach()
-
-    def update(self, step: int, total_steps: int, utterances: float) -> tuple[float, bool]:
-        """Divides, clips and steps; returns the gradient's norm and whether the weights were updated.
-
-        Gradients are the same on all ranks here, and so is every decision.
-        """
-        rate = learning_rate(step, total_steps, self.optim)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, self.world.world_size / max(utterances, 1.0))
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm)
-        finite = bool(torch.isfinite(norm)) and utterances > 0
-        if finite:
-            self.scaler.step(self.optimizer)
-            if self.average is not None:
-                self.average.update(self.plain_model.parameters())
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(norm), finite
-
-    def discard(self) -> None:
-        """Drops the step's gradients."""
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def state(self) -> dict[str, Any]:
-        """Everything a resume needs, as tensors and plain containers."""
-        average = self.average
-        return {
-            "model": self.plain_model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "averages": None if average is None else dict(zip(self.parameter_names(), average.weights, strict=True)),
-            "average_updates": 0 if average is None else average.updates,
-        }
-
-    def parameter_names(self) -> list[str]:
-        return [name for name, _ in self.plain_model.named_parameters()]
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Continues from `state`."""
-        self.plain_model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.average is not None:
-            self.average.updates = state["average_updates"]
-            for name, weight in zip(self.parameter_names(), self.average.weights, strict=True):
-                weight.copy_(state["averages"][name])
-
-
 class Trainer:
     """Runs steps until the end, a stop, or an error that all ranks raise together."""
 
@@ -250,6 +139,7 @@ class Trainer:
         self.progress = Progress()
         self._failure: UserError | None = None
         self._saved_at_s = time.monotonic()
+        self._saved: dict[str, Any] | None = None  # the progress in the newest checkpoint
 
     def run(self, batches: Iterator[MicroBatch], share_of_step: range, progress: Progress) -> Outcome:
         """Trains from `progress` on; `batches` yields this rank's micro-batches from exactly there.
@@ -315,7 +205,7 @@ class Trainer:
 
     def _update(self, step: int, everyones: Tally) -> tuple[bool, float]:
         """(whether the weights were updated, the gradient's norm)."""
-        if everyones.loss - everyones.loss != 0:  # infinite or not a number on at least one rank
+        if not math.isfinite(everyones.loss):  # on at least one rank
             self.learner.discard()
             return False, float("nan")
         norm, updated = self.learner.update(step, self.schedule.total_steps, everyones.utterances)
@@ -327,14 +217,14 @@ class Trainer:
         if not everyones.utterances:  # `_note_bad_samples` names them, and counts them towards its own limit
             self.progress.emptied += 1
             return
-        finite_loss = everyones.loss - everyones.loss == 0
+        finite_loss = math.isfinite(everyones.loss)
         # An overflow is the scaler's normal work, until it has nothing left to lower.
         if finite_loss and self.learner.scaler.is_enabled() and self.learner.scaler.get_scale() >= 1.0:
             self.progress.overflows += 1
             return
         keys = [key for batch in mine for key in batch.keys]
         if not finite_loss:
-            keys = [key for key, loss in zip(keys, losses.tolist(), strict=True) if loss - loss != 0]
+            keys = [key for key, loss in zip(keys, losses.tolist(), strict=True) if not math.isfinite(loss)]
         keys = [key for key in keys if key]  # an emptied micro-batch's stand-in has none
         named = self.world.gather_objects(keys)
         what = "loss" if not finite_loss else "gradient"
@@ -374,9 +264,9 @@ class Trainer:
             "kind": "train",
             "step": step,
             "epoch": (step - 1) // self.schedule.steps_per_epoch + 1,
-            "loss": _finite(everyones.loss / max(everyones.utterances, 1.0)),
+            "loss": finite(everyones.loss / max(everyones.utterances, 1.0)),
             "learning_rate": learning_rate(step, self.schedule.total_steps, self.learner.optim),
-            "gradient_norm": _finite(norm),
+            "gradient_norm": finite(norm),
             "audio_s_per_s": everyones.samples / SAMPLE_RATE_HZ / seconds,
             "data_wait": everyones.wait_s / self.world.world_size / seconds,
             "padding": everyones.padding,
@@ -392,23 +282,14 @@ class Trainer:
         if not self.schedule.evaluation_due(step) or self.progress.evaluated_step == step:
             return False
         self.world.at(step, "evaluating")
-        # Closed whatever happens: an evaluation's loader workers ignore the signals that end their parent.
-        with contextlib.closing(self.hooks.evaluate(step)) as rounds:
-            while True:
-                try:
-                    next(rounds)
-                except StopIteration as finished:
-                    result = finished.value
-                    break
-                if self._agreed_to_stop():
-                    return True
+        evaluation = self.hooks.evaluate(step, self._agreed_to_stop)
+        if evaluation is None:
+            return True
         self.progress.evaluated_step = step
-        if result is not None:
-            _, score = result
-            best = self.progress.best is None or score < self.progress.best
-            if best:
-                self.progress.best = score
-                self._save(best=True)
+        score, best = evaluation.score, self.progress.best
+        if score is not None and (best is None or score < best):
+            self.progress.best, self.progress.best_step = score, step
+            self._save(best=True)
         return False
 
     def _agreed_to_stop(self) -> bool:
@@ -426,12 +307,16 @@ class Trainer:
             self._save()
 
     def _save(self, best: bool = False) -> None:
+        """Saves what the newest checkpoint does not hold already, as where a stop meets a step with a save due."""
+        progress = asdict(self.progress)
+        if progress == self._saved and not best:
+            return
         self.world.at(self.progress.step, "saving")
         if self.world.rank == 0:
-            state = {**self.learner.state(), "progress": asdict(self.progress)}
+            state = {**self.learner.state(), "progress": progress}
             self._guarded(lambda: self.hooks.save(state, best))
         if not best:  # a resume does not look at the best one, so it is no checkpoint of the last minutes
-            self._saved_at_s = time.monotonic()
+            self._saved, self._saved_at_s = progress, time.monotonic()
 
     def _stopped(self) -> Outcome:
         self._save()
@@ -463,8 +348,3 @@ class Trainer:
                 raise self._failure
 
         self.world.together(raise_own)
-
-
-def _finite(number: float) -> float | None:
-    """JSON has no NaN and no infinity."""
-    return number if number - number == 0 else None

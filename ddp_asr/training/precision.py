@@ -1,4 +1,4 @@
-"""Which number types a run computes in: `auto` resolved against the hardware, autocast, and the fp16 gradient scaler.
+"""The number types of a run: `auto` resolved against the hardware, autocast, and the gradient scaler of fp16.
 
     fp32   IEEE float32, TF32 off            tf32   float32 storage, TF32 matrix units (NVIDIA)
     bf16   autocast to bfloat16              fp16   autocast to float16, with a gradient scaler
@@ -18,6 +18,8 @@ def has_bf16_units(device: torch.device) -> bool:
     """Whether bfloat16 is fast here."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Private in torch 2.11.0, which offers nothing public; should they go, the flags `avx512_bf16` and `amx_tile` of
+    # /proc/cpuinfo say the same on Linux.
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 

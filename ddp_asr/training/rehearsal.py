@@ -1,12 +1,13 @@
-"""The corners of the real plan, run before the first step, so that what would fail after hours fails at once.
+"""The largest micro-batches of the real plan, run before the first step: what would fail after hours fails at once.
 
 The longest utterance, the most audio, the most utterances, the most targets: each as a whole micro-batch, forward and
 backward, with optimiser state and DDP's buckets allocated. It leaves no trace: only gradients are made and dropped, and
-the random state is put back.
+the random state is put back. Rehearsal runs under `no_sync`, so if one rank runs out of memory no other rank waits in
+an all-reduce and all raise the same error.
 
-It is also what makes a resume exact. DDP rebuilds its buckets after the first synchronised backward, and their layout
-decides the order of summation, so every attempt runs one synchronised backward and a forward before its first step
-(`settle`). The corners run without synchronisation, so that one rank's lack of memory is every rank's sentence.
+`fix_gradient_buckets` makes a resume exact: DDP rebuilds its buckets after the first synchronised backward, and their
+layout decides the order of summation, so every attempt runs one synchronised backward and a forward before its first
+step.
 """
 
 import contextlib
@@ -21,14 +22,14 @@ from ddp_asr.data.loader import MicroBatch
 from ddp_asr.data.plan import speed_samples
 from ddp_asr.errors import UserError
 from ddp_asr.ranks.world import without_sync
-from ddp_asr.training.loop import Learner
+from ddp_asr.training.learner import Learner
 
 
 def rehearse(corpus: Corpus, learner: Learner) -> list[str]:
-    """Runs every corner once on this rank, which meets no other in here; returns what was run, a line each.
+    """Runs each of the largest micro-batches once, without any other rank; returns a line for each.
 
     Raises:
-        UserError: a corner does not fit into the GPU's memory.
+        UserError: one does not fit into the GPU's memory.
     """
     ran, seen = [], set()
     with _leaving_no_trace(learner):
@@ -43,11 +44,11 @@ def rehearse(corpus: Corpus, learner: Learner) -> list[str]:
     return ran
 
 
-def settle(corpus: Corpus, learner: Learner) -> None:
-    """One synchronised backward and a forward, on all ranks together, after which DDP's buckets stay as they are.
+def fix_gradient_buckets(corpus: Corpus, learner: Learner) -> None:
+    """One synchronised backward and a forward, on all ranks together; DDP's buckets stay as they are after it.
 
-    The forward is without synchronisation, because DDP would await its backward, and join the next one even under
-    `no_sync`: on 3 ranks those with two micro-batches then reduced once more than the others.
+    The forward runs under `no_sync`: DDP would otherwise expect its backward, and reduce in the next one even under
+    `no_sync` (seen on 3 ranks: those with two micro-batches reduced once more than the others).
     """
     batch = _stand_in(corpus, corpus.plan.epoch(0).micro_batch(0, 0)[:1]).to(learner.world.device)
     with _leaving_no_trace(learner):

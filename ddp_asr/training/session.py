@@ -10,12 +10,13 @@ The trainer knows no error rate and no tracker; this module gives it both.
 import contextlib
 import json
 import logging
+import math
 import os
 import platform
 import socket
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -29,23 +30,26 @@ from ddp_asr.data.corpus import Corpus, read_corpus
 from ddp_asr.data.index import Index, read_index
 from ddp_asr.data.loader import MicroBatch, Recordings, Work, cache_shards, eval_loader, on_device, train_loader
 from ddp_asr.data.plan import share
-from ddp_asr.encoders.rescnn_bigru import AcousticModel, count_parameters
 from ddp_asr.errors import UserError
-from ddp_asr.evaluate import gather, is_unusable, rounds
 from ddp_asr.features import masks as augment
 from ddp_asr.features.log_mel import LogMel
+from ddp_asr.files import finite
+from ddp_asr.model import AcousticModel, count_parameters, make_model
+from ddp_asr.objective import Objective
 from ddp_asr.ranks.signals import StopRequest
 from ddp_asr.ranks.world import World
-from ddp_asr.recognition.recogniser import Recogniser
+from ddp_asr.recognition.evaluation import gather, recognise
+from ddp_asr.recognition.recogniser import Recogniser, make_recogniser
 from ddp_asr.runs import checkpoint, display
 from ddp_asr.runs.directory import RunDirectory, json_lines, read_lines, read_status
 from ddp_asr.runs.lease import Lease
 from ddp_asr.settings import describe, differences, to_dict
 from ddp_asr.text.characters import Vocabulary
-from ddp_asr.training.loop import Evaluation, Hooks, Learner, Outcome, Progress, Schedule, Trainer
+from ddp_asr.training.learner import Learner
+from ddp_asr.training.loop import Evaluation, Hooks, Outcome, Progress, Schedule, Trainer
 from ddp_asr.training.optim import WeightAverage, make_optimizer
 from ddp_asr.training.precision import resolve, set_matmul_precision
-from ddp_asr.training.rehearsal import rehearse, settle
+from ddp_asr.training.rehearsal import fix_gradient_buckets, rehearse
 
 
 class Session:
@@ -93,7 +97,9 @@ class Session:
         self.files = RunDirectory(self.path, self.lease, job_id, attempt)
         status = self.former = read_status(self.path) or {}  # again: its writer may have ended just before the lease
         # What a status says until the checkpoint and the plan are read.
-        self.progress.step, self.progress.best = int(status.get("step", 0)), status.get("best_wer")
+        best_wer = status.get("best_wer")
+        self.progress.step = int(status.get("step", 0))
+        self.progress.best = None if best_wer is None else (best_wer,)
         self.total_steps = status.get("total_steps")
         self.checkpoint_saved = status.get("checkpoint_saved") if self._has_results() else False
 
@@ -139,7 +145,7 @@ class Session:
         world.at(self.progress.step, "rehearsing")
         for line in world.together(lambda: rehearse(corpus, learner)):
             self.message(f"rehearsed {line}")
-        settle(corpus, learner)
+        fix_gradient_buckets(corpus, learner)
         batches = train_loader(
             corpus.index,
             corpus.vocabulary,
@@ -244,8 +250,7 @@ class Session:
         config, device = self.config, self.world.device
         # Weights are drawn on the CPU, so that they are the same wherever the run begins.
         torch.manual_seed(config.train.seed)
-        intermediate = config.objective.intermediate_weight > 0
-        model = AcousticModel(config.features, config.encoder, corpus.vocabulary.size, intermediate)
+        model = make_model(config, corpus.vocabulary.size)
         if state is None and config.train.init_from:
             load_weights(model, Path(config.train.init_from), corpus.vocabulary)
         model = model.to(device)
@@ -254,12 +259,11 @@ class Session:
             world=self.world,
             model=model,
             log_mel=LogMel(config.features).to(device),
+            objective=Objective(config.objective, seed=config.train.seed, frame_s=config.frame_s),
             optimizer=make_optimizer(model, config.optim),
             optim=config.optim,
             precision=config.train.precision,
             seed=config.train.seed,
-            objective=config.objective,
-            frame_s=config.frame_s,
             average=average,
         )
         if state is not None:
@@ -330,13 +334,8 @@ class Session:
             self.lease.check()
 
     def _hooks(self, learner: Learner, corpus: Corpus, test: Index | None, on_step: Callable[[], None]) -> Hooks:
-        recogniser = Recogniser(
-            config=self.config,
-            vocabulary=corpus.vocabulary,
-            log_mel=learner.log_mel,
-            model=learner.plain_model,
-            device=self.world.device,
-            precision=self.config.train.precision,
+        recogniser = make_recogniser(
+            self.config, corpus.vocabulary, learner.log_mel, learner.plain_model, self.config.train.precision
         )
 
         def log(line: dict[str, Any]) -> None:
@@ -392,46 +391,51 @@ class Session:
         checkpoint.prune(self.path, keep_last)
 
     def _evaluate(
-        self, learner: Learner, recogniser: Recogniser, test: Index | None, step: int
-    ) -> Generator[None, None, Evaluation | None]:
-        """One evaluation, shared over all ranks; yields between rounds."""
+        self,
+        learner: Learner,
+        recogniser: Recogniser,
+        test: Index | None,
+        step: int,
+        should_stop: Callable[[], bool],
+    ) -> Evaluation | None:
+        """One evaluation, shared over all ranks; None where `should_stop` said yes."""
         if test is None:
-            return None
+            return Evaluation(score=None)
         batches = eval_loader(
             test, recogniser.vocabulary, self.config, rank=self.world.rank, world_size=self.world.world_size
         )
-        heard, bad = [], []
-        with averaged_weights(learner):
-            for theirs, unreadable in rounds(recogniser, test, batches):
-                heard += theirs
-                bad += unreadable
-                yield
-        summary = gather(self.world, heard, bad)
+        with learner.averaged_weights():
+            results = recognise(recogniser, test, batches, should_stop)
+        if results is None:
+            return None
+        summary = gather(self.world, results)
 
         def record() -> Evaluation:
             assert summary is not None and self.files is not None and self.show is not None
             for key, reason in summary.bad:
                 self.message(f"left out of the evaluation, no longer readable: {key} ({reason})")
-            if is_unusable(summary, self.config.data.max_bad_samples):
+            if summary.is_unusable(self.config.data.max_bad_samples):
                 raise UserError(
-                    f"only {len(summary.heard)} of {len(test)} test utterances could be read (data.max_bad_samples = "
-                    f"{self.config.data.max_bad_samples}): check the shards of data.test with "
+                    f"only {len(summary.utterances)} of {len(test)} test utterances could be read "
+                    f"(data.max_bad_samples = {self.config.data.max_bad_samples}): check the shards of data.test with "
                     "'python -m ddp_asr.shard --verify --out DIR'"
                 )
             epoch = (step - 1) // self.steps_per_epoch + 1
             place = {"step": step, "epoch": epoch}
-            line = {"kind": "test", **place, "loss": _finite(summary.loss)}
-            line |= {"wer": _finite(summary.wer), "cer": _finite(summary.cer), "time_s": time.time()}
+            line = {"kind": "test", **place, "loss": finite(summary.loss)}
+            line |= {"wer": finite(summary.wer), "cer": finite(summary.cer), "time_s": time.time()}
             self.files.append("metrics.jsonl", line)
             samples = [
                 {"key": u.key, "reference": u.reference, "hypothesis": u.hypothesis}
-                for u in summary.heard[: self.config.tracking.samples]
+                for u in summary.utterances[: self.config.tracking.samples]
             ]
             self.files.append("samples.jsonl", {**place, "samples": samples})
             self.files.produce("curves.png", lambda: display.draw_curves(self.path))
             with contextlib.suppress(OSError):
                 self.show.test(line)
-            return line, summary.wer
+            # Of equal error rates the lower loss is the better one; no loss at all is the worst.
+            loss = summary.loss if math.isfinite(summary.loss) else math.inf
+            return Evaluation(score=(summary.wer, loss))
 
         return self.world.from_rank_zero(record)
 
@@ -456,7 +460,7 @@ class Session:
                 step=progress.step,
                 epoch=epoch,
                 total_steps=self.total_steps,
-                best_wer=None if progress.best is None else _finite(progress.best),
+                best_wer=None if progress.best is None else finite(progress.best[0]),
                 checkpoint_saved=self.checkpoint_saved,
             )
 
@@ -564,27 +568,6 @@ def load_weights(model: AcousticModel, path: Path, vocabulary: Vocabulary) -> No
         ) from None
 
 
-@contextlib.contextmanager
-def averaged_weights(learner: Learner) -> Iterator[None]:
-    """The moving average in the model's place, where there is one; the weights come back bit for bit."""
-    if learner.average is None:
-        yield
-        return
-    weights = list(learner.plain_model.parameters())
-    kept = [weight.detach().clone() for weight in weights]
-    try:
-        _overwrite(weights, learner.average.weights)
-        yield
-    finally:
-        _overwrite(weights, kept)
-
-
-@torch.no_grad()
-def _overwrite(weights: list[torch.nn.Parameter], values: list[torch.Tensor]) -> None:
-    for weight, value in zip(weights, values, strict=True):
-        weight.copy_(value)
-
-
 def environment(world: World) -> dict[str, Any]:
     """What the run runs on."""
     on_gpu = world.device.type == "cuda"
@@ -605,7 +588,3 @@ def environment(world: World) -> dict[str, Any]:
 
 def _shown(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _finite(number: float) -> float | None:
-    return number if number - number == 0 else None

@@ -65,7 +65,7 @@ def pass_gate(step: int, world_size: int) -> None:
         time.sleep(POLL_S)
 
 
-PATCHES = {"ddp_asr.ranks.signals": watch_requests, "ddp_asr.training.loop": gate_steps}
+PATCHES = {"ddp_asr.ranks.signals": watch_requests, "ddp_asr.training.learner": gate_steps}
 
 
 class Finder(importlib.abc.MetaPathFinder):

@@ -1,0 +1,153 @@
+"""What every registered encoder promises: lengths, padding, rows apart, context, taps, and weights that come back."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ddp_asr import config
+from ddp_asr.encoders import ENCODERS, make_encoder
+from ddp_asr.features.log_mel import LogMel
+from ddp_asr.runs import checkpoint
+from tests.tiny_encoders import CASES, MEL_BANDS, encoder_of, settings_of
+
+cases = pytest.mark.parametrize(("kind", "number"), CASES, ids=lambda value: str(value))
+kinds = pytest.mark.parametrize("kind", ENCODERS)
+
+
+@torch.no_grad()
+def relative(one, other):
+    """The largest difference, as a share of the largest number."""
+    return ((one - other).abs().max() / other.abs().max()).item()
+
+
+def random_features(frames, dtype=torch.float64):
+    """(B, T, F) of rows with so many frames, zero beyond them."""
+    features = torch.randn(len(frames), max(frames), MEL_BANDS, dtype=dtype)
+    for row, own in enumerate(frames):
+        features[row, own:] = 0
+    return features, torch.tensor(frames)
+
+
+@given(st.sampled_from(CASES), st.lists(st.integers(1, 90), min_size=1, max_size=4))
+def test_the_settings_foretell_the_frames_that_come_out(case, frames):
+    encoder, lengths = encoder_of(*case), torch.tensor(frames)
+    settings = settings_of(*case).encoder
+    hidden, left, taps = encoder(torch.zeros(len(frames), max(frames), MEL_BANDS), lengths)
+    assert hidden.shape == (len(frames), left.max(), encoder.size)
+    assert left.tolist() == [settings.output_frames(T) for T in frames]
+    assert left.tolist() == settings.output_frames(lengths.numpy()).tolist()
+    assert {layer: tap.shape for layer, tap in taps.items()} == {
+        layer: (len(frames), left.max(), size) for layer, size in encoder.tap_sizes.items()
+    }
+
+
+def check_padding(encoder, features, dtype, tolerance):
+    """An utterance alone and beside 31 longer ones; every length leaves another remainder over hop and strides."""
+    encoder, log_mel = encoder.to(dtype), LogMel(features).to(dtype)
+    samples = torch.tensor([4_001] + [4_200 + 97 * n for n in range(31)])
+    waveforms = torch.randint(-9_000, 9_000, (32, int(samples.max())), dtype=torch.int16)
+    waveforms[torch.arange(waveforms.shape[1]) >= samples[:, None]] = 0
+    together, frames, taps = encoder(*log_mel(waveforms, samples))
+    for row in (0, 1, 17):
+        alone, (own,), own_taps = encoder(*log_mel(waveforms[row : row + 1, : samples[row]], samples[row : row + 1]))
+        assert own == frames[row] == alone.shape[1]
+        assert relative(together[row, :own], alone[0]) < tolerance
+        for layer, tap in own_taps.items():
+            assert relative(taps[layer][row, :own], tap[0]) < tolerance
+
+
+precisions = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["fp32", "fp64"]
+)
+
+
+@cases
+@precisions
+@torch.no_grad()
+def test_padding_is_invisible(kind, number, dtype, tolerance):
+    """Property 4, from waveform to hidden states."""
+    check_padding(encoder_of(kind, number), settings_of(kind).features, dtype, tolerance)
+
+
+@kinds
+@precisions
+@torch.no_grad()
+def test_padding_is_invisible_at_the_default_sizes(kind, dtype, tolerance):
+    settings = config.config_from_dict({"encoder": {"kind": kind}}, "the test")
+    torch.manual_seed(0)
+    encoder = make_encoder(settings.encoder, settings.features.mel_bands).eval()
+    check_padding(encoder, settings.features, dtype, tolerance)
+
+
+@cases
+def test_what_lies_in_the_padding_changes_nothing(kind, number):
+    encoder = encoder_of(kind, number).double()
+    clean, frames = random_features([20, 31])
+    dirty = clean.clone()
+    dirty[0, 20:] = 1e6
+    own = settings_of(kind, number).encoder.output_frames(20)
+    assert torch.equal(encoder(clean, frames).hidden[0, :own], encoder(dirty, frames).hidden[0, :own])
+
+
+@cases
+def test_a_row_depends_on_all_of_itself_and_on_no_other_row(kind, number):
+    encoder = encoder_of(kind, number).double()
+    features, frames = random_features([30, 30, 30])
+    features.requires_grad_()
+    hidden = encoder(features, frames).hidden
+    (gradient,) = torch.autograd.grad(hidden[1, hidden.shape[1] // 2].sum(), features)
+    depends = gradient.abs().sum(2) > 0  # (B, T): which frames a hidden state in the middle of row 1 depends on
+    assert depends[1, :28].all()  # of 30: a stride may leave the very last ones out
+    assert not depends[0].any() and not depends[2].any()
+
+
+@kinds
+def test_context_is_a_number_for_each_row(kind):
+    """Rows with 0 are as without any; the others depend on nothing from afar, wherever they stand in the batch."""
+    encoder, frames = encoder_of(kind).double(), [80, 70, 80, 70]
+    features, lengths = random_features(frames)
+    features.requires_grad_()
+    unrestricted, left, _ = encoder(features, lengths)
+    restricted = encoder(features, lengths, [0, 5, 0, 9]).hidden
+    for row in (0, 2):
+        torch.testing.assert_close(restricted[row, : left[row]], unrestricted[row, : left[row]])
+    for row in range(4):
+        (gradient,) = torch.autograd.grad(restricted[row, 20].sum(), features, retain_graph=True)
+        depends = gradient[row].abs().sum(1) > 0  # (T,): which frames hidden state 20, around frame 40, depends on
+        assert depends[:70].all() if row in (0, 2) else depends[40] and not depends[:5].any() and not depends[75:].any()
+        assert not depends[frames[row] :].any()
+    alone = encoder(features[1:2, :70], lengths[1:2], [5]).hidden
+    torch.testing.assert_close(alone[0], restricted[1, : left[1]])
+    none = encoder(features, lengths, [0, 0, 0, 0]).hidden
+    assert torch.equal(none, unrestricted)
+
+
+@cases
+def test_every_parameter_learns(kind, number):
+    encoder = encoder_of(kind, number)
+    features, frames = random_features([40, 33], torch.float32)
+    encoder(features, frames).hidden.square().sum().backward()
+    assert [name for name, parameter in encoder.named_parameters() if parameter.grad is None] == []
+    assert [name for name, parameter in encoder.named_parameters() if not parameter.grad.abs().sum() > 0] == []
+
+
+@kinds
+def test_weights_come_back_from_a_checkpoint_bit_for_bit(kind, tmp_path):
+    encoder, frames = encoder_of(kind), [40, 33]
+    checkpoint.write(tmp_path / "weights.pt", checkpoint.snapshot(encoder.state_dict()), may_write=lambda: None)
+    torch.manual_seed(1)
+    other = make_encoder(settings_of(kind).encoder, MEL_BANDS).eval()
+    features, lengths = random_features(frames, torch.float32)
+    assert not torch.equal(other(features, lengths).hidden, encoder(features, lengths).hidden)
+    other.load_state_dict(checkpoint.read(tmp_path / "weights.pt"))
+    assert torch.equal(other(features, lengths).hidden, encoder(features, lengths).hidden)
+
+
+@kinds
+def test_dropout_drops_in_training_alone(kind):
+    encoder = encoder_of(kind, dropout=0.5)
+    features, frames = random_features([40, 33], torch.float32)
+    assert torch.equal(encoder(features, frames).hidden, encoder(features, frames).hidden)
+    encoder.train()
+    assert not torch.equal(encoder(features, frames).hidden, encoder(features, frames).hidden)
