@@ -1,14 +1,6 @@
-"""A recogniser against references: `python -m ddp_asr.evaluate CHECKPOINT SHARDS...`, alone or under torchrun.
+"""Error rates of a checkpoint: `python -m ddp_asr.evaluate CHECKPOINT SHARDS...`, alone or under torchrun.
 
-    checkpoint --> Recogniser
-    shards --eval_loader--> this rank's micro-batches --rounds--> Heard, one an utterance --gather--> Summary on rank 0
-
-Training evaluates along the way through the same `rounds` and `gather`. A round is one micro-batch on every rank, and
-all ranks see the same number of rounds, so that between two of them they can agree on a stop.
-
-Micro-batches depend on neither rank nor number of processes, padding is invisible and counts are integers, so the
-result is the same for any number of processes. References are scored as normalised text, characters outside the
-alphabet and all: leaving such utterances out would flatter the recogniser. Only the loss must do without them.
+checkpoint --> Recogniser        shards --> recognition.evaluation, over all ranks --> Summary on rank 0 --> report
 """
 
 from __future__ import annotations
@@ -18,24 +10,24 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddp_asr import SAMPLE_RATE_HZ
 from ddp_asr.errors import UserError, run_entry_point
+from ddp_asr.files import finite, json_lines, replace_file
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ddp_asr.config import Config
     from ddp_asr.data.index import Index
-    from ddp_asr.data.loader import MicroBatch
     from ddp_asr.ranks.world import World
-    from ddp_asr.recognition.recogniser import Recogniser, Trained
-    from ddp_asr.text.score import Counts, Interval
+    from ddp_asr.recognition.evaluation import Summary
+    from ddp_asr.recognition.recogniser import Trained
+    from ddp_asr.text.score import Counts
 
 EXAMPLES = """
 examples:
@@ -97,6 +89,7 @@ def evaluate(arguments: argparse.Namespace, world: World) -> None:
     """Scores the corpus over all ranks; every rank raises the UserError of any."""
     from ddp_asr.data.index import read_index
     from ddp_asr.data.loader import eval_loader
+    from ddp_asr.recognition.evaluation import gather, recognise
     from ddp_asr.recognition.recogniser import build_recogniser
 
     world.at(0, "reading the checkpoint")
@@ -108,12 +101,9 @@ def evaluate(arguments: argparse.Namespace, world: World) -> None:
     batches = eval_loader(index, recogniser.vocabulary, config, rank=world.rank, world_size=world.world_size)
     world.at(trained.step, "scoring")
     started = time.monotonic()
-    heard: list[Heard] = []
-    bad: list[tuple[str, str]] = []
-    for more_heard, more_bad in rounds(recogniser, index, batches):
-        heard += more_heard
-        bad += more_bad
-    summary = gather(world, heard, bad)
+    results = recognise(recogniser, index, batches)
+    assert results is not None, "nothing asked it to stop"
+    summary = gather(world, results)
     wall_s = time.monotonic() - started  # of all ranks, since rank 0 has just waited for the last
     world.from_rank_zero(lambda: _report(arguments, trained, summary, index, wall_s, config.data.max_bad_samples))
 
@@ -121,8 +111,11 @@ def evaluate(arguments: argparse.Namespace, world: World) -> None:
 def _prepare(arguments: argparse.Namespace) -> Trained:
     """The checkpoint, once it is sure that the result can be written."""
     if arguments.out is not None:
+        if arguments.out.is_dir():
+            raise UserError(f"--out {arguments.out} is a directory: name a file in it")
         try:
-            _aside(arguments.out).touch()
+            with tempfile.TemporaryFile(dir=arguments.out.parent):
+                pass
         except OSError as error:
             raise UserError(f"--out {arguments.out} cannot be written: {error.strerror}; name another place") from None
     from ddp_asr.recognition.recogniser import read_trained
@@ -152,9 +145,9 @@ def _report(
     if summary.bad:
         named = ", ".join(f"{key} ({reason})" for key, reason in summary.bad[:10])
         _warn(f"{len(summary.bad)} utterances no longer decode and are not scored: {named}")
-    if is_unusable(summary, max_bad_samples):
+    if summary.is_unusable(max_bad_samples):
         raise UserError(
-            f"only {len(summary.heard)} of {len(index)} utterances could be scored (data.max_bad_samples = "
+            f"only {len(summary.utterances)} of {len(index)} utterances could be scored (data.max_bad_samples = "
             f"{max_bad_samples}): look at the shards with python -m ddp_asr.shard SOURCE --out DIR --verify"
         )
     if arguments.out is not None:
@@ -165,16 +158,13 @@ def _report(
 
 def _facts(trained: Trained, summary: Summary, index: Index, wall_s: float) -> dict[str, Any]:
     """The summary as one JSON object; rates are fractions, what is not finite is null."""
-    audio_s = float(index.samples[[u.row for u in summary.heard]].sum()) / SAMPLE_RATE_HZ
-
-    def finite(number: float) -> float | None:
-        return number if math.isfinite(number) else None
+    audio_s = float(index.samples[[u.row for u in summary.utterances]].sum()) / SAMPLE_RATE_HZ
 
     return {
         "checkpoint": trained.path,
         "step": trained.step,
         "epoch": trained.epoch,
-        "utterances": len(summary.heard),
+        "utterances": len(summary.utterances),
         "hours": audio_s / 3600,
         "wer": finite(summary.wer),
         "wer_interval": [summary.wer_interval.low, summary.wer_interval.high],
@@ -211,9 +201,9 @@ def _table(facts: dict[str, Any], summary: Summary, worst_shown: int) -> str:
     rows = worst(summary.each, worst_shown).tolist()
     lines += ["", "the utterances with the most wrong words:"] if rows else []
     for row in rows:
-        heard, errors_of = summary.heard[row], int(summary.each[row, 0:3].sum())
-        lines.append(f"  {heard.key}: {errors_of} of {int(summary.each[row, 3])} words")
-        lines += [f"    said   {heard.reference}", f"    heard  {heard.hypothesis}"]
+        utterance, wrong = summary.utterances[row], int(summary.each[row, 0:3].sum())
+        lines.append(f"  {utterance.key}: {wrong} of {int(summary.each[row, 3])} words")
+        lines += [f"    reference   {utterance.reference}", f"    hypothesis  {utterance.hypothesis}"]
     return "\n".join(lines)
 
 
@@ -229,128 +219,14 @@ def _write_utterances(path: Path, summary: Summary) -> None:
     """A JSON object an utterance, in the corpus's order; the file is there whole or not at all."""
     from ddp_asr.text.score import Counts
 
+    lines = []
+    for utterance, counts in zip(summary.utterances, summary.each, strict=True):
+        texts = {"key": utterance.key, "reference": utterance.reference, "hypothesis": utterance.hypothesis}
+        lines.append({**texts, **asdict(Counts.from_array(counts))})
     try:
-        with _aside(path).open("w", encoding="utf8") as file:
-            for heard, counts in zip(summary.heard, summary.each, strict=True):
-                texts = {"key": heard.key, "reference": heard.reference, "hypothesis": heard.hypothesis}
-                line = {**texts, **asdict(Counts.from_array(counts))}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        _aside(path).replace(path)
+        replace_file(path, json_lines(lines))
     except OSError as error:
         raise UserError(f"--out {path} cannot be written: {error.strerror}; free space or name another place") from None
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")
-
-
-@dataclass(frozen=True)
-class Heard:
-    """What was recognised in one utterance."""
-
-    row: int
-    key: str
-    reference: str
-    hypothesis: str
-    loss: float
-    """CTC loss / target length; infinite where the alphabet cannot spell the reference, or not in so few frames."""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """The result over a corpus."""
-
-    heard: list[Heard]
-    """In the corpus's order."""
-    bad: list[tuple[str, str]]
-    """(key, reason) of utterances that no longer decode; they are in no number."""
-    each: np.ndarray
-    """int64 (N, 8): counts of each utterance, aligned with `heard`."""
-    counts: Counts
-    wer_interval: Interval
-    cer_interval: Interval
-    loss: float
-    """The mean over the utterances that have one."""
-    without_loss: int
-
-    @property
-    def wer(self) -> float:
-        return self.counts.wer
-
-    @property
-    def cer(self) -> float:
-        return self.counts.cer
-
-
-def rounds(
-    recogniser: Recogniser, index: Index, batches: Iterable[MicroBatch | None]
-) -> Iterator[tuple[list[Heard], list[tuple[str, str]]]]:
-    """What this rank heard in each round, and (key, reason) of what no longer decodes.
-
-    `batches` is the rank's EvalLoader, which has equally many rounds on every rank; where it has None for this one, two
-    empty lists come. The model is in evaluation mode until the last round, and as it was after that or after `close()`.
-    """
-    was_training = recogniser.model.training
-    recogniser.model.eval()
-    try:
-        for batch in batches:
-            yield ([], []) if batch is None else (hear(recogniser, index, batch), batch.bad)
-    finally:
-        recogniser.model.train(was_training)
-
-
-def hear(recogniser: Recogniser, index: Index, batch: MicroBatch) -> list[Heard]:
-    """What is recognised in each utterance of a micro-batch; none for the silent dummy of an empty one."""
-    from ddp_asr.decoding.greedy import greedy
-    from ddp_asr.objective import ctc_loss
-
-    vocabulary = recogniser.vocabulary
-    logits, frames = recogniser.logits(batch.waveforms, batch.samples)
-    hypotheses = greedy(logits, frames, vocabulary)
-    targets, target_lengths = batch.targets.to(logits.device), batch.target_lengths.to(logits.device)
-    losses = ctc_loss(logits, frames, targets, target_lengths).tolist()
-    heard = []
-    for row, key, hypothesis, loss, weight in zip(
-        batch.rows.tolist(), batch.keys, hypotheses, losses, batch.weight.tolist(), strict=True
-    ):
-        if weight:
-            reference = vocabulary.normalise(index.text(row))
-            spelt = bool(reference) and bool((vocabulary.classes(reference) >= 0).all())
-            heard.append(Heard(row, key, reference, hypothesis, loss if spelt else math.inf))
-    return heard
-
-
-def summarise(heard: Iterable[Heard], bad: Iterable[tuple[str, str]] = ()) -> Summary:
-    """The numbers of what all ranks heard, whoever heard it and in whichever order."""
-    from ddp_asr.text.score import Counts, count_each, intervals
-
-    in_order = sorted(heard, key=lambda utterance: utterance.row)
-    each = count_each([u.reference for u in in_order], [u.hypothesis for u in in_order])
-    losses = [u.loss for u in in_order if u.loss != math.inf]
-    wer_interval, cer_interval = intervals(each)
-    return Summary(
-        heard=in_order,
-        bad=sorted(bad),
-        each=each,
-        counts=Counts.from_array(each.sum(axis=0)),
-        wer_interval=wer_interval,
-        cer_interval=cer_interval,
-        loss=math.fsum(losses) / len(losses) if losses else math.nan,
-        without_loss=len(in_order) - len(losses),
-    )
-
-
-def is_unusable(summary: Summary, max_bad_samples: int) -> bool:
-    """Whether too much of the corpus no longer decodes for its error rate to mean anything."""
-    return not summary.heard or len(summary.bad) > max_bad_samples
-
-
-def gather(world: World, heard: list[Heard], bad: list[tuple[str, str]]) -> Summary | None:
-    """The summary over all ranks, on rank 0; None on the others."""
-    everyones = world.gather_objects((heard, bad))
-    if everyones is None:
-        return None
-    return summarise([u for theirs, _ in everyones for u in theirs], [b for _, theirs in everyones for b in theirs])
 
 
 def _warn(sentence: str) -> None:

@@ -1,33 +1,14 @@
-"""Recordings to text: `python -m ddp_asr.transcribe CHECKPOINT AUDIO...`
-
-    any file libsndfile reads --mono, 16 kHz, int16--> waveform --cut in pauses--> pieces --recogniser--> words --> text
-
-A recogniser has heard utterances of seconds: its features are normalised over the whole input and its BiGRU runs over
-all of it, so an hour at once would take gigabytes and be unlike anything it was trained on. Recordings longer than
-`--piece-seconds` are therefore cut, each time in the quietest moment of the piece's second half; pieces are recognised
-apart and their words joined. A file is read block by block, so an hour of it takes 230 MB at most, whatever its
-format; only stdin is kept whole, because libsndfile seeks.
-"""
+"""Recordings to text: `python -m ddp_asr.transcribe CHECKPOINT AUDIO...`"""
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 from ddp_asr import SAMPLE_RATE_HZ
 from ddp_asr.errors import UserError, run_entry_point
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from ddp_asr.decoding.greedy import Word
-    from ddp_asr.recognition.recogniser import Recogniser
 
 EXAMPLES = """
 examples:
@@ -36,11 +17,6 @@ examples:
   python -m ddp_asr.transcribe runs/an4 --json talk.mp3 > talk.jsonl   with the time of every word
   ffmpeg -i film.mkv -f wav - | python -m ddp_asr.transcribe runs/an4 -
 """
-
-READ_FRAMES = 1 << 18  # of the file, a block: a few MB even of many channels
-BATCH_SECONDS = 120.0  # pieces recognised at once, in seconds of audio
-LOUDNESS_SAMPLES = SAMPLE_RATE_HZ // 100  # loudness is looked at every 10 ms
-PAUSE_BLOCKS = 20  # and averaged over 200 ms, so that the closure of a [p] is no pause
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -57,7 +33,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--piece-seconds",
         type=float,
         default=20.0,
-        help="longest piece heard at once, best near the longest utterances trained on; "
+        help="longest piece recognised at once, best near the longest utterances trained on; "
         "longer recordings are cut in their pauses (default: %(default)s)",
     )
     arguments = parser.parse_args(argv)
@@ -70,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0 when every file was transcribed; one that cannot be read is named and the others still come."""
     arguments = parse_arguments(argv)
     from ddp_asr.recognition.recogniser import load_recogniser
+    from ddp_asr.recognition.transcription import transcribe
 
     recogniser = load_recogniser(arguments.checkpoint)
     longest_samples = int(arguments.piece_seconds * SAMPLE_RATE_HZ)
@@ -86,142 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(transcript.text if len(arguments.audio) == 1 else f"{source}\t{transcript.text}", flush=True)
     return 2 if failed else 0
-
-
-@dataclass(frozen=True)
-class Transcript:
-    """What a recording says, and when."""
-
-    source: str
-    seconds: float
-    words: list[Word]
-
-    @property
-    def text(self) -> str:
-        return " ".join(word.text for word in self.words)
-
-    def as_dict(self) -> dict[str, Any]:
-        words = [{"word": w.text, "start_s": round(w.start_s, 3), "end_s": round(w.end_s, 3)} for w in self.words]
-        return {"file": self.source, "seconds": round(self.seconds, 3), "text": self.text, "words": words}
-
-
-def transcribe(recogniser: Recogniser, source: str, longest_samples: int) -> Transcript:
-    """The transcript of the file `source`; raises UserError where it cannot be read."""
-    waveform = read_audio(source, warn=lambda sentence: print(f"warning: {sentence}", file=sys.stderr, flush=True))
-    words: list[Word] = []
-    for batch in _batches(cut_in_pauses(waveform, longest_samples)):
-        words += _words_of(recogniser, waveform, batch)
-    return Transcript(source, len(waveform) / SAMPLE_RATE_HZ, words)
-
-
-def _batches(pieces: list[slice]) -> Iterator[list[slice]]:
-    """Neighbouring pieces, as many as stay within BATCH_SECONDS with the longest's padding."""
-    batch: list[slice] = []
-    for piece in pieces:
-        longest = max(p.stop - p.start for p in [*batch, piece])
-        if batch and (len(batch) + 1) * longest > BATCH_SECONDS * SAMPLE_RATE_HZ:
-            yield batch
-            batch = []
-        batch.append(piece)
-    if batch:
-        yield batch
-
-
-def _words_of(recogniser: Recogniser, waveform: np.ndarray, pieces: list[slice]) -> list[Word]:
-    """The words of `pieces`, in order, with their times in the whole recording."""
-    import torch
-
-    from ddp_asr.decoding.greedy import Word, word_times
-
-    samples = torch.tensor([piece.stop - piece.start for piece in pieces])
-    waveforms = torch.zeros(len(pieces), int(samples.max()), dtype=torch.int16)  # (B, S)
-    for row, piece in enumerate(pieces):
-        waveforms[row, : samples[row]] = torch.from_numpy(waveform[piece])
-    logits, frames = recogniser.logits(waveforms, samples)
-    words = []
-    times = word_times(logits, frames, recogniser.vocabulary, recogniser.config.frame_s)
-    for piece, heard in zip(pieces, times, strict=True):
-        start_s, stop_s = piece.start / SAMPLE_RATE_HZ, piece.stop / SAMPLE_RATE_HZ
-        # The last frame of a piece may reach beyond its end, since strides round up.
-        words += [Word(w.text, start_s + w.start_s, min(start_s + w.end_s, stop_s)) for w in heard]
-    return words
-
-
-def cut_in_pauses(waveform: np.ndarray, longest_samples: int) -> list[slice]:
-    """Pieces that cover `waveform` (S,) without gap or overlap, none longer than `longest_samples`.
-
-    A recording that fits is one piece. Else each piece ends in the quietest moment of its second half, and none is
-    shorter than a quarter of the longest.
-    """
-    loudness = _loudness(waveform)
-    pieces, start = [], 0
-    while len(waveform) - start > longest_samples:
-        remaining = len(waveform) - start
-        first = start + longest_samples // 2
-        last = start + min(longest_samples, remaining - longest_samples // 4)
-        blocks = loudness[first // LOUDNESS_SAMPLES : last // LOUDNESS_SAMPLES + 1]
-        quietest = first // LOUDNESS_SAMPLES + int(blocks.argmin())
-        stop = min(max(quietest * LOUDNESS_SAMPLES, first), last)
-        pieces.append(slice(start, stop))
-        start = stop
-    pieces.append(slice(start, len(waveform)))
-    return pieces
-
-
-def _loudness(waveform: np.ndarray) -> np.ndarray:
-    """Power around every 10 ms, float32, averaged over 200 ms."""
-    import numpy as np
-
-    whole = len(waveform) // LOUDNESS_SAMPLES
-    blocks = waveform[: whole * LOUDNESS_SAMPLES].reshape(whole, LOUDNESS_SAMPLES)
-    power = np.einsum("ij,ij->i", blocks, blocks, dtype=np.float32)  # no float copy of hours of audio
-    window = np.ones(PAUSE_BLOCKS, dtype=np.float32) / PAUSE_BLOCKS
-    # Centred; beyond the ends it is loud, so that no cut prefers them.
-    padded = np.pad(power, PAUSE_BLOCKS // 2, constant_values=np.float32(2**40))
-    return np.convolve(padded, window, mode="valid")
-
-
-def read_audio(source: str, warn: Callable[[str], None]) -> np.ndarray:
-    """The recording as int16 (S,) at 16 kHz, channels averaged; `-` is stdin."""
-    import soundfile
-
-    name = "stdin" if source == "-" else source
-    if source != "-" and not Path(source).exists():
-        raise UserError(f"cannot read {name}: there is no such file")  # libsndfile would say "System error"
-    try:
-        with soundfile.SoundFile(io.BytesIO(sys.stdin.buffer.read()) if source == "-" else source) as file:
-            waveform, frames = _resample(file, name)
-            if frames < file.frames < 1 << 62:  # libsndfile's way to say that a length is unknown is a huge one
-                warn(
-                    f"{name} promises {file.frames / file.samplerate:.1f} s and holds {frames / file.samplerate:.1f} s "
-                    "that decode: it is cut off or damaged; what is there is transcribed"
-                )
-    except (OSError, soundfile.LibsndfileError) as error:
-        reason = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
-        raise UserError(f"cannot read {name}: {reason} (WAV, FLAC, OGG, MP3, ... can be read)") from None
-    if not len(waveform):
-        raise UserError(f"{name} holds no audio")
-    return waveform
-
-
-def _resample(file: Any, name: str) -> tuple[np.ndarray, int]:
-    """(int16 (S,) at 16 kHz, frames read of the file), block by block."""
-    import numpy as np
-    import soxr
-
-    stream = soxr.ResampleStream(file.samplerate, SAMPLE_RATE_HZ, 1) if file.samplerate != SAMPLE_RATE_HZ else None
-    parts, frames = [], 0
-    while True:
-        block = file.read(READ_FRAMES, dtype="float32", always_2d=True)  # (S, channels)
-        frames += len(block)
-        mono = block.mean(axis=1)
-        if not np.isfinite(mono).all():
-            raise UserError(f"{name} holds samples that are no numbers: it is damaged")
-        if stream is not None:
-            mono = stream.resample_chunk(mono, last=len(block) < READ_FRAMES)
-        parts.append((mono * 32768).round().clip(-32768, 32767).astype(np.int16))
-        if len(block) < READ_FRAMES:
-            return np.concatenate(parts), frames
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from ddp_asr import evaluate, shard
 from ddp_asr.data.index import read_index
 from ddp_asr.errors import UserError
-from ddp_asr.evaluate import Heard, summarise
+from ddp_asr.recognition.evaluation import Recognised, Results, recognise, summarise
 from ddp_asr.recognition.recogniser import load_recogniser, read_trained
 from ddp_asr.runs import checkpoint
 from tests.tiny_recogniser import noises, tiny_state, write_checkpoint
@@ -57,13 +57,12 @@ def best(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(best, shards):
-    """What a recogniser hears in each utterance, one at a time, without any of the code under test."""
-    from ddp_asr.decoding import greedy as decode
+    """What is recognised in each utterance, one at a time, without any of the code under test."""
     from ddp_asr.objective import ctc_loss
 
     recogniser = load_recogniser(best)
     index = read_index([shards])
-    heard = {}
+    found = {}
     for row in range(len(index)):
         waveform, _ = soundfile.read(shards.parent / "source" / f"{index.key(row)}.flac", dtype="int16")
         logits, frames = recogniser.logits(torch.from_numpy(waveform)[None], torch.tensor([len(waveform)]))
@@ -72,9 +71,9 @@ def alone(best, shards):
         if index.key(row) not in (FOREIGN, CRAMMED):
             targets = torch.from_numpy(recogniser.vocabulary.encode(reference))[None].to(logits.device)
             loss = float(ctc_loss(logits, frames, targets, torch.tensor([targets.shape[1]], device=logits.device)))
-        hypothesis = decode.greedy(logits, frames, recogniser.vocabulary)[0]
-        heard[index.key(row)] = Heard(row, index.key(row), reference, hypothesis, loss)
-    return heard
+        hypothesis = recogniser.decoder(logits, frames)[0].text
+        found[index.key(row)] = Recognised(row, index.key(row), reference, hypothesis, loss)
+    return found
 
 
 def result(capsys, *arguments) -> dict:
@@ -89,7 +88,7 @@ def numbers(facts: dict) -> dict:
 
 def test_the_summary_is_that_of_utterances_heard_alone(best, shards, alone, capsys):
     facts = result(capsys, best, shards)
-    expected = summarise(alone.values())
+    expected = summarise(Results(list(alone.values())))
     assert len({utterance.hypothesis for utterance in alone.values()}) > UTTERANCES / 2  # a test of something
     assert facts["utterances"] == UTTERANCES
     assert facts["wer"] == expected.wer and facts["cer"] == expected.cer
@@ -129,13 +128,13 @@ def test_batch_size_and_workers_change_nothing(best, shards, capsys):
 def test_for_people(best, shards, alone, capsys):
     assert evaluate.main([str(best), str(shards), "--worst", "2"]) == 0
     shown = capsys.readouterr().out
-    summary = summarise(alone.values())
+    summary = summarise(Results(list(alone.values())))
     assert f"WER  {100 * summary.wer:6.2f} %" in shown
     assert f"{summary.counts.words} words: {summary.counts.word_substitutions} substituted" in shown
     assert "(2 utterances have none)" in shown
     assert "real-time factor" in shown
     assert f"  {CRAMMED}: " in shown  # 200 words, all wrong
-    assert shown.count("    said ") == 2
+    assert shown.count("    reference   ") == 2
 
 
 def torchrun(processes: int, *arguments) -> subprocess.CompletedProcess:
@@ -176,25 +175,32 @@ def test_a_mistake_ends_every_process_with_one_sentence(best, tmp_path):
     assert not any("ddp_asr/evaluate.py" in line for line in done.stderr.splitlines())  # no traceback of ours
 
 
-def test_rounds_are_as_many_on_every_rank_and_can_be_left_early(best, shards):
+def test_every_rank_has_as_many_rounds_and_the_corpus_is_in_them_once(best, shards):
     from ddp_asr.data.loader import eval_loader
 
     recogniser = load_recogniser(best)
     index = read_index([shards])
-    everyones: list[list[list[Heard]]] = []
+    rows, rounds = [], []
     for rank in range(4):
         batches = eval_loader(index, recogniser.vocabulary, recogniser.config, rank=rank, world_size=4)
-        everyones.append([heard for heard, _ in evaluate.rounds(recogniser, index, batches)])
-    assert len({len(rounds) for rounds in everyones}) == 1
-    rows = [utterance.row for rounds in everyones for heard in rounds for utterance in heard]
+        asked = []
+        results = recognise(recogniser, index, batches, lambda asked=asked: bool(asked.append(1)))
+        rows += [utterance.row for utterance in results.utterances]
+        rounds.append(len(asked))
+    assert len(set(rounds)) == 1
     assert sorted(rows) == list(range(UTTERANCES))
 
+
+def test_a_stop_leaves_the_model_as_it_was(best, shards):
+    from ddp_asr.data.loader import eval_loader
+
+    recogniser = load_recogniser(best)
+    index = read_index([shards])
     recogniser.model.train()
     batches = eval_loader(index, recogniser.vocabulary, recogniser.config)
-    rounds = evaluate.rounds(recogniser, index, batches)
-    next(rounds)
-    assert not recogniser.model.training
-    rounds.close()
+    modes = []
+    assert recognise(recogniser, index, batches, lambda: not modes.append(recogniser.model.training)) is None
+    assert modes == [False]  # asked once, in the middle
     assert recogniser.model.training
 
 
@@ -233,8 +239,8 @@ def test_checkpoints_that_cannot_be_used_are_named(tmp_path):
     with pytest.raises(UserError, match=r"strange\.pt is no checkpoint of a training run"):
         read_trained(strange)
     state = tiny_state()
-    del state["model"]["bridge.bias"]
-    with pytest.raises(UserError, match=r"not those of the model .*bridge\.bias"):
+    del state["model"]["encoder.bridge.bias"]
+    with pytest.raises(UserError, match=r"not those of the model .*encoder\.bridge\.bias"):
         load_recogniser(write_checkpoint(tmp_path / "other.pt", state))
 
 
@@ -269,10 +275,10 @@ def test_arguments_that_make_no_sense(best, shards, tmp_path):
 
 
 def test_a_summary_of_what_has_no_loss_and_of_losses_that_are_no_numbers():
-    heard = Heard(0, "a", "b a", "b", math.inf)
-    assert math.isnan(summarise([heard]).loss)
-    assert summarise([heard, replace(heard, row=1, loss=0.5)]).loss == 0.5
-    assert math.isnan(summarise([heard, replace(heard, row=1, loss=math.nan)]).loss)
+    one = Recognised(0, "a", "b a", "b", math.inf)
+    assert math.isnan(summarise(Results([one])).loss)
+    assert summarise(Results([one, replace(one, row=1, loss=0.5)])).loss == 0.5
+    assert math.isnan(summarise(Results([one, replace(one, row=1, loss=math.nan)])).loss)
 
 
 def test_help_answers_without_torch():

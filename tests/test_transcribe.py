@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddp_asr import transcribe
-from ddp_asr.decoding import greedy as decode
 from ddp_asr.errors import UserError
+from ddp_asr.recognition import transcription
 from ddp_asr.recognition.recogniser import load_recogniser
 from tests.tiny_recogniser import noises, write_checkpoint
 
@@ -32,11 +32,11 @@ def recogniser(checkpoint):
 
 def expected(recogniser, waveform):
     logits, frames = recogniser.logits(torch.from_numpy(waveform)[None], torch.tensor([len(waveform)]))
-    return decode.greedy(logits, frames, recogniser.vocabulary)[0]
+    return recogniser.decoder(logits, frames)[0].text
 
 
 def read(path):
-    return transcribe.read_audio(str(path), warn=lambda sentence: pytest.fail(sentence))
+    return transcription.read_audio(str(path), warn=lambda sentence: pytest.fail(sentence))
 
 
 def test_text_of_one_file_and_of_several(checkpoint, recogniser, tmp_path, capsys):
@@ -130,7 +130,7 @@ def test_a_file_that_is_cut_off_is_transcribed_as_far_as_it_goes(tmp_path):
     (tmp_path / "half.flac").write_bytes(whole[: len(whole) // 2])
     warnings: list[str] = []
     try:
-        heard = transcribe.read_audio(str(tmp_path / "half.flac"), warn=warnings.append)
+        heard = transcription.read_audio(str(tmp_path / "half.flac"), warn=warnings.append)
     except UserError as error:  # libsndfile versions differ: some refuse
         assert "half.flac" in str(error)
     else:
@@ -149,7 +149,7 @@ def test_a_long_recording_is_heard_in_pieces_and_timed_as_a_whole(checkpoint, re
     soundfile.write(tmp_path / "a.wav", waveform, 16_000)
     assert transcribe.main([str(checkpoint), "--json", "--piece-seconds", "4", str(tmp_path / "a.wav")]) == 0
     said = json.loads(capsys.readouterr().out)
-    pieces = transcribe.cut_in_pauses(waveform, 4 * 16_000)
+    pieces = transcription.cut_in_pauses(waveform, 4 * 16_000)
     assert len(pieces) >= 7
     texts = [expected(recogniser, waveform[piece]) for piece in pieces]
     assert said["text"] == " ".join(text for text in texts if text)
@@ -165,7 +165,7 @@ def test_a_long_recording_is_heard_in_pieces_and_timed_as_a_whole(checkpoint, re
 def test_pieces_cover_the_recording_and_none_is_too_long_or_tiny(seconds, longest_s, silent):
     waveform = noises(seconds) * (not silent)
     longest = int(longest_s * 16_000)
-    pieces = transcribe.cut_in_pauses(waveform, longest)
+    pieces = transcription.cut_in_pauses(waveform, longest)
     assert pieces[0].start == 0 and pieces[-1].stop == len(waveform)
     assert all(before.stop == after.start for before, after in pairwise(pieces))
     lengths = [piece.stop - piece.start for piece in pieces]
@@ -177,7 +177,7 @@ def test_cuts_fall_into_pauses():
     tone = (9_000 * np.sin(np.arange(16_000 * 3))).astype(np.int16)
     pause = np.zeros(8_000, np.int16)
     waveform = np.concatenate([tone, pause] * 6)  # pauses at 3.0 to 3.5 s, 6.5 to 7.0 s, ...
-    pieces = transcribe.cut_in_pauses(waveform, 5 * 16_000)
+    pieces = transcription.cut_in_pauses(waveform, 5 * 16_000)
     for piece in pieces[:-1]:
         assert 3.0 <= piece.stop / 16_000 % 3.5 <= 3.5
         assert not waveform[piece.stop - 1_000 : piece.stop + 1_000].any()
@@ -185,10 +185,10 @@ def test_cuts_fall_into_pauses():
 
 def test_batches_hold_every_piece_in_order_within_the_limit():
     pieces = [slice(start, start + 20 * 16_000) for start in range(0, 300 * 16_000, 20 * 16_000)]
-    batches = list(transcribe._batches(pieces))
+    batches = list(transcription._batches(pieces))
     assert [piece for batch in batches for piece in batch] == pieces
     assert [len(batch) for batch in batches] == [6, 6, 3]
-    assert [len(batch) for batch in transcribe._batches([slice(0, 500 * 16_000)] * 2)] == [1, 1]
+    assert [len(batch) for batch in transcription._batches([slice(0, 500 * 16_000)] * 2)] == [1, 1]
 
 
 def test_nonsense_is_refused_in_one_sentence(checkpoint, tmp_path):

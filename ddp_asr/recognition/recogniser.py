@@ -1,4 +1,4 @@
-"""A checkpoint as something that hears: waveforms in, logits out.
+"""A trained model with all that stands before and after it: waveforms in, logits and hypotheses out.
 
     checkpoint or run directory --read_trained--> Trained --build_recogniser--> Recogniser
 
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ddp_asr.config import Config, config_from_dict
-from ddp_asr.encoders.rescnn_bigru import AcousticModel
+from ddp_asr.decoding import Decoder, make_decoder
 from ddp_asr.errors import UserError
 from ddp_asr.features.log_mel import LogMel
+from ddp_asr.model import AcousticModel, make_model
 from ddp_asr.runs.checkpoint import DamagedCheckpoint, newest_good, read
 from ddp_asr.text.characters import Vocabulary
 from ddp_asr.training.precision import autocast, resolve, set_matmul_precision
@@ -27,12 +28,13 @@ from ddp_asr.training.precision import autocast, resolve, set_matmul_precision
 
 @dataclass(frozen=True)
 class Recogniser:
-    """A model with all that stands before and after it: waveforms in, logits out, and what the logits mean."""
+    """A model with its features before it and its decoder after it."""
 
     config: Config
     vocabulary: Vocabulary
     log_mel: LogMel
     model: AcousticModel
+    decoder: Decoder
     device: torch.device
     precision: str
 
@@ -41,8 +43,8 @@ class Recogniser:
         waveforms, samples = waveforms.to(self.device, non_blocking=True), samples.to(self.device, non_blocking=True)
         with torch.no_grad(), autocast(self.precision, self.device):
             features, frames = self.log_mel(waveforms, samples)
-            logits, frames, _ = self.model(features, frames)
-            return logits, frames
+            output = self.model(features, frames)
+            return output.logits, output.frames
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,10 @@ def _trained(path: Path, state: dict[str, Any]) -> Trained:
 
 
 def build_recogniser(trained: Trained, device: torch.device, precision: str = "fp32") -> Recogniser:
-    """The recogniser of a checkpoint, ready to hear."""
+    """The recogniser of a checkpoint."""
     config = config_from_dict(trained.config, f"the checkpoint {trained.path}")
     vocabulary = Vocabulary.from_config(config.vocabulary)
-    intermediate = config.objective.intermediate_weight > 0
-    model = AcousticModel(config.features, config.encoder, vocabulary.size, intermediate)
+    model = make_model(config, vocabulary.size)
     try:
         model.load_state_dict(trained.weights)
     except RuntimeError as error:
@@ -117,8 +118,16 @@ def build_recogniser(trained: Trained, device: torch.device, precision: str = "f
         ) from None
     precision = resolve(precision, device)
     set_matmul_precision(precision)
-    log_mel = LogMel(config.features).to(device)
-    return Recogniser(config, vocabulary, log_mel, model.to(device).eval(), device, precision)
+    return make_recogniser(config, vocabulary, LogMel(config.features).to(device), model.to(device).eval(), precision)
+
+
+def make_recogniser(
+    config: Config, vocabulary: Vocabulary, log_mel: LogMel, model: AcousticModel, precision: str
+) -> Recogniser:
+    """The recogniser around a model; it decodes as the settings say."""
+    device = next(model.parameters()).device
+    decoder = make_decoder(config.decoder, vocabulary, config.frame_s)
+    return Recogniser(config, vocabulary, log_mel, model, decoder, device, precision)
 
 
 def load_recogniser(checkpoint: str | Path, precision: str = "fp32") -> Recogniser:

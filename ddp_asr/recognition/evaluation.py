@@ -1,0 +1,148 @@
+"""A recogniser against references: word and character error rates of a corpus, the same for any number of ranks.
+
+    shards --eval_loader--> this rank's micro-batches --recognise--> Results --gather--> Summary on rank 0
+
+`ddp_asr.evaluate` and the evaluations in training go this way. A round is one micro-batch on every rank, and all ranks
+have the same number of rounds, so they can agree on a stop between two of them.
+
+Micro-batches depend on neither rank nor number of processes, padding is invisible and counts are integers, so the
+result does not depend on the number of processes. References are scored as normalised text, with the characters outside
+the alphabet: leaving such utterances out would flatter the recogniser. They have no loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ddp_asr.data.index import Index
+from ddp_asr.data.loader import MicroBatch
+from ddp_asr.objective import ctc_loss
+from ddp_asr.ranks.world import World
+from ddp_asr.recognition.recogniser import Recogniser
+from ddp_asr.text.score import Counts, Interval, count_each, intervals
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """One utterance and what was recognised in it."""
+
+    row: int
+    key: str
+    reference: str
+    hypothesis: str
+    loss: float
+    """CTC loss / target length; infinite where the alphabet cannot spell the reference, or not in so few frames."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a rank, or all of them, made of their part of a corpus."""
+
+    utterances: list[Recognised] = field(default_factory=list)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    """(key, reason) of utterances that no longer decode; they are in no number."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The result over a corpus."""
+
+    utterances: list[Recognised]
+    """In the corpus's order."""
+    bad: list[tuple[str, str]]
+    each: np.ndarray
+    """int64 (N, 8): counts of each utterance, aligned with `utterances`."""
+    counts: Counts
+    wer_interval: Interval
+    cer_interval: Interval
+    loss: float
+    """The mean over the utterances that have one."""
+    without_loss: int
+
+    @property
+    def wer(self) -> float:
+        return self.counts.wer
+
+    @property
+    def cer(self) -> float:
+        return self.counts.cer
+
+    def is_unusable(self, max_bad_samples: int) -> bool:
+        """Whether too much of the corpus no longer decodes for its error rate to mean anything."""
+        return not self.utterances or len(self.bad) > max_bad_samples
+
+
+def recognise(
+    recogniser: Recogniser,
+    index: Index,
+    batches: Iterable[MicroBatch | None],
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Results | None:
+    """What is recognised in this rank's micro-batches; None where `should_stop` said yes.
+
+    Args:
+        batches: the rank's EvalLoader, which has equally many rounds on every rank; None in a round without one.
+        should_stop: asked after each round, on all ranks at the same one.
+    """
+    results = Results()
+    was_training = recogniser.model.training
+    recogniser.model.eval()
+    try:
+        for batch in batches:
+            if batch is not None:
+                results.utterances.extend(recognise_batch(recogniser, index, batch))
+                results.bad.extend(batch.bad)
+            if should_stop():
+                return None
+    finally:
+        recogniser.model.train(was_training)
+    return results
+
+
+def recognise_batch(recogniser: Recogniser, index: Index, batch: MicroBatch) -> list[Recognised]:
+    """What is recognised in each utterance of a micro-batch; none for the silent stand-in of an empty one."""
+    vocabulary = recogniser.vocabulary
+    logits, frames = recogniser.logits(batch.waveforms, batch.samples)
+    hypotheses = recogniser.decoder(logits, frames)
+    targets, target_lengths = batch.targets.to(logits.device), batch.target_lengths.to(logits.device)
+    losses = ctc_loss(logits, frames, targets, target_lengths).tolist()
+    found = []
+    for row, key, hypothesis, loss, weight in zip(
+        batch.rows.tolist(), batch.keys, hypotheses, losses, batch.weight.tolist(), strict=True
+    ):
+        if weight:
+            reference = vocabulary.normalise(index.text(row))
+            spelt = bool(reference) and bool((vocabulary.classes(reference) >= 0).all())
+            found.append(Recognised(row, key, reference, hypothesis.text, loss if spelt else math.inf))
+    return found
+
+
+def gather(world: World, results: Results) -> Summary | None:
+    """The summary over all ranks, on rank 0; None on the others."""
+    everyones = world.gather_objects((results.utterances, results.bad))
+    if everyones is None:
+        return None
+    utterances = [utterance for theirs, _ in everyones for utterance in theirs]
+    return summarise(Results(utterances, [bad for _, theirs in everyones for bad in theirs]))
+
+
+def summarise(results: Results) -> Summary:
+    """The numbers of a corpus, whichever rank recognised what, and in whichever order."""
+    in_order = sorted(results.utterances, key=lambda utterance: utterance.row)
+    each = count_each([u.reference for u in in_order], [u.hypothesis for u in in_order])
+    losses = [u.loss for u in in_order if u.loss != math.inf]
+    wer_interval, cer_interval = intervals(each)
+    return Summary(
+        utterances=in_order,
+        bad=sorted(results.bad),
+        each=each,
+        counts=Counts.from_array(each.sum(axis=0)),
+        wer_interval=wer_interval,
+        cer_interval=cer_interval,
+        loss=math.fsum(losses) / len(losses) if losses else math.nan,
+        without_loss=len(in_order) - len(losses),
+    )
