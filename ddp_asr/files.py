@@ -23,7 +23,9 @@ WRITER = secrets.token_hex(8)
 
 
 @contextlib.contextmanager
-def writing_aside(path: Path, before_rename: Callable[[], None] | None = None) -> Iterator[IO[bytes]]:
+def writing_aside(
+    path: Path, before_rename: Callable[[], None] | None = None, aside_in: Path | None = None
+) -> Iterator[IO[bytes]]:
     """A binary file that gets its name `path` when the block ends well; it is removed after an error.
 
     The content is synced to the disk before the rename, and the directory after it, so that a power failure leaves
@@ -31,11 +33,12 @@ def writing_aside(path: Path, before_rename: Callable[[], None] | None = None) -
 
     Args:
         before_rename: called when the content is on the disk; where it raises, nothing is renamed.
+        aside_in: directory for the temporary file, on the same file system; `path`'s own without it.
 
     Raises:
         OSError: the directory cannot be written or is full.
     """
-    aside = path.with_name(f".{path.name}.{WRITER}-{secrets.token_hex(4)}.tmp")
+    aside = (aside_in or path.parent) / f".{path.name}.{WRITER}-{secrets.token_hex(4)}.tmp"
     try:
         with aside.open("xb") as file:
             yield file
@@ -49,9 +52,14 @@ def writing_aside(path: Path, before_rename: Callable[[], None] | None = None) -
             aside.unlink(missing_ok=True)
 
 
-def replace_file(path: Path, content: bytes | str, before_rename: Callable[[], None] | None = None) -> None:
+def replace_file(
+    path: Path,
+    content: bytes | str,
+    before_rename: Callable[[], None] | None = None,
+    aside_in: Path | None = None,
+) -> None:
     """Writes `content` as the whole file `path`, see `writing_aside`; text is encoded as UTF-8."""
-    with writing_aside(path, before_rename) as file:
+    with writing_aside(path, before_rename, aside_in) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 

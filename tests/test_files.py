@@ -34,6 +34,16 @@ def test_an_error_leaves_the_old_file_and_nothing_aside(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["status.json"]
 
 
+def test_the_temporary_file_may_lie_in_another_directory(tmp_path):
+    (tmp_path / "aside").mkdir()
+    with files.writing_aside(tmp_path / "shard.tar", aside_in=tmp_path / "aside") as file:
+        file.write(b"content")
+        assert [entry.suffix for entry in (tmp_path / "aside").iterdir()] == [".tmp"]
+        assert [entry.name for entry in tmp_path.iterdir()] == ["aside"]
+    assert (tmp_path / "shard.tar").read_bytes() == b"content"
+    assert not list((tmp_path / "aside").iterdir())
+
+
 def test_torn_and_damaged_lines_are_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     whole = [{"step": 1, "text": "für"}, {"step": 2, "text": "line\u2028separator"}]
