@@ -199,7 +199,7 @@ def test_an_array_of_another_size_than_the_sources():
     answer = run("shard.sbatch", "a", "b", SLURM_ARRAY_TASK_ID="2", SLURM_ARRAY_TASK_MAX="6")
     assert (answer.returncode, answer.stdout) == (0, "task 2 has nothing to do: there are 2 source(s)\n")
     answer = run("shard.sbatch", "/nope/a", "/nope/b", "/nope/c", SLURM_ARRAY_TASK_ID="0", SLURM_ARRAY_TASK_MAX="0")
-    assert "nobody shards /nope/b /nope/c" in answer.stderr
+    assert "not sharded: /nope/b /nope/c; give sbatch --array=0-2" in answer.stderr
 
 
 # ---- pages and profiles ---------------------------------------------------------------------------------------------
