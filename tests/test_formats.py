@@ -1,4 +1,4 @@
-"""Any WebDataset reader reads the shards: stock `webdataset` and Hugging Face `datasets` find the index's own rows."""
+"""Any WebDataset reader reads the shards: `webdataset` and Hugging Face `datasets` read the rows of the index."""
 
 import json
 import tarfile

@@ -50,7 +50,7 @@ WITHOUT_TORCH = [
     *("runs.lease", "runs.directory", "ranks.positions"),
 ]
 TORCH = {"torch", "torchaudio", "webdataset"}  # webdataset imports torch
-ONLY_IN = {"torch.distributed": {"ranks.world"}, "comet_ml": {"tracking"}, "webdataset": {"shard"}}
+ONLY_IN = {"torch.distributed": {"ranks.world"}, "comet_ml": {"tracking"}, "webdataset": {"data.writer"}}
 DISTRIBUTIONS = {"yaml": "pyyaml"}  # where a package is imported by another name
 
 

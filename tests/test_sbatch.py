@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from ddp_asr.config import Config, load_config
-from ddp_asr.data import sources
 from ddp_asr.data.index import read_dataset_json
+from ddp_asr.data.sources import openslr
 from ddp_asr.ranks.signals import SIGNALS
 from launch import cluster, job
 from tests import tiny_speech
@@ -173,8 +173,8 @@ def test_a_mistake_is_one_sentence(script, arguments, complaint):
 
 def test_the_array_has_a_task_for_every_split():
     named = re.search(r"sources=\((\w.*)\)", text(REPOSITORY / "slurm" / "shard.sbatch"))
-    assert named and sorted(named[1].split()) == sorted(sources.LIBRISPEECH_MD5)
-    assert f"--array=0-{len(sources.LIBRISPEECH_MD5) - 1}" in directives(REPOSITORY / "slurm" / "shard.sbatch")
+    assert named and sorted(named[1].split()) == sorted(openslr.LIBRISPEECH_MD5)
+    assert f"--array=0-{len(openslr.LIBRISPEECH_MD5) - 1}" in directives(REPOSITORY / "slurm" / "shard.sbatch")
 
 
 def test_a_task_shards_its_own_source(tmp_path):

@@ -1,8 +1,9 @@
-"""Shards: the same bytes however they are made, what is converted and dropped, and every way of being interrupted."""
+"""Shards: the same bytes however they are made, what is converted, what is dropped, and interruptions of every kind."""
 
 import contextlib
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -20,11 +21,14 @@ import pytest
 import soundfile
 
 from ddp_asr import shard
-from ddp_asr.data import sources
+from ddp_asr.data import sources, writer
+from ddp_asr.data.audio import Packed, pack
 from ddp_asr.data.index import read_index
+from ddp_asr.data.processes import in_order
+from ddp_asr.data.sources import openslr
 from ddp_asr.errors import UserError
 from tests import tiny_speech
-from tests.test_sources import serving
+from tests.http_server import serving
 from tests.tiny_speech import content, encode, noise
 
 SMALL = ("--shard-mb", "0.04")  # a shard holds three or four of the tiny utterances
@@ -94,8 +98,8 @@ def test_an_archive_gives_the_utterances_of_its_directory_and_unpacks_nothing(sp
 
 def test_a_split_is_fetched_by_name_and_then_sharded_like_its_archive(split, whole, tmp_path, monkeypatch):
     archive = tiny_speech.archive(tmp_path / "dev-clean.tar.gz", split).read_bytes()
-    md5 = sources.hashlib.md5(archive).hexdigest()
-    monkeypatch.setitem(sources.LIBRISPEECH_MD5, "dev-clean", md5)
+    md5 = hashlib.md5(archive).hexdigest()
+    monkeypatch.setitem(openslr.LIBRISPEECH_MD5, "dev-clean", md5)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with serving(archive) as server:
         options = ("--cache", str(tmp_path / "cache"), "--openslr-url", server.url, *SMALL)
@@ -117,8 +121,8 @@ def test_mono_16_khz_flac_passes_through_untouched(split, whole):
 
 def test_flac_of_24_bits_passes_through_untouched_too(tmp_path):
     flac = encode(noise().astype(np.int32) << 16, subtype="PCM_24")
-    packed = shard.pack(sources.Utterance("a", "a", "A", data=flac), None)
-    assert packed == shard.Packed(None, 4800)
+    packed = pack(sources.Utterance("a", "a", "A", data=flac), None)
+    assert packed == Packed(None, 4800)
 
 
 # ---- conversion -----------------------------------------------------------------------------------------------------
@@ -200,7 +204,7 @@ def test_a_duration_without_an_offset_cuts_the_file_where_it_is_shorter(tmp_path
 def test_the_last_page_of_an_ogg_may_be_missing_where_it_is_not_used(tmp_path):
     ogg = encode(noise(4), format="OGG", subtype="VORBIS")
     packed = [
-        shard.pack(sources.Utterance("a", "a", "A", data=ogg[:-5000], duration_s=duration_s), None)
+        pack(sources.Utterance("a", "a", "A", data=ogg[:-5000], duration_s=duration_s), None)
         for duration_s in (1.0, None)
     ]
     assert [(each.reason, each.samples) for each in packed] == [("", 16_000), (sources.BAD_AUDIO, 0)]
@@ -289,13 +293,13 @@ def test_strict_makes_any_drop_an_error_and_keeps_the_work(split, tmp_path):
     source = tiny_speech.librispeech(tmp_path / "split")
     bad = source / "101" / "7" / "101-7-0002.flac"
     bad.write_bytes(bad.read_bytes()[:3000])
-    with pytest.raises(UserError, match=r"--strict: 1 utterance cannot.*101-7-0002.*undecodable"):
+    with pytest.raises(UserError, match=r"--strict: .* cannot be used; dropped: 1 x undecodable.*101-7-0002.*"):
         tiny_speech.shard(source, tmp_path / "out", "--strict", *SMALL)
     assert not (tmp_path / "out" / "dataset.json").exists()
     assert [case["key"] for case in dropped(tmp_path / "out")] == ["101-7-0002"]
     out = tiny_speech.shard(source, tmp_path / "out", *SMALL)
     assert content(out) == content(tiny_speech.shard(source, tmp_path / "other", *SMALL))
-    with pytest.raises(UserError, match="--strict: 1 utterance cannot"):
+    with pytest.raises(UserError, match=r"--strict: .* dropped: 1 x undecodable"):
         tiny_speech.shard(source, out, "--strict", *SMALL)
     tiny_speech.shard(split, tmp_path / "good", "--strict")
 
@@ -306,25 +310,38 @@ def test_a_source_with_nothing_usable_leaves_nothing(tmp_path, existed):
     out = tmp_path / "out"
     if existed:
         out.mkdir()
-    with pytest.raises(UserError, match=r"not one usable utterance.*1 x missing audio.*gone.wav"):
+    with pytest.raises(UserError, match=r"has no usable utterance.*1 x missing audio.*gone.wav"):
         tiny_speech.shard(source, out)
     assert out.exists() == existed and (not existed or not list(out.iterdir()))
 
 
+SHARD_DEV_CLEAN = """
+import sys
+from ddp_asr import errors, shard
+from ddp_asr.data.sources import openslr
+openslr.LIBRISPEECH_MD5["dev-clean"] = sys.argv.pop()
+raise SystemExit(errors.run_entry_point(shard.main))
+"""
+
+
 @pytest.mark.slow
-def test_a_terminal_shows_a_bar_with_the_rate_and_the_hours(split, tmp_path):
+def test_a_terminal_shows_a_bar_of_the_download_and_one_with_the_rate_and_the_hours(split, tmp_path):
+    archive = tiny_speech.archive(tmp_path / "dev-clean.tar.gz", split).read_bytes()
     terminal, its_end = pty.openpty()
-    command = [sys.executable, "-m", "ddp_asr.shard", split, "--out", tmp_path / "out", "--workers", "1"]
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
-    with subprocess.Popen(list(map(str, command)), stdout=its_end, stderr=its_end, env=environment) as process:
-        os.close(its_end)
-        shown = b""
-        with contextlib.suppress(OSError):  # how Linux tells that the other end is closed
-            while block := os.read(terminal, 1 << 16):
-                shown += block
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "120", "no_proxy": "127.0.0.1"}
+    with serving(archive) as server:
+        arguments = ["dev-clean", "--out", tmp_path / "out", "--cache", tmp_path / "cache", "--workers", "1"]
+        arguments += ["--openslr-url", server.url, hashlib.md5(archive).hexdigest()]
+        command = [sys.executable, "-c", SHARD_DEV_CLEAN, *map(str, arguments)]
+        with subprocess.Popen(command, stdout=its_end, stderr=its_end, env=environment) as process:
+            os.close(its_end)
+            shown = b""
+            with contextlib.suppress(OSError):  # what Linux raises when the other end is closed
+                while block := os.read(terminal, 1 << 16):
+                    shown += block
     os.close(terminal)
-    assert process.returncode == 0
-    assert re.search(rb"sharding .* utterances, \d+/s, \d+\.\d\d h", shown)
+    assert process.returncode == 0, shown
+    assert re.search(rb"downloading .*sharding .* utterances, \d+/s, \d+\.\d\d h", shown, re.DOTALL)
 
 
 # ---- directories that are complete, foreign, full or taken ----------------------------------------------------------
@@ -333,7 +350,7 @@ def test_a_terminal_shows_a_bar_with_the_rate_and_the_hours(split, tmp_path):
 def test_a_complete_output_is_left_alone(split, whole, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole.iterdir()}
     tiny_speech.shard(split, whole, *SMALL)
-    assert "complete already" in capsys.readouterr().out
+    assert "was complete already" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in whole.iterdir()} == before
 
 
@@ -350,7 +367,7 @@ def test_an_output_of_another_source_or_other_settings_is_refused(split, whole, 
 
 def test_the_same_source_elsewhere_is_the_same_source(whole, tmp_path, capsys):
     tiny_speech.shard(tiny_speech.librispeech(tmp_path / "moved"), whole, *SMALL)
-    assert "complete already" in capsys.readouterr().out
+    assert "was complete already" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("place", ["foreign", "file", "below a file"])
@@ -377,15 +394,15 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(split, whole, tmp
 
     def full(descriptor):
         calls.append(descriptor)
-        if len(calls) == 6:  # in the second shard
+        if len(calls) == 7:  # of the second shard
             raise OSError(errno.ENOSPC, "No space left on device")
         really(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="No space left on device; free some"):
+    with pytest.raises(UserError, match="No space left on device; free some space"):
         tiny_speech.shard(split, tmp_path / "out", *SMALL)
     assert not (tmp_path / "out" / "dataset.json").exists()
-    assert not (tmp_path / "out" / ".partial" / "writing.tar").exists()
+    assert not list((tmp_path / "out" / ".partial").glob("*.tmp"))
     monkeypatch.setattr(os, "fsync", really)
     assert content(tiny_speech.shard(split, tmp_path / "out", *SMALL)) == content(whole)
 
@@ -416,20 +433,19 @@ def test_a_wrong_command_line_is_told(arguments, capsys):
 
 INTERRUPT_AT_RENAME = """
 import os, signal
-from pathlib import Path
 from ddp_asr import errors, shard
 
 def run(number, before, interrupt, argv):
-    "The command, interrupted at its so manieth rename."
-    renames, rename = iter(range(1, 1000)), Path.rename
-    def interrupted(self, target):
+    "The command, interrupted before or after its rename of this number."
+    renames, rename = iter(range(1, 1000)), os.replace
+    def interrupted(aside, path):
         now = next(renames) == number
         if now and before:
             interrupt()
-        rename(self, target)
+        rename(aside, path)
         if now:
             interrupt()
-    Path.rename = interrupted
+    os.replace = interrupted
     return errors.run_entry_point(lambda: shard.main(argv))
 """
 
@@ -437,6 +453,7 @@ KILL_UNTIL_DONE = (
     INTERRUPT_AT_RENAME
     + """
 import json, sys, webdataset  # imported once, inherited by every attempt
+from pathlib import Path
 out = Path(sys.argv[sys.argv.index("--out") + 1])
 for attempt in range(100):
     child = os.fork()
@@ -476,6 +493,7 @@ def test_killed_at_every_step_it_still_ends_with_the_same_bytes(split, whole, tm
     assert len(killed) >= 6
     for _, files in killed:
         assert "dataset.json" not in files or set(files) >= set(content(whole))
+        assert sum(name.endswith(".tmp") for name in files) <= 1  # what the kill before left is deleted
     assert content(out) == content(whole)
 
 
@@ -484,7 +502,7 @@ def test_ctrl_c_in_all_processes_leaves_whole_shards_and_no_traceback(split, who
     arguments = (split, "--out", tmp_path / "out", "--workers", "2", *SMALL)
     run = run_python(CTRL_C, *arguments)
     assert run.returncode == 130
-    assert "the same command goes on from there" in run.stderr
+    assert "the same command continues from there" in run.stderr
     assert "Traceback" not in run.stderr
     assert not (tmp_path / "out" / "dataset.json").exists()
     assert content(tiny_speech.shard(split, tmp_path / "out", *SMALL)) == content(whole)
@@ -526,7 +544,7 @@ def wait_until(condition):
 
 def test_finished_shards_are_not_made_again(split, whole, tmp_path, monkeypatch):
     packed = []
-    really = shard.pack
+    really = pack
 
     def counted(utterance, max_seconds):
         packed.append(utterance.key)
@@ -534,7 +552,7 @@ def test_finished_shards_are_not_made_again(split, whole, tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return really(utterance, max_seconds)
 
-    monkeypatch.setattr(shard, "pack", counted)
+    monkeypatch.setattr(writer, "pack", counted)
     with pytest.raises(KeyboardInterrupt):
         tiny_speech.shard(split, tmp_path / "out", *SMALL)
     finished = len(list((tmp_path / "out").glob("shard-*.tar")))
@@ -547,7 +565,7 @@ def test_finished_shards_are_not_made_again(split, whole, tmp_path, monkeypatch)
 
 
 def test_an_unfinished_output_of_another_source_is_refused(split, tmp_path, monkeypatch):
-    monkeypatch.setattr(shard, "pack", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(writer, "pack", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         tiny_speech.shard(split, tmp_path / "out")
     with pytest.raises(UserError, match="unfinished shards made with other settings"):
@@ -557,7 +575,7 @@ def test_an_unfinished_output_of_another_source_is_refused(split, tmp_path, monk
 @pytest.mark.slow
 def test_a_worker_that_is_killed_is_one_sentence():
     with pytest.raises(UserError, match="fewer --workers"):
-        list(shard.in_order(os._exit, [9], 2))
+        list(in_order(os._exit, [9], 2))
 
 
 # ---- verification ---------------------------------------------------------------------------------------------------
@@ -574,7 +592,7 @@ def check(directory):
 
 def test_a_good_directory_is_verified(copy, capsys):
     assert check(copy) == 0
-    assert "12 utterances decode" in capsys.readouterr().out
+    assert "all 12 utterances decode" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("where", ["audio", "text", "header"])
@@ -597,10 +615,10 @@ def test_what_does_not_belong_to_its_row_is_found_behind_a_right_checksum(copy, 
     tar = bytearray(index.shards[0].read_bytes())
     tar[index.offset[0] + 3000 if where == "audio" else tar.index(b"SPEAKER")] ^= 1
     index.shards[0].write_bytes(tar)
-    dataset["shards"][0]["sha256"] = sources.hashlib.sha256(tar).hexdigest()
+    dataset["shards"][0]["sha256"] = hashlib.sha256(tar).hexdigest()
     (copy / "dataset.json").write_text(json.dumps(dataset))
     expected = {"audio": "undecodable or truncated audio", "text": "another transcript"}[where]
-    with pytest.raises(UserError, match=f"1 fault, the first: shard-000000.tar, 100-7-0000.*{expected}"):
+    with pytest.raises(UserError, match=f"1 fault\\(s\\), the first: shard-000000.tar, 100-7-0000.*{expected}"):
         check(copy)
 
 

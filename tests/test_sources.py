@@ -1,45 +1,161 @@
-"""Sources: keys, order and texts of directories, manifests and archives; fetching from a real HTTP server."""
+"""Sources: what every format must do, and then the formats one by one; downloads come from a real HTTP server."""
 
 import hashlib
 import io
+import itertools
 import tarfile
 import tempfile
-import threading
 import unicodedata
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddp_asr.data import sources
+from ddp_asr.data.audio import pack
 from ddp_asr.data.sources import (
     BAD_LINE,
     DUPLICATE,
+    FORMATS,
     MISSING_AUDIO,
-    fetch,
+    MISSING_TRANSCRIPT,
+    SourceOptions,
     make_key,
     open_source,
-    sanitise_key,
-    stream_archive,
+    openslr,
 )
+from ddp_asr.data.sources.archive import stream_archive
+from ddp_asr.data.sources.librispeech import read_transcripts
+from ddp_asr.data.sources.openslr import fetch
 from ddp_asr.errors import UserError
 from tests import tiny_speech
+from tests.http_server import serving
 
 
 def listed(source):
-    return list(open_source(str(source), source.parent, "http://unused").open()[1])
+    return list(open_source(str(source), SourceOptions(cache=Path("/unused"))).open()[1])
+
+
+# ---- every registered format ----------------------------------------------------------------------------------------
+
+SPEECH = {  # key -> (text, int16 waveform at 16 kHz); None: missing
+    "7-1-0000": ("ONE", tiny_speech.noise(0.2, seed=0)),
+    "7-1-0001": ("TWO  TWO", tiny_speech.noise(0.3, seed=1)),
+    "7-2-0000": ("GONE", None),
+    "8-1-0000": (None, tiny_speech.noise(0.3, seed=2)),
+    "8-1-0001": ("LE NA\u00cfF", tiny_speech.noise(0.1, seed=3)),
+    "9-1-0000": ("LAST", tiny_speech.noise(0.2, seed=4)),
+}
+
+
+def lay_out_librispeech(root, speech, monkeypatch):
+    for key, (text, waveform) in speech.items():
+        chapter = root / "split" / key[0] / key[2]
+        chapter.mkdir(parents=True, exist_ok=True)
+        if waveform is not None:
+            (chapter / f"{key}.flac").write_bytes(tiny_speech.encode(waveform))
+        with (chapter / f"{key[:3]}.trans.txt").open("a", encoding="utf-8") as transcripts:
+            transcripts.write("" if text is None else f"{key} {text}\n")
+    return root / "split"
+
+
+def lay_out_archive(root, speech, monkeypatch):
+    directory = lay_out_librispeech(root, speech, monkeypatch)
+    return tiny_speech.archive(root / "split.tar.gz", directory)
+
+
+def lay_out_manifest(root, speech, monkeypatch):
+    entries = []
+    for key, (text, waveform) in speech.items():
+        (root / "wav").mkdir(parents=True, exist_ok=True)
+        if waveform is not None:
+            (root / "wav" / f"{key}.wav").write_bytes(tiny_speech.encode(waveform, format="WAV"))
+        entry = {"audio_filepath": f"wav/{key}.wav", "id": key, "speaker": int(key[0])}
+        entries.append(entry if text is None else entry | {"text": text})
+    return tiny_speech.manifest(root / "split.jsonl", entries)
+
+
+def lay_out_openslr(root, speech, monkeypatch):
+    archive = lay_out_archive(root, speech, monkeypatch).rename(root / "dev-clean.tar.gz")
+    monkeypatch.setitem(openslr.LIBRISPEECH_MD5, "dev-clean", hashlib.md5(archive.read_bytes()).hexdigest())
+    return "dev-clean"
+
+
+LAY_OUT = {
+    "librispeech": lay_out_librispeech,
+    "archive": lay_out_archive,
+    "manifest": lay_out_manifest,
+    "openslr": lay_out_openslr,
+}
+
+
+@pytest.fixture(params=FORMATS)
+def lay_out(request, tmp_path, monkeypatch):
+    """Lays the speech out in a format, in a directory of this name; returns the opened source."""
+
+    def make(speech=SPEECH, directory="here"):
+        name = LAY_OUT[request.param](tmp_path / directory, speech, monkeypatch)
+        return open_source(str(name), SourceOptions(cache=tmp_path / directory))
+
+    return make
+
+
+def test_every_format_has_its_test():
+    assert set(LAY_OUT) == set(FORMATS)
+
+
+def test_a_source_gives_the_same_speech_in_every_format(lay_out):
+    source = lay_out()
+    size, utterances = source.open()
+    found = {u.key: (u, pack(u)) for u in utterances}
+    assert set(found) == set(SPEECH)
+    assert size >= len(SPEECH)
+    for key, (text, waveform) in SPEECH.items():
+        utterance, packed = found[key]
+        assert utterance.source and utterance.speaker == key[0]
+        if waveform is None or text is None:
+            assert packed.reason == (MISSING_AUDIO if waveform is None else MISSING_TRANSCRIPT)
+            continue
+        assert (utterance.text, packed.reason) == (text, "")
+        flac = utterance.data if packed.flac is None else packed.flac
+        assert np.array_equal(soundfile.read(io.BytesIO(flac), dtype="int16")[0], waveform)
+
+
+def test_a_source_has_the_same_order_whenever_it_is_opened_and_can_be_continued_anywhere(lay_out):
+    source = lay_out()
+    whole = list(source.open()[1])
+    for consumed in range(len(whole) + 1):
+        assert list(itertools.islice(source.open()[1], consumed, None)) == whole[consumed:]
+    positions = [u.position for u in whole]
+    assert positions == sorted(positions)
+
+
+def test_the_identity_of_a_source_is_its_content(lay_out):
+    identity = lay_out().identity
+    assert set(identity) == {"kind", "name", "digest"}
+    key = next(iter(SPEECH))
+    text, waveform = SPEECH[key]
+    changes = {
+        "text": SPEECH | {key: ("ANOTHER", waveform)},
+        "audio": SPEECH | {key: (text, waveform[:-160])},
+        "utterance": SPEECH | {"9-9-0000": ("NEW", waveform)},
+    }
+    digests = [lay_out(speech, directory).identity["digest"] for directory, speech in changes.items()]
+    assert len({identity["digest"], *digests}) == 1 + len(changes)
+
+
+# ---- keys -----------------------------------------------------------------------------------------------------------
 
 
 @given(st.text(alphabet=st.characters(), max_size=40))
 def test_a_key_holds_nothing_that_webdataset_would_cut(name):
-    key = sanitise_key(name)
+    key = make_key(name)
     assert not set(key) & set("./ ")
     assert not any(unicodedata.category(c) in ("Cc", "Cs") for c in key)
     key.encode("utf-8")
-    assert sanitise_key(key) == key
+    assert make_key(key) == key
     assert len(key) == len(name)
     assert all(after in (before, "_") for before, after in zip(name, key, strict=True))
 
@@ -108,7 +224,7 @@ def test_a_directory_tells_what_is_missing(tmp_path):
 
 
 def test_a_transcript_is_cut_at_newlines_only():
-    assert sources.read_transcripts("a ONE\u2028TWO\x0bTHREE\r\n\nb\n".encode()) == {
+    assert read_transcripts("a ONE\u2028TWO\x0bTHREE\r\n\nb\n".encode()) == {
         "a": "ONE\u2028TWO\x0bTHREE",
         "b": "",
     }
@@ -137,11 +253,37 @@ def test_a_file_that_is_no_manifest_is_refused(tmp_path, content):
         listed(tmp_path / "m.jsonl")
 
 
-def test_an_empty_directory_and_an_unknown_name_are_refused(tmp_path):
-    with pytest.raises(UserError, match="LibriSpeech split's directory"):
-        open_source(str(tmp_path), tmp_path, "")
-    with pytest.raises(UserError, match=r"no such source.*train-clean-100"):
-        open_source("train-clean-101", tmp_path, "")
+@pytest.mark.parametrize(
+    ("files", "name", "seen"),
+    [
+        ({}, ".", "it is empty"),
+        ({"a/b.mp3": b"", "c.txt": b""}, ".", r"it is a directory in no known format, with a/, c\.txt;"),
+        ({f"{n}.wav": b"" for n in range(9)}, ".", r"with 0\.wav, .*, 4\.wav, \.\.\.;"),
+        ({"a.zip": b"PK\3\4"}, "a.zip", "it is a file of 4 bytes in no known format"),
+        ({}, "train-clean-101", "neither a file nor a directory"),
+    ],
+)
+def test_an_unknown_source_is_told_what_is_there_and_what_is_known(tmp_path, files, name, seen):
+    unpack(tmp_path, [(file, content) for file, content in files.items()])
+    with pytest.raises(UserError, match=rf"no such source: .*{seen}") as refused:
+        listed(tmp_path / name)
+    assert all(format in str(refused.value) for format in FORMATS.values())
+
+
+def test_the_message_names_every_split():
+    assert all(split in FORMATS["openslr"] for split in openslr.LIBRISPEECH_MD5)
+
+
+def test_a_file_or_directory_comes_before_a_split_of_the_same_name(tmp_path, monkeypatch):
+    tiny_speech.librispeech(tmp_path / "dev-clean", speakers=1, utterances=1)
+    monkeypatch.chdir(tmp_path)
+    assert open_source("dev-clean", SourceOptions()).identity["kind"] == "directory"
+    assert open_source("dev-other", SourceOptions()).identity["kind"] == "split"
+
+
+def test_a_manifest_is_recognised_by_its_lines_too(tmp_path):
+    source = tiny_speech.manifest(tmp_path / "train.txt", ["broken", {"audio_filepath": "a.wav", "text": "A"}])
+    assert [u.key for u in listed(source)] == ["line-1", "a"]
 
 
 @pytest.mark.parametrize("transcripts", ["first", "last", "end"])
@@ -242,8 +384,8 @@ def test_an_archive_gives_the_utterances_of_its_directory_in_any_layout_and_orde
         streamed = list(stream_archive(path))
         try:
             assert told(streamed) == told(listed(root))
-        except UserError:  # neither transcripts nor audio
-            assert not streamed
+        except UserError:  # a directory without any transcript is in no known format
+            assert all(u.text is None for u in streamed)
         usable = [u.key for u in streamed if not u.reason and u.text and u.text.strip()]
         assert len(usable) == len(set(usable))  # else the order would decide which of them is dropped
         assert list(stream_archive(path)) == streamed
@@ -290,62 +432,13 @@ def test_a_damaged_archive_is_never_taken_for_a_short_one(tmp_path, damage):
         list(stream_archive(path))
 
 
-class Server(ThreadingHTTPServer):
-    """Serves one file at /set/file.bin; `lives` connections each break after `cut_bytes`."""
-
-    def __init__(self, content, ranges=True, lives=0, cut_bytes=0, status=0):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.content, self.ranges, self.lives, self.cut_bytes, self.status = content, ranges, lives, cut_bytes, status
-        self.asked: list[str | None] = []
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}/set"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        server = self.server
-        asked = self.headers.get("Range")
-        server.asked.append(asked)
-        if server.status:
-            return self.send_error(server.status)
-        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and server.ranges else 0
-        if start and start >= len(server.content):
-            return self.send_error(416)
-        body = server.content[start:]
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if server.lives:
-            server.lives -= 1
-            body = body[: server.cut_bytes]
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
-@contextmanager
-def serving(content, **how):
-    server = Server(content, **how)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
 CONTENT = bytes(range(256)) * 4000
 MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(sources, "RETRY_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(openslr, "RETRY_PAUSES_S", (0.0, 0.0))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
@@ -364,7 +457,7 @@ def test_fetching_goes_on_where_an_earlier_run_was_killed(tmp_path):
 
 
 def test_fetching_goes_on_after_broken_connections(tmp_path):
-    with serving(CONTENT, lives=5, cut_bytes=100_000) as server:
+    with serving(CONTENT, broken=5, cut_bytes=100_000) as server:
         assert fetch(f"{server.url}/file.bin", tmp_path, MD5).read_bytes() == CONTENT
         assert server.asked == [None, *(f"bytes={n}00000-" for n in range(1, 6))]
 
@@ -395,7 +488,7 @@ def test_a_damaged_file_in_the_cache_is_named(tmp_path):
 
 @pytest.mark.parametrize(("status", "asked"), [(404, 1), (503, 3)])
 def test_a_server_that_refuses_is_named_and_asked_again_only_where_that_helps(tmp_path, status, asked):
-    with serving(CONTENT, status=status) as server, pytest.raises(UserError, match=f"cannot be fetched: .*{status}"):
+    with serving(CONTENT, status=status) as server, pytest.raises(UserError, match=f"cannot be downloaded: .*{status}"):
         fetch(f"{server.url}/file.bin", tmp_path, MD5)
     assert len(server.asked) == asked
 

@@ -1,0 +1,140 @@
+"""Formats of audio with transcripts: a SOURCE named on the command line -> its `Utterance`s, always in the same order.
+
+    source = open_source("train-clean-100", SourceOptions(cache=Path("data")))
+    size, utterances = source.open()
+
+Each format is one module of this package and one line in `FORMATS`. The module defines
+
+    def try_open(name: str, options: SourceOptions) -> Source | None
+
+which returns None where `name` is not in its format, and raises `UserError` where it is but cannot be read. What the
+tests demand of every format: the order and the content of the utterances depend on the source alone; an utterance
+without usable audio or text is yielded too, so that it is counted and listed; `identity` is known before anything is
+downloaded and decoded, does not depend on where the source lies, and changes when its content changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import unicodedata
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ddp_asr.errors import UserError
+
+FORMATS = {  # module -> what it reads; tried in this order
+    "librispeech": "a LibriSpeech directory (audio files beside *.trans.txt)",
+    "archive": "a LibriSpeech archive from OpenSLR (.tar.gz)",
+    "manifest": "a JSONL manifest as NeMo's (audio_filepath, text)",
+    "openslr": "the name of a LibriSpeech split (dev-clean, dev-other, test-clean, test-other, train-clean-100, "
+    "train-clean-360, train-other-500)",
+}
+
+MISSING_TRANSCRIPT = "missing transcript"
+EMPTY_TRANSCRIPT = "empty transcript"
+MISSING_AUDIO = "missing audio"
+BAD_AUDIO = "undecodable or truncated audio"
+TOO_LONG = "too long"
+DUPLICATE = "duplicate key"
+BAD_LINE = "malformed manifest line"
+REASONS = (MISSING_TRANSCRIPT, EMPTY_TRANSCRIPT, MISSING_AUDIO, BAD_AUDIO, TOO_LONG, DUPLICATE, BAD_LINE)
+
+AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64", ".caf")
+OPENSLR_URL = "https://www.openslr.org/resources/12"
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """What a source knows about one utterance; `reason` is set if it is already known to be unusable."""
+
+    key: str
+    source: str  # path or archive member, relative to the source: shown to users
+    text: str | None
+    speaker: str = ""
+    path: Path | None = None
+    data: bytes | None = None  # the audio file's content, where it comes from an archive
+    offset_s: float | None = None  # where the utterance starts in the file; None: at the start of the file
+    duration_s: float | None = None  # counted from there; None: to the end of the file
+    reason: str = ""  # one of REASONS
+    detail: str = ""
+    position: int = 0  # bytes of the archive read so far; 0 if the source's size counts utterances
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source that has been found but not read yet."""
+
+    identity: dict[str, str]  # kind, name and digest; equal kind and digest mean equal utterances
+    open: Callable[[], tuple[int, Iterator[Utterance]]]  # the size counts utterances, or bytes of an archive
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Options of the command line that some formats read."""
+
+    cache: Path = Path("data")  # where downloaded archives are kept
+    openslr_url: str = OPENSLR_URL
+
+
+def open_source(name: str, options: SourceOptions) -> Source:
+    """The source that the user named, by the first format that recognises it."""
+    try:
+        for module in FORMATS:
+            source: Source | None = importlib.import_module(f"{__name__}.{module}").try_open(name, options)
+            if source is not None:
+                return source
+        problem = _describe(Path(name))
+    except OSError as error:
+        raise UserError(f"{error.filename or name} cannot be read: {error.strerror or error}") from None
+    raise UserError(f"{name}: no such source: {problem}; a source is {', or '.join(FORMATS.values())}")
+
+
+def _describe(path: Path) -> str:
+    """What is at a path that no format recognises."""
+    if path.is_file():
+        return f"it is a file of {path.stat().st_size:,} bytes in no known format"
+    if not path.is_dir():
+        return "there is neither a file nor a directory of this name"
+    names = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
+    more = ", ..." if len(names) > 5 else ""
+    return f"it is a directory in no known format, with {', '.join(names[:5])}{more}" if names else "it is empty"
+
+
+# ---- for the formats ------------------------------------------------------------------------------------------------
+
+
+def make_key(identity: str, offset_s: float | None = None) -> str:
+    """The key: a source's id or relative path without suffix, then `-<offset_ms>` if the source states an offset.
+
+    '.', '/', space and control characters become '_', since WebDataset cuts a key at its first dot. So do lone
+    surrogates, which Python makes of a file name that is not UTF-8, since no format can hold them. The length of the
+    audio is no part of the key, because a source is listed without opening its audio.
+    """
+    key = "".join("_" if c in "./ " or unicodedata.category(c) in ("Cc", "Cs") else c for c in identity)
+    return key if offset_s is None else f"{key}-{round(offset_s * 1000)}"
+
+
+def valid_text(text: str) -> str:
+    """The text with lone surrogates (from JSON escapes and file names) replaced, so that every format can hold it."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def is_audio(name: str) -> bool:
+    """Whether a file's name has an audio suffix. `._*` are AppleDouble files, which a Mac's tar adds to each file."""
+    return name.lower().endswith(AUDIO_SUFFIXES) and not name.startswith("._")
+
+
+def listed_source(kind: str, name: str, utterances: list[Utterance]) -> Source:
+    """A source whose utterances are known in advance; its digest covers the list with texts and file sizes."""
+    digest = hashlib.sha256()
+    for u in utterances:
+        try:
+            size = u.path.stat().st_size if u.path else -1
+        except OSError:
+            size = -1
+        digest.update(json.dumps([u.key, u.source, u.text, u.speaker, u.offset_s, u.duration_s, size]).encode())
+    identity = {"kind": kind, "name": valid_text(name), "digest": digest.hexdigest()}
+    return Source(identity, lambda: (len(utterances), iter(utterances)))

@@ -1,0 +1,134 @@
+"""LibriSpeech splits by name, such as train-clean-100: the archive is downloaded from OpenSLR, then read as a stream.
+
+`fetch` puts the archive into the cache, continues an interrupted download, and compares the published checksum.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import http.client
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ddp_asr.data.sources import Source, SourceOptions, Utterance
+from ddp_asr.data.sources.archive import stream_archive
+from ddp_asr.errors import UserError
+
+LIBRISPEECH_MD5 = {  # published beside the archives, in md5sum.txt
+    "dev-clean": "42e2234ba48799c1f50f24a7926300a1",
+    "dev-other": "c8d0bcc9cca99d4f8b62fcc847357931",
+    "test-clean": "32fa31d27d2e1cad72775fee3f4849a9",
+    "test-other": "fb5a50374b501bb3bac4815ee91d3135",
+    "train-clean-100": "2a93770f6d5c6c964bc36631d331a522",
+    "train-clean-360": "c0e676e450a7ff2f54aeade5171606fa",
+    "train-other-500": "d1a0fd59409feb2c614ce4d30c387708",
+}
+
+BLOCK_BYTES = 1 << 20
+RETRY_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0)
+
+
+def try_open(name: str, options: SourceOptions) -> Source | None:
+    """The name of a split, if there is no file or directory of this name; downloaded when the source is opened."""
+    if name not in LIBRISPEECH_MD5 or Path(name).exists():
+        return None
+    md5 = LIBRISPEECH_MD5[name]
+
+    def open_split() -> tuple[int, Iterator[Utterance]]:
+        archive = fetch(f"{options.openslr_url.rstrip('/')}/{name}.tar.gz", options.cache, md5)
+        return archive.stat().st_size, stream_archive(archive)
+
+    return Source({"kind": "split", "name": name, "digest": md5}, open_split)
+
+
+def fetch(url: str, cache: Path, md5: str) -> Path:
+    """The file behind the URL, in `cache`; continues from what an earlier, interrupted run has downloaded."""
+    archive = cache / url.rsplit("/", 1)[1]
+    part = archive.with_name(archive.name + ".part")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        if not archive.exists():
+            with archive.with_name(archive.name + ".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not archive.exists():  # another process may have downloaded it while this one waited for the lock
+                    _download(url, part)
+                    if (found := _md5_of(part)) != md5:
+                        part.unlink()  # otherwise the next attempt would continue from it
+                        raise UserError(f"{url} is not what OpenSLR publishes (MD5 {found}, not {md5}); try again")
+                    part.rename(archive)
+                    return archive
+    except OSError as error:
+        problem = f"{cache} cannot be written: {error.strerror or error}"
+        raise UserError(f"{problem}; free some space or name another directory with --cache") from None
+    if (found := _md5_of(archive)) != md5:
+        raise UserError(f"{archive} is damaged (MD5 {found}, not {md5}); delete it and run the command again")
+    return archive
+
+
+def _md5_of(path: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _download(url: str, part: Path) -> None:
+    """Connects until the file is complete; gives up after the last pause without a single new byte."""
+    from rich.console import Console
+    from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
+
+    columns = (*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn())
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        print(f"downloading {url}", flush=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("downloading", total=None)
+        pauses_s = iter(RETRY_PAUSES_S)
+        while True:
+            before = _size(part)
+            problem = _receive(url, part, lambda done, total: bar.update(task, completed=done, total=total))
+            if not problem:
+                return
+            if _size(part) > before:
+                pauses_s = iter(RETRY_PAUSES_S)
+            pause_s = next(pauses_s, None)
+            if pause_s is None:
+                raise UserError(
+                    f"{url} cannot be downloaded: {problem}; the {_size(part):,} bytes so far are kept, "
+                    "run the same command again to continue, or name a mirror with --openslr-url"
+                )
+            time.sleep(pause_s)
+
+
+def _receive(url: str, part: Path, report: Callable[[int, int], None]) -> str:
+    """Appends what one connection sends; returns what went wrong, or "" if the file is complete."""
+    start = _size(part)
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            if response.status != 206:
+                start = 0  # the server cannot resume
+            done, total = start, start + int(response.headers.get("Content-Length") or 0)
+            with part.open("ab" if start else "wb") as file:
+                while block := response.read1(BLOCK_BYTES):  # ends early if the connection breaks
+                    file.write(block)
+                    done += len(block)
+                    report(done, total)
+            return f"the connection ended after {done:,} of {total:,} bytes" if done < total else ""
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and start:
+            return ""  # the server has nothing beyond what is here: complete, or the checksum will differ
+        if 400 <= error.code < 500 and error.code not in (408, 429):
+            raise UserError(f"{url} cannot be downloaded: {error}; name a mirror with --openslr-url") from None
+        return str(error)
+    except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as error:
+        return str(error) or type(error).__name__
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

@@ -1,0 +1,393 @@
+"""The directory of shards: packed utterances, in the order of the source -> tars, index.parquet, dataset.json.
+
+    dataset = write_shards(open_source("mine.jsonl", SourceOptions()), Path("shards/mine"), workers=4)
+    verify(Path("shards/mine"), workers=4)
+
+Processes pack the utterances in parallel and the results are written in the source's order, so neither the number of
+processes nor their speed changes a byte.
+
+Killed at any moment, the same call continues: a shard is written aside in `.partial/`, synced and renamed, and then a
+sidecar in `.partial/` with its rows, the dropped utterances and the number of source utterances used up says that it
+is finished. A restart skips that many utterances and decodes nothing twice. `dataset.json` comes last: a directory
+with it is complete.
+
+Only utterances that can never be used are dropped here (`sources.REASONS`), and `dropped.jsonl` lists them. What
+depends on the training settings, such as characters outside the alphabet, is left out by the run, which lists it.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import errno
+import fcntl
+import functools
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import pyarrow.parquet
+
+from ddp_asr import SAMPLE_RATE_HZ, files
+from ddp_asr.data import index
+from ddp_asr.data.audio import Packed, pack
+from ddp_asr.data.processes import in_order
+from ddp_asr.data.sources import DUPLICATE, REASONS, Source, Utterance, valid_text
+from ddp_asr.errors import UserError
+
+ENTRY_OVERHEAD_BYTES = 4096  # headers, metadata and padding of an utterance's three members
+
+
+class Entry(NamedTuple):
+    """An utterance that is about to be written; its text is stripped and valid."""
+
+    utterance: Utterance
+    text: str
+    flac: bytes
+    samples: int
+
+
+class Output:
+    """The shards of one directory, those of an interrupted run included."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.partial = directory / ".partial"
+        self.replace_file = functools.partial(files.replace_file, aside_in=self.partial)
+        self.finished: list[dict[str, Any]] = []  # sidecars of the shards that are in place
+        self.dropped: list[dict[str, str]] = []  # since the last shard was finished
+        self.consumed = 0  # utterances of the source
+        self.samples = 0
+        self.keys: set[str] = set()
+        for number in itertools.count():
+            sidecar = files.read_json(self.partial / f"{_shard_name(number)}.json")
+            path = directory / _shard_name(number)
+            if sidecar is None or not path.is_file() or path.stat().st_size != sidecar["bytes"]:
+                break
+            self.finished.append(sidecar)
+            self.consumed = sidecar["consumed"]
+            self.samples += sum(row[3] for row in sidecar["rows"])
+            self.keys |= {row[0] for row in sidecar["rows"]}
+
+    @property
+    def hours(self) -> float:
+        """Hours of audio so far."""
+        return self.samples / SAMPLE_RATE_HZ / 3600
+
+    def write(
+        self, packed: Iterable[tuple[Utterance, Packed]], shard_bytes: int, report: Callable[[int], None]
+    ) -> None:
+        """Writes all shards that are still missing; `report` gets the position in the source after each utterance."""
+        entries = self._usable(packed, report)
+        entry = next(entries, None)
+        while entry is not None:
+            name = _shard_name(len(self.finished))
+            rows: list[list[Any]] = []
+            with files.writing_aside(self.directory / name, aside_in=self.partial) as file:
+                tar = _Tar(file)
+                while entry is not None and (not rows or tar.bytes_with(entry) <= shard_bytes):
+                    rows.append(tar.add(entry))
+                    entry = next(entries, None)
+                tar.writer.close()
+                size = file.tell()
+            # Killed before this file is in place, the next run writes the same shard again.
+            sidecar = {"name": name, "bytes": size, "sha256": tar.sha256.hexdigest(), "consumed": self.consumed}
+            sidecar |= {"rows": rows, "dropped": self.dropped}
+            self.replace_file(self.partial / f"{name}.json", json.dumps(sidecar))
+            self.finished.append(sidecar)
+            self.dropped = []
+
+    def _usable(self, packed: Iterable[tuple[Utterance, Packed]], report: Callable[[int], None]) -> Iterator[Entry]:
+        """Yields what can be used and counts the rest; an entry is consumed when the next one is asked for."""
+        for utterance, result in packed:
+            reason = result.reason or (DUPLICATE if utterance.key in self.keys else "")
+            if reason:
+                case = {"key": utterance.key, "reason": reason, "source": utterance.source, "detail": result.detail}
+                self.dropped.append(case)
+            else:
+                self.keys.add(utterance.key)
+                self.samples += result.samples
+                flac = result.flac if result.flac is not None else utterance.data or b""
+                yield Entry(utterance, valid_text((utterance.text or "").strip()), flac, result.samples)
+            self.consumed += 1
+            report(utterance.position or self.consumed)
+
+    def all_dropped(self) -> list[dict[str, str]]:
+        """Every dropped utterance so far."""
+        return [case for sidecar in self.finished for case in sidecar["dropped"]] + self.dropped
+
+    def write_dropped(self) -> None:
+        """Lists every dropped utterance in `dropped.jsonl`."""
+        self.replace_file(self.directory / "dropped.jsonl", files.json_lines(self.all_dropped()))
+
+    def finish(self, description: dict[str, Any]) -> dict[str, Any]:
+        """Writes the index, the list of dropped utterances and, last, `dataset.json`, which it returns."""
+        rows = [[row[0], n, *row[1:]] for n, sidecar in enumerate(self.finished) for row in sidecar["rows"]]
+        columns = dict(zip(index.COLUMNS.names, map(list, zip(*rows, strict=True)), strict=True))
+        index.write_index(self.partial / "index.parquet", columns)
+        table = (self.partial / "index.parquet").read_bytes()
+        self.replace_file(self.directory / "index.parquet", table)
+        self.write_dropped()
+        dataset = description | {
+            "utterances": len(rows),
+            "samples": self.samples,
+            "hours": round(self.hours, 4),
+            "speakers": len(set(columns["speaker"]) - {""}),
+            "shards": [
+                {"name": s["name"], "bytes": s["bytes"], "utterances": len(s["rows"]), "sha256": s["sha256"]}
+                for s in self.finished
+            ],
+            "index_sha256": hashlib.sha256(table).hexdigest(),
+            "dropped": count_reasons(self.all_dropped()),
+        }
+        self.replace_file(self.directory / "dataset.json", json.dumps(dataset, indent=2, ensure_ascii=False) + "\n")
+        return dataset
+
+
+class _Tar:
+    """A WebDataset tar that is written to `file` and hashed on its way."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        from webdataset import TarWriter  # imports torch, which takes seconds
+
+        self.file = file
+        self.sha256 = hashlib.sha256()
+        # mtime as an int: a float adds a pax header to every member and doubles small tars. With an int, only keys
+        # beyond 100 bytes or ASCII get one.
+        self.writer = TarWriter(self, mtime=0, encoder=False)
+
+    def write(self, data: bytes) -> int:
+        """What TarWriter calls."""
+        if self.file.closed:  # after an error, TarWriter still ends its tar when it is garbage-collected
+            return len(data)
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    def add(self, entry: Entry) -> list[Any]:
+        """Writes KEY.flac, KEY.json, KEY.txt; returns the utterance's row in the index, without the shard."""
+        utterance, text, flac, samples = entry
+        self.writer.write({"__key__": utterance.key, "flac": flac})
+        offset = self.bytes - -(-len(flac) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        metadata = {"samples": samples, "source": utterance.source, "speaker": utterance.speaker}
+        description = json.dumps(metadata, ensure_ascii=False, sort_keys=True)
+        self.writer.write({"__key__": utterance.key, "json": description.encode(), "txt": text.encode()})
+        return [utterance.key, offset, len(flac), samples, text, utterance.speaker]
+
+    @property
+    def bytes(self) -> int:
+        """Size so far, without the padding at the end of a tar."""
+        # webdataset does not document `tarstream`, tarfile does not document `offset`. The file's own position is no
+        # substitute, since tarfile buffers. If they change, offsets in the index are wrong and most tests in
+        # tests/test_shard.py fail. Tried with webdataset 1.0.2.
+        return int(self.writer.tarstream.offset)
+
+    def bytes_with(self, entry: Entry) -> int:
+        """Estimate of the size after the entry is added."""
+        return self.bytes + len(entry.flac) + len(entry.text) + ENTRY_OVERHEAD_BYTES
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:06d}.tar"
+
+
+def count_reasons(dropped: list[dict[str, str]]) -> dict[str, int]:
+    """How many were dropped for each reason, in the order of `REASONS`."""
+    counts = collections.Counter(case["reason"] for case in dropped)
+    return {reason: counts[reason] for reason in REASONS if counts[reason]}
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def write_shards(
+    source: Source,
+    out: Path,
+    *,
+    shard_mb: float = 256.0,
+    max_seconds: float | None = None,
+    workers: int = 1,
+    strict: bool = False,
+    report: Callable[[Output, int, int], None] = lambda output, position, size: None,
+) -> dict[str, Any]:
+    """Writes the shards, or those that an interrupted run left over; leaves a complete directory as it is.
+
+    Args:
+        shard_mb: maximum size of a shard, in 10^6 bytes.
+        max_seconds: longer utterances are dropped.
+        strict: refuse if any utterance cannot be used; what was written is kept.
+        report: called with the position in the source and its size, at the start and after each utterance.
+
+    Returns:
+        What `dataset.json` says.
+
+    Raises:
+        UserError: the source is empty or damaged, or the directory is in use, full, or made from something else.
+    """
+    description = {"format": index.FORMAT, "version": index.FORMAT_VERSION}
+    description |= {"source": source.identity, "settings": {"shard_mb": shard_mb, "max_seconds": max_seconds}}
+    try:
+        dataset = _read_complete(out, description)
+        if dataset is None:
+            created = not out.exists()
+            with _locked(out, description):
+                output = Output(out)
+                size, utterances = source.open()
+                report(output, 0, size)
+                unpacked = itertools.islice(utterances, output.consumed, None)
+                with contextlib.closing(in_order(pack, unpacked, workers, max_seconds)) as packed:
+                    output.write(packed, round(shard_mb * 1e6), lambda at: report(output, at, size))
+                dropped = output.all_dropped()
+                if not output.keys:
+                    shutil.rmtree(out if created else output.partial)
+                    raise UserError(f"{source.identity['name']} has no usable utterance; {_summary(dropped)}")
+                if strict and dropped:
+                    output.write_dropped()
+                    raise UserError(_strict(out, dropped))
+                dataset = output.finish(description)
+                shutil.rmtree(output.partial)
+        elif strict and dataset["dropped"]:
+            raise UserError(_strict(out, list(files.read_json_lines(out / "dropped.jsonl"))))
+    except OSError as error:
+        raise UserError(_writing_failed(out, error)) from None
+    return dataset
+
+
+def _read_complete(out: Path, description: dict[str, Any]) -> dict[str, Any] | None:
+    """`dataset.json` of a directory that is complete and was made from this source with these settings."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a directory")
+    names = set(os.listdir(out)) if out.exists() else set()
+    if names and not names & {"dataset.json", ".partial"}:
+        raise UserError(f"--out {out} holds other files, such as {min(names)}; name a new or empty directory")
+    if "dataset.json" not in names:
+        return None
+    dataset = index.read_dataset_json(out)
+    _refuse_other(out, "holds shards", dataset, description)
+    index.read_index([out])  # raises UserError if a file is missing or has another size
+    shutil.rmtree(out / ".partial", ignore_errors=True)  # left by a kill just after dataset.json was written
+    return dataset
+
+
+def _refuse_other(out: Path, holds: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Compares kind, digest and settings, not the name: a source may have been moved or renamed since."""
+    remedy = f"name another --out, or delete {out} first"
+    for name in ("kind", "digest"):
+        if found.get("source", {}).get(name) != wanted["source"][name]:
+            raise UserError(f"{out} {holds} made from another source, or from this one before it changed; {remedy}")
+    for name, value in wanted["settings"].items():
+        other = found.get("settings", {}).get(name)
+        if other != value:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{out} {holds} made with other settings ({option}: {other} there, {value} now); {remedy}")
+
+
+@contextlib.contextmanager
+def _locked(out: Path, description: dict[str, Any]) -> Iterator[None]:
+    """Locks the directory; the system unlocks it when this process ends, however it ends."""
+    partial = out / ".partial"
+    partial.mkdir(parents=True, exist_ok=True)
+    with (partial / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is writing shards to {out}; wait for it or name another --out") from None
+        for aside in partial.glob(".*.tmp"):
+            aside.unlink()  # a run that was killed left it
+        settings = partial / "settings.json"
+        if settings.exists():
+            _refuse_other(out, "holds unfinished shards", files.read_json(settings) or {}, description)
+        else:
+            files.replace_file(settings, json.dumps(description))
+        yield
+
+
+def _writing_failed(out: Path, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return (
+            f"{out}: {error.strerror}; free some space and run the same command again: it keeps every finished shard "
+            "and continues from there"
+        )
+    return f"{out} cannot be written: {error.strerror or error}; name a directory that you may write to with --out"
+
+
+def _summary(dropped: list[dict[str, str]]) -> str:
+    if not dropped:
+        return "it is empty"
+    counts = ", ".join(f"{count:,} x {reason}" for reason, count in count_reasons(dropped).items())
+    first = dropped[0]
+    detail = f": {first['detail']}" if first["detail"] else ""
+    return f"dropped: {counts}; the first is {first['source']} ({first['reason']}{detail})"
+
+
+def _strict(out: Path, dropped: list[dict[str, str]]) -> str:
+    return (
+        f"--strict: the source has utterances that cannot be used; {_summary(dropped)}; {out}/dropped.jsonl lists all; "
+        "mend the source and name a new --out, or run the same command without --strict to leave them out"
+    )
+
+
+# ---- verification ---------------------------------------------------------------------------------------------------
+
+
+def verify(
+    out: Path, workers: int = 1, report: Callable[[int, int], None] = lambda done, shards: None
+) -> dict[str, Any]:
+    """Compares every shard with its checksum and its rows, and decodes every utterance; returns `dataset.json`.
+
+    Raises:
+        UserError: anything differs.
+    """
+    dataset = index.read_dataset_json(out)
+    index.read_index([out])  # compares the checksum of index.parquet, too
+    rows = pyarrow.parquet.read_table(out / "index.parquet").to_pylist()
+    by_shard = {number: list(group) for number, group in itertools.groupby(rows, key=lambda row: row["shard"])}
+    checks = [(out / shard["name"], shard["sha256"], by_shard.get(n, [])) for n, shard in enumerate(dataset["shards"])]
+    faults: list[str] = []
+    with contextlib.closing(in_order(_verify_shard, checks, min(workers, len(checks)))) as results:
+        for done, (_, found) in enumerate(results, start=1):
+            faults += found
+            report(done, len(checks))
+    if faults:
+        raise UserError(
+            f"{out}: {len(faults):,} fault(s), the first: {faults[0]}; delete {out} and shard its source again"
+        )
+    return dataset
+
+
+def _verify_shard(check: tuple[Path, str, list[dict[str, Any]]]) -> list[str]:
+    """Every difference between a shard and its checksum and rows."""
+    path, sha256, rows = check
+    faults = [] if files.sha256_of(path) == sha256 else [f"{path.name}: another checksum"]
+    try:
+        with tarfile.open(path) as tar, path.open("rb") as file:
+            members = {member.name: (member.offset_data, member.size) for member in tar}
+            for row in rows:
+                faults += [f"{path.name}, {row['key']}: {fault}" for fault in _row_faults(row, members, file)]
+    except (OSError, tarfile.TarError) as error:
+        faults.append(f"{path.name}: {error}")
+    if not faults and len(members) != 3 * len(rows):
+        faults.append(f"{path.name}: {len(members)} members for {len(rows)} utterances")
+    return faults
+
+
+def _row_faults(row: dict[str, Any], members: dict[str, tuple[int, int]], file: IO[bytes]) -> Iterator[str]:
+    def content(offset: int, size: int) -> bytes:
+        file.seek(offset)
+        return file.read(size)
+
+    if members.get(f"{row['key']}.flac") != (row["offset"], row["bytes"]):
+        yield "is not where the index says"
+        return
+    if content(*members.get(f"{row['key']}.txt", (0, 0))) != row["text"].encode():
+        yield "has another transcript than the index"
+    packed = pack(Utterance(row["key"], row["key"], "decode only", data=content(row["offset"], row["bytes"])))
+    if packed.reason:
+        yield f"{packed.reason} ({packed.detail})"
+    elif packed.flac is not None or packed.samples != row["samples"]:
+        yield f"decodes to {packed.samples} samples, the index says {row['samples']}"
