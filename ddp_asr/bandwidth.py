@@ -82,7 +82,7 @@ def _measure(sizes_mib: Sequence[int], repeats: int, limit_s: int) -> dict[str, 
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # one message a mistake: torch logs broken sockets on its own
     import torch
 
-    from ddp_asr.ranks.world import join
+    from ddp_asr.ranks.rendezvous import join
 
     # Whatever it waits for: a rank that hangs, a driver that never answers. The default action ends even C code.
     signal.alarm(limit_s)

@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # one message a mistake: torch logs broken sockets on its own
     from ddp_asr.config import Distributed
-    from ddp_asr.ranks.world import RaisedElsewhere, join
+    from ddp_asr.ranks.rendezvous import join
+    from ddp_asr.ranks.world import RaisedElsewhere
 
     world = join(Distributed())
     try:

@@ -111,8 +111,9 @@ def run(config: Config, *, resume: str = "auto", profile_steps: int = 0, mistake
     A `mistake` that this rank has found in the settings is raised once the ranks have met.
     """
     _quiet_torch()
+    from ddp_asr.ranks.rendezvous import join
     from ddp_asr.ranks.signals import StoppedBeforeTraining
-    from ddp_asr.ranks.world import PeerLost, RaisedElsewhere, describe, join
+    from ddp_asr.ranks.world import PeerLost, RaisedElsewhere, describe
     from ddp_asr.training.session import Session
 
     session: Session | None = None

@@ -91,7 +91,7 @@ def train(learner, corpus, settings, epochs=1):
         dump=lambda step, batches: None,
     )
     progress = Progress()
-    trainer = Trainer(learner.world, learner, schedule, hooks, StopRequest(60.0, lambda reason: None))
+    trainer = Trainer(learner.world, learner, schedule, hooks, StopRequest())
     outcome = trainer.run(batches_of(settings, corpus), range(K), progress)
     assert outcome.state == "done"
     return lines, messages, progress

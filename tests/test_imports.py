@@ -47,10 +47,10 @@ NEVER["training.loop"] = UNKNOWN_TO_THE_LOOP | {
 # Not even through what they import: launchers use these on login nodes that have no torch, and `plan` is arithmetic.
 WITHOUT_TORCH = [
     *("errors", "settings", "config", "draws", "data.plan", "data.index", "data.corpus", "text.score"),
-    *("runs.lease", "runs.directory", "ranks.positions"),
+    *("runs.lease", "runs.directory", "ranks.watchdog"),
 ]
 TORCH = {"torch", "torchaudio", "webdataset"}  # webdataset imports torch
-ONLY_IN = {"torch.distributed": {"ranks.world"}, "comet_ml": {"tracking"}, "webdataset": {"data.writer"}}
+ONLY_IN = {"torch.distributed": {"ranks.world", "ranks.rendezvous"}, "comet_ml": {"tracking"}, "webdataset": {"data.writer"}}
 DISTRIBUTIONS = {"yaml": "pyyaml"}  # where a package is imported by another name
 
 

@@ -20,7 +20,7 @@ import pytest
 from ddp_asr.config import Config, load_config
 from ddp_asr.data.index import read_dataset_json
 from ddp_asr.data.sources import openslr
-from ddp_asr.ranks.signals import SIGNALS
+from ddp_asr.ranks.signals import STOP_SIGNALS
 from launch import cluster, job
 from tests import tiny_speech
 from tests.conftest import REPOSITORY
@@ -129,7 +129,7 @@ def test_torchrun_hands_the_trainers_signals_on_in_every_place():
     places = [REPOSITORY / "slurm" / "train.sbatch", REPOSITORY / "Makefile", REPOSITORY / "README.md"]
     for place in places:
         (told,) = set(re.findall(r"\bSIG[A-Z0-9]+(?:,SIG[A-Z0-9]+)+", text(place)))
-        assert set(told.split(",")) == {number.name for number in SIGNALS}, place
+        assert set(told.split(",")) == {number.name for number in STOP_SIGNALS}, place
 
 
 @pytest.mark.skipif(shutil.which("sbatch") is None, reason="asks the parser of sbatch, which is not installed")

@@ -1,6 +1,7 @@
 """A request to stop, however it comes and wherever the rank is: at a boundary, before training, stuck, or alone."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,13 +16,17 @@ from tests.conftest import REPOSITORY
 
 
 def script(body: str, **options) -> subprocess.Popen:
-    """A process with a StopRequest `stop` of half a second's grace, which writes lines."""
+    """A process with a stop request `stop`, of half a second's grace, which writes lines."""
     head = """
         import os, signal, sys, threading, time
-        from ddp_asr.ranks.signals import StopRequest, StoppedBeforeTraining
+        from ddp_asr.ranks.signals import StoppedBeforeTraining
+        from ddp_asr.ranks.watchdog import Watchdog
         def say(text): print(text, flush=True)
-        stop = StopRequest(0.5, lambda reason: say("overdue: " + reason))
-        stop.install()
+        watchdog = Watchdog()
+        watchdog.at(7, "updating")
+        watchdog.on_end = lambda state, reason: say(f"{state}: {reason}")
+        stop = watchdog.stop
+        watchdog.watch_signals(grace_s=0.5)
     """
     code = textwrap.dedent(head) + textwrap.dedent(body)
     return subprocess.Popen(
@@ -63,7 +68,7 @@ def test_a_rank_that_has_lost_its_peers_in_the_setting_up_waits_for_the_signal_t
             stopped = stop.reaches_setting_up(within_s=0)
         stop.wait_for_boundary()
         say(f"{stopped} {stop.reason}, in training {stop.reaches_setting_up(within_s=60)}")
-        stop.dismiss()
+        stop.agreed()
     """)
     assert first_line(process) == "ready\n"
     process.send_signal(signal.SIGTERM)
@@ -121,11 +126,15 @@ def test_a_rank_that_reaches_no_boundary_ends_itself(where):
     tiny.wait_until(lambda: rests(process.pid), "the main thread to block")
     process.send_signal(signal.SIGTERM)
     code, out, err = ended(process)
-    assert code == 1 and out.startswith("overdue: SIGTERM, and no step boundary within distributed.stop_grace_s = 0.5")
-    assert err.count("\n") == 1 and err.startswith("error: SIGTERM, and no step boundary")
+    expected = (
+        r"error: SIGTERM, and no step boundary within distributed.stop_grace_s = 0.5 s; this rank has been at step 7, "
+        r"updating, for \d+ s; started again, the run resumes from its newest checkpoint\n"
+    )
+    assert code == 1 and re.fullmatch(expected, err)
+    assert out == err.replace("error: ", "stopped: ")
 
 
-def test_a_rank_whose_torchrun_has_gone_stops_as_on_sigterm():
+def test_a_rank_whose_torchrun_is_gone_stops_as_on_sigterm():
     """The parent is killed with -9: the child reports to whoever holds the pipe."""
     parent = """
         import os, sys
@@ -136,12 +145,12 @@ def test_a_rank_whose_torchrun_has_gone_stops_as_on_sigterm():
         os.kill(os.getpid(), 9)
     """
     child = """
-            from ddp_asr.ranks.signals import StopRequest, StoppedBeforeTraining
+            from ddp_asr.ranks.signals import StoppedBeforeTraining
+            from ddp_asr.ranks.watchdog import Watchdog
             import threading
             os.environ["TORCHELASTIC_RUN_ID"] = "by torchrun"
             try:
-                stop = StopRequest(20, print)
-                stop.install()
+                Watchdog().watch_signals(grace_s=20)
                 os.write(writing, b"x")
                 threading.Event().wait(60)
             except StoppedBeforeTraining as early:

@@ -11,7 +11,8 @@ import torch
 
 from ddp_asr.config import Distributed
 from ddp_asr.errors import UserError
-from ddp_asr.ranks.world import World, _place, join, without_sync
+from ddp_asr.ranks.rendezvous import join, place
+from ddp_asr.ranks.world import World, without_sync
 from tests import tiny_training as tiny
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -26,8 +27,8 @@ def environment(**changes):
 
 
 def test_the_place_comes_from_the_environment():
-    assert _place(environment()) == (1, 4, 1)
-    assert _place({}) == (0, 1, 0)
+    assert place(environment()) == (1, 4, 1)
+    assert place({}) == (0, 1, 0)
 
 
 @pytest.mark.parametrize(
@@ -40,12 +41,12 @@ def test_the_place_comes_from_the_environment():
         ({"RANK": None}, r"^RANK not set beside"),
         ({"RANK": "one"}, r"^RANK=one, WORLD_SIZE=4, LOCAL_RANK=1 must be whole numbers$"),
         ({"RANK": "4"}, r"^RANK = 4 must lie between 0 and WORLD_SIZE - 1 = 3$"),
-        ({"LOCAL_RANK": "-1"}, r"must lie between"),
+        ({"LOCAL_RANK": "-1"}, r"^LOCAL_RANK = -1 must be 0 or more$"),
     ],
 )
 def test_a_broken_environment_is_named(changes, expected):
     with pytest.raises(UserError, match=expected):
-        _place(environment(**changes))
+        place(environment(**changes))
 
 
 def test_a_port_in_use_is_named(monkeypatch):
@@ -60,8 +61,8 @@ def test_a_port_in_use_is_named(monkeypatch):
 
 
 def test_peers_that_do_not_come_are_waited_for_as_long_as_set(monkeypatch):
-    place = environment(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_PORT=str(tiny.free_port()))
-    for name, value in place.items():
+    variables = environment(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_PORT=str(tiny.free_port()))
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"rank 0 could not meet the other 1 rank\(s\) at 127.0.0.1:\d+"):
         join(Distributed(timeout_s=1))

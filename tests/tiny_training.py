@@ -31,6 +31,7 @@ import soundfile
 import torch
 import yaml
 
+from ddp_asr.ranks.signals import STOP_SIGNALS
 from ddp_asr.runs import checkpoint
 from tests import tiny_encoders
 from tests.conftest import REPOSITORY
@@ -201,7 +202,8 @@ class Torchrun:
 
     def __init__(self, arguments: Sequence[str], processes: int, module: str = "ddp_asr.train") -> None:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2", "-m", module, *arguments]
+        signals = ",".join(number.name for number in STOP_SIGNALS)
+        command += [f"--signals-to-handle={signals}", "-m", module, *arguments]
         self.processes = processes
         self.popen = subprocess.Popen(
             command,

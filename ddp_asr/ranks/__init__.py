@@ -1,1 +1,10 @@
-"""The processes of a run: who they are, how they communicate, how they stop."""
+"""The processes of a run: which rank this one is, how ranks meet, communicate, stop, and notice that one is gone.
+
+    rendezvous  place from the environment -> store -> process group -> World
+    world       the few collectives of a run; the only user of torch.distributed besides rendezvous
+    watchdog    a thread per rank: posts its step and phase, reads those of the others, ends a process that is stuck
+    suspects    the posts of all ranks -> the rank to blame
+    signals     the signals that ask a run to stop
+
+Only `world` and `rendezvous` import torch.
+"""

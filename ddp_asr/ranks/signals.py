@@ -1,115 +1,78 @@
-"""A request to stop, wherever it comes from: a signal (`SIGNALS`), Ctrl-C among them, or a launcher that is gone.
+"""The signals that ask a run to stop, and the request that they make.
 
-    stop = StopRequest(grace_s=20, on_overdue=write_status)     # which may have more to say, for the last sentence
-    stop.install()
-    ...                      # until here a signal raises StoppedBeforeTraining in the main thread
-    stop.wait_for_boundary()
-    stop.agreed()            # at a step boundary: a rank had a `stop.reason`, and all ranks know it
+    stop.install(wakeup)          # from here on a signal raises StoppedBeforeTraining in the main thread
+    stop.wait_for_boundary()      # from here on a signal only sets `stop.reason`
+    stop.agreed()                 # at a step boundary: all ranks know of the stop, which may now take its time
 
-A Python handler cannot run while the main thread is inside a collective, so signals are also read from the wake-up
-descriptor by a thread. It ends a rank that reaches no step boundary within `grace_s` of a signal, which is how a rank
-ends whose peers have died without closing their sockets. The same thread watches the parent: torchrun killed with -9
-leaves its ranks alive, and they stop as on SIGTERM.
+The watchdog (watchdog.py) ends the process if that boundary does not come in time.
 """
 
-import os
-import select
+import contextlib
 import signal
 import socket
-import sys
-import threading
-from collections.abc import Callable
+import time
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-_PARENT_POLL_S = 1.0
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 class StoppedBeforeTraining(BaseException):
-    """A signal came while the run was still being set up; nothing is lost by ending at once."""
+    """A signal came before the first step; nothing is lost if the process ends at once."""
 
 
 class StopRequest:
-    """Whether, and why, this rank has been asked to stop."""
+    """Whether, why and since when this rank has been asked to stop."""
 
-    def __init__(self, grace_s: float, on_overdue: Callable[[str], str | None]) -> None:
+    def __init__(self) -> None:
         self.reason: str | None = None
-        self._grace_s = grace_s
-        self._on_overdue = on_overdue
-        self._at_once = self._setting_up = True
-        self._asked = threading.Event()
-        self._answered = threading.Event()
-        # Only torchrun is worth watching: a shell may well end before the run that it has started in the background.
-        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._requested_s = 0.0
+        self._handled = False
+        self._raises = self._before_training = True
 
-    def install(self) -> None:
-        """Takes the signals over and starts the thread. Call it once, in the main thread."""
-        ours, theirs = socket.socketpair()
-        for end in (ours, theirs):
-            end.setblocking(False)
-        signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-        self._wakeup = theirs  # kept alive: the descriptor closes with the object
-        for number in SIGNALS:
-            # `nohup` has a hang-up ignored, and means it.
+    def install(self, wakeup: socket.socket) -> None:
+        """Installs the signal handlers, in the main thread.
+
+        Python runs a handler only between two instructions of the main thread, so never inside a collective. Python
+        therefore also writes the signal's number to `wakeup`, from which the watchdog's thread reads it.
+        """
+        signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+        for number in STOP_SIGNALS:
+            # Under nohup SIGHUP is ignored, so that the run outlives its terminal.
             if not (number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN):
                 signal.signal(number, self._handle)
-        threading.Thread(target=self._watch, args=(ours,), name="stop request", daemon=True).start()
-
-    def wait_for_boundary(self) -> None:
-        """From now on a signal waits for the next step boundary."""
-        self._at_once = self._setting_up = False
-
-    def reaches_setting_up(self, within_s: float) -> bool:
-        """Whether this rank, still being set up, is asked to stop now or within a moment.
-
-        A signal ends one rank after the other: those that are still waiting for a peer see it gone first.
-        """
-        if not self._setting_up:
-            return False
-        try:
-            return self.reason is not None or self._asked.wait(within_s)
-        except StoppedBeforeTraining:
-            return True
-
-    def agreed(self) -> None:
-        """All ranks know of the stop, at a step boundary: from here on it takes as long as it takes."""
-        self._answered.set()
-
-    def dismiss(self) -> None:
-        """The run has ended: a signal that comes now finds nothing left to stop."""
-        self._at_once = False
-        self._answered.set()
-
-    def request(self, reason: str) -> None:
-        """Asks for a stop; the first reason stays."""
-        if self.reason is None:
-            self.reason = reason
-            self._asked.set()
-            threading.Thread(target=self._end_when_overdue, name="stop grace", daemon=True).start()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.request(signal.Signals(number).name)
-        if self._at_once:
-            self._at_once = False  # a second signal during the clean-up must not break it
-            self._answered.set()
+        if self._raises:
+            self.agreed()  # a second signal must not interrupt the clean-up
             raise StoppedBeforeTraining(self.reason)
 
-    def _watch(self, wakeup: socket.socket) -> None:
-        while True:
-            if select.select([wakeup], [], [], _PARENT_POLL_S)[0]:
-                for number in wakeup.recv(64):
-                    if number in SIGNALS:
-                        self.request(signal.Signals(number).name)
-            if self._launcher not in (None, os.getppid()) and self.reason is None:
-                self.request("torchrun is gone")
-                os.kill(os.getpid(), signal.SIGTERM)  # as on SIGTERM, handler included
+    def request(self, reason: str) -> None:
+        """Asks for a stop; the first reason is kept."""
+        if self.reason is None:
+            self._requested_s = time.monotonic()
+            self.reason = reason
 
-    def _end_when_overdue(self) -> None:
-        if self._answered.wait(self._grace_s):
-            return
-        reason = f"{self.reason}, and no step boundary within distributed.stop_grace_s = {self._grace_s:g} s"
-        try:
-            reason = self._on_overdue(reason) or reason
-        finally:
-            print(f"error: {reason}; resumes from the newest checkpoint", file=sys.stderr, flush=True)
-            os._exit(1)
+    @property
+    def pending_s(self) -> float:
+        """Seconds since a stop was asked for; 0 if none was, or if it takes place."""
+        return 0.0 if self.reason is None or self._handled else time.monotonic() - self._requested_s
+
+    def wait_for_boundary(self) -> None:
+        """Training begins: from now on a stop takes place at the next step boundary."""
+        self._raises = self._before_training = False
+
+    def reaches_setting_up(self, within_s: float) -> bool:
+        """Whether training has not begun and a stop is asked for, now or within `within_s`.
+
+        A signal ends one rank after another, so a rank may lose its peers just before its own signal comes.
+        """
+        deadline_s = time.monotonic() + within_s
+        with contextlib.suppress(StoppedBeforeTraining):
+            while self._before_training and self.reason is None and time.monotonic() < deadline_s:
+                time.sleep(0.02)
+        return self._before_training and self.reason is not None
+
+    def agreed(self) -> None:
+        """The stop takes place, or the run has ended: time no longer counts, and a signal has no further effect."""
+        self._raises, self._handled = False, True

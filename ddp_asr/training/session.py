@@ -36,7 +36,6 @@ from ddp_asr.features.log_mel import LogMel
 from ddp_asr.files import finite
 from ddp_asr.model import AcousticModel, count_parameters, make_model
 from ddp_asr.objective import Objective
-from ddp_asr.ranks.signals import StopRequest
 from ddp_asr.ranks.world import World
 from ddp_asr.recognition.evaluation import gather, recognise
 from ddp_asr.recognition.recogniser import Recogniser, make_recogniser
@@ -69,14 +68,14 @@ class Session:
         self.checkpoint_saved: bool | None = None  # see RunDirectory.status
         self.steps_per_epoch = 0  # until the plan says it
         self.total_steps: int | None = None  # as soon as the plan says it
-        world.positions.report_to(self._lost, self._note)
-        self.stop = StopRequest(config.distributed.stop_grace_s, self._overdue)
+        self.stop = world.positions.stop
+        world.positions.on_end, world.positions.on_long_wait = self._ended_by_watchdog, self._note
 
     def open(self) -> None:
         """Takes the signals over, and the run directory, or raises on every rank the UserError of any."""
         world, config = self.world, self.config
         world.at(0, "taking the run directory")
-        self.stop.install()
+        world.positions.watch_signals(config.distributed.stop_grace_s)
         if world.world_size > config.batch.micro_batches:
             world.together(partial(share, config.batch.micro_batches, 0, world.world_size))
         precision = world.together(lambda: resolve(config.train.precision, world.device))
@@ -474,15 +473,10 @@ class Session:
             told.append(f"{len(progress.bad_keys)} utterance(s) no longer readable: {', '.join(progress.bad_keys)}")
         return ", ".join(told)
 
-    def _overdue(self, reason: str) -> str:
-        explained = "; ".join(filter(None, (reason, self.world.positions.explain())))
-        self._status("stopped", explained, retry=True)
-        return explained
-
-    def _lost(self, sentence: str) -> None:
-        """The others no longer come, and this process is about to end itself."""
+    def _ended_by_watchdog(self, state: str, sentence: str) -> None:
+        """Called by the watchdog's thread just before it ends this process."""
         self._note(sentence)
-        self._status("failed", sentence, retry=True)
+        self._status(state, sentence, retry=True)
 
     def _note(self, words: str) -> None:
         if self.log is not None:
@@ -490,7 +484,7 @@ class Session:
 
     def end(self, state: str, reason: str, *, retry: bool) -> None:
         """Closes what is open, says how the attempt ended and gives the directory free; never hides an error."""
-        self.stop.dismiss()
+        self.stop.agreed()
         failed = state == "failed"
         if not failed:
             self.message(f"{state} at step {self.progress.step}: {reason}; {self._account()}")

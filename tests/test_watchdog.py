@@ -1,4 +1,4 @@
-"""Who is to blame when a collective fails: by the rules alone, by threads on a store of our own, and by real ranks."""
+"""The watchdog of a rank: on a store of our own, with its threads, and in real ranks of which one dies or hangs."""
 
 import os
 import re
@@ -10,162 +10,52 @@ import threading
 import time
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from ddp_asr.ranks import positions
-from ddp_asr.ranks.positions import Alone, End, Positions, Post, Seen, find_suspect
+from ddp_asr.ranks import watchdog
+from ddp_asr.ranks.watchdog import Watchdog
 from tests import tiny_training as tiny
 from tests.conftest import REPOSITORY
 
 HOST = re.escape(socket.gethostname())
 
 
-# ---- the rules -----------------------------------------------------------------------------------------------------
-
-
-def post(rank: int, step: int = 120, phase: str = "reducing", waiting: bool = True, **more) -> Post:
-    return Post(rank, f"node{rank // 2}", step, phase, waiting, **{"for_s": 30.0, "number": 99, **more})
-
-
-def seen(*posts: Post, silent_s: dict[int, float] | None = None) -> dict[int, Seen]:
-    """All of them heard a second ago, but for those that have been silent."""
-    silent = silent_s or {}
-    return {each.rank: Seen(each, silent.get(each.rank, 0.0), 1.0 + silent.get(each.rank, 0.0)) for each in posts}
-
-
-def blamed(known: dict[int, Seen], me: int = 0, store_gone: bool = False, world_size: int = 4) -> str:
-    return find_suspect(known, known[me].post, world_size, store_gone=store_gone).words
-
-
-def everyone(*different: Post) -> list[Post]:
-    """Four ranks on two hosts, waiting in the same place, but for those given."""
-    return sorted(
-        [*different, *(post(rank) for rank in set(range(4)) - {each.rank for each in different})], key=rank_of
-    )
-
-
-def rank_of(each: Post) -> int:
-    return each.rank
-
-
-def test_a_rank_that_fell_silent_is_named_with_host_step_and_phase():
-    known = seen(*everyone(post(3, phase="waiting for data", waiting=False)), silent_s={3: 33.0})
-    assert blamed(known) == "rank 3 on node1 was last seen 34 s ago at step 120, waiting for data"
-
-
-def test_a_host_that_fell_silent_is_named_once():
-    known = seen(*everyone(), silent_s={2: 33.0, 3: 33.0})
-    assert blamed(known) == "ranks 2, 3 on node1 were last seen 34 s ago at step 120, reducing"
-
-
-def test_of_two_that_fell_silent_the_first_is_to_blame():
-    """The other one died of it, for instance."""
-    known = seen(*everyone(), silent_s={1: 20.0, 3: 33.0})
-    assert blamed(known).startswith("rank 3 on node1 was last seen 34 s ago")
-
-
-def test_a_rank_that_others_wait_for_is_named():
-    known = seen(*everyone(post(1, phase="waiting for data", waiting=False)))
-    assert blamed(known) == (
-        "rank 1 on node0 has been at step 120, waiting for data, for 31 s while others wait for it"
-    )
-    behind = seen(*everyone(post(1, step=119), post(2, phase="updating", waiting=False)))
-    assert blamed(behind).startswith("rank 1 on node0 has been at step 119, reducing")
-
-
-def test_a_rank_that_said_why_it_ended_comes_before_all_else():
-    ended = post(2, step=119, phase="waiting for data", waiting=False, ended=End("the disk is full"))
-    known = seen(*everyone(ended), silent_s={1: 60.0})
-    assert blamed(known) == "rank 2 on node1 ended at step 119, waiting for data (the disk is full)"
-
-
-def test_when_the_store_is_gone_so_is_rank_0():
-    words = "rank 0 on node0, or its host, no longer answers and was last seen 1 s ago at step 120, reducing"
-    assert blamed(seen(*everyone()), me=3, store_gone=True) == words
-    assert blamed(seen(post(3)), me=3, store_gone=True) == "rank 0, or its host, no longer answers"
-    # A dead store silences everybody, and one that was silent before is still the cause.
-    known = seen(*everyone(), silent_s={2: 33.0})
-    assert blamed(known, me=3, store_gone=True).startswith("rank 2 on node1 was last seen")
-
-
-def test_those_that_gave_up_before_say_whom_they_blame():
-    gave_up = post(0, ended=End("rank 1 on node0 was last seen 3 s ago", lost=True, blames=1))
-    known = seen(*everyone(gave_up, post(1, phase="updating", waiting=False)))
-    # Rank 0 has ended, and the store with it.
-    for rank in (2, 3):
-        assert blamed(known, me=rank, store_gone=True) == "rank 1 on node0 was last seen 3 s ago"
-    assert blamed(known, me=1, store_gone=True) == "rank 0 on node0 gave this rank up at step 120, reducing"
-
-
-def test_where_all_are_well_nobody_is_named():
-    found = find_suspect(seen(*everyone()), post(0), 4, store_gone=False)
-    assert found.rank is None and not found.certain
-    assert found.words == "all ranks still answer, this one at step 120, reducing: the network may be to blame"
-
-
-def test_a_rank_that_never_posted_is_named():
-    assert blamed(seen(post(0), post(1), post(2))) == "rank 3 has never told where it is"
-
-
-PHASES = st.sampled_from(["waiting for data", "forward and backward of micro-batch 3", "updating"])
-
-
-@given(st.data())
-def test_one_rank_that_misbehaves_is_named_by_all_others(data):
-    """Whatever else the others, who wait for it, have been doing and whenever they last posted."""
-    world_size = data.draw(st.integers(2, 8), "W")
-    bad = data.draw(st.integers(0, world_size - 1), "the bad rank")
-    kind = data.draw(st.sampled_from(["silent", "ended", "late", "behind"]), "what it does")
-    step = data.draw(st.integers(1, 10**6), "step")
-    stands = data.draw(st.floats(0, 1e5), "for so long")
-    posts = [post(rank, step, for_s=data.draw(st.floats(0, 1e5))) for rank in range(world_size)]
-    silence_s = {rank: data.draw(st.floats(0, 3.9)) for rank in range(world_size)}
-    waiting = kind in ("silent", "behind") and data.draw(st.booleans())
-    posts[bad] = post(
-        bad,
-        step - (kind == "behind"),
-        data.draw(PHASES),
-        waiting,
-        for_s=stands,
-        ended=End("it fell over") if kind == "ended" else End(),
-    )
-    if kind == "silent":
-        silence_s[bad] = data.draw(st.floats(4.0, 1e5))
-    for me in set(range(world_size)) - {bad}:
-        known = seen(*posts, silent_s=silence_s)
-        found = find_suspect(known, posts[me], world_size, store_gone=False)
-        assert found.rank == bad and f"rank {bad} on node{bad // 2} " in found.words
-        assert f"at step {posts[bad].step}, {posts[bad].phase}" in found.words
-        assert found.certain == (kind in ("silent", "ended"))
-
-
-@given(st.text(), st.text(), st.integers(0, 10**9), st.booleans(), st.none() | st.integers(0, 99))
-def test_a_post_comes_back_as_it_went(phase, words, step, flag, blames):
-    sent = post(1, step, phase, flag, ended=End(words, flag, blames))
-    assert Post.decode(sent.encode().encode()) == sent
-
-
 # ---- posts on a store ----------------------------------------------------------------------------------------------
 
 
 class DictStore:
-    """A store that holds what it is given; one that is told to fail does."""
+    """A store that waits for missing keys, as torch's does; it can be told to fail, and to return no more."""
 
     def __init__(self) -> None:
         self.values: dict[str, bytes] = {}
         self.fails = False
+        self.returns = threading.Event()
+        self.returns.set()
+        self._changed = threading.Condition()
 
     def set(self, key: str, value: str) -> None:
         if self.fails:
             raise RuntimeError("Broken pipe")
-        self.values[key] = value.encode()
-
-    def check(self, keys: list[str]) -> bool:
-        return all(key in self.values for key in keys)
+        with self._changed:
+            self.values[key] = value.encode()
+            self._changed.notify_all()
 
     def multi_get(self, keys: list[str]) -> list[bytes]:
-        return [self.values[key] for key in keys]  # the real one would wait for a key that is missing
+        self.returns.wait()
+        with self._changed:
+            if not self._changed.wait_for(lambda: all(key in self.values for key in keys), tiny.LIMIT_S):
+                raise RuntimeError("wait timeout")
+            return [self.values[key] for key in keys]
+
+
+def met(ranks: list[Watchdog]) -> list[Watchdog]:
+    """The ranks, once each has posted and read the posts of the others."""
+    threads = [threading.Thread(target=each.exchange) for each in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(tiny.LIMIT_S)
+        assert not thread.is_alive()
+    return ranks
 
 
 class Clock:
@@ -183,48 +73,50 @@ def clock():
 
 @pytest.fixture
 def ranks(clock):
-    """Three ranks that have posted nothing yet; no threads."""
+    """Three ranks that have met; no threads."""
     store = DictStore()
-    return [Positions(rank, 3, store, 600.0, keeps_store=rank == 0, clock=clock) for rank in range(3)]
+    return met([Watchdog(rank, 3, store, 600.0, keeps_store=rank == 0, clock=clock) for rank in range(3)])
 
 
-def test_silence_is_reckoned_by_the_readers_clock_alone(ranks, clock):
-    for each in ranks:
+def test_a_rank_waits_for_the_first_posts_of_all():
+    store = DictStore()
+    both = [Watchdog(rank, 2, store, 600.0) for rank in range(2)]
+    first = threading.Thread(target=both[0].exchange)
+    first.start()
+    tiny.wait_until(lambda: store.values, "the first post")
+    first.join(0.1)
+    assert first.is_alive() and both[0].seen() == {}
+    both[1].exchange()
+    first.join(tiny.LIMIT_S)
+    assert list(both[0].seen()) == list(both[1].seen()) == [0, 1]
+
+
+def test_silence_is_measured_by_the_readers_clock_alone(ranks, clock):
+    for each in [*ranks[1:], ranks[0]]:
         each.at(7, "updating")
-        each.post()
-    ranks[0].read()
+        each.exchange()
     for _ in range(20):
         clock.now_s += 2.0
-        ranks[1].post()
-        ranks[0].read()
+        ranks[1].exchange()
+        ranks[0].exchange()
     assert [round(ranks[0].seen()[rank].silent_s) for rank in (1, 2)] == [0, 40]
-    clock.now_s += 5.0  # in which the store was not asked: nobody falls silent by that
+    clock.now_s += 5.0  # the store is not asked meanwhile: no rank becomes silent by that
     assert [round(ranks[0].seen()[rank].silent_s) for rank in (1, 2)] == [0, 40]
     assert ranks[0].suspect().words.endswith("was last seen 45 s ago at step 7, updating")
 
 
-def test_ranks_that_have_not_posted_yet_are_not_waited_for(ranks):
-    ranks[1].post()
-    ranks[0].read()
-    assert list(ranks[0].seen()) == [1]
-
-
-def test_a_collective_that_failed_names_whom_it_waited_for(ranks, clock, monkeypatch):
+def test_a_collective_that_failed_names_the_rank_that_it_waited_for(ranks, clock, monkeypatch):
     def a_moment_passes(seconds):
         clock.now_s += seconds
-        for each in ranks:
-            each.post()
-        ranks[0].read()
+        for each in ranks[::-1]:
+            each.exchange()
 
-    monkeypatch.setattr(positions.time, "sleep", a_moment_passes)
+    monkeypatch.setattr(watchdog.time, "sleep", a_moment_passes)
     for each in ranks:
         each.at(8, "forward and backward of micro-batch 2")
     for each in ranks[:2]:
         each.meet("reducing the gradients")
-    clock.now_s += 60.0
-    for each in ranks:
-        each.post()
-    ranks[0].read()
+    a_moment_passes(60.0)
     sentence = ranks[0].lose("Timed out waiting 60000ms", timed_out=True)
     assert re.fullmatch(
         rf"rank 0 of 3 lost the others \(no answer within distributed\.timeout_s = 600 s\): rank 2 on {HOST} has been "
@@ -232,11 +124,10 @@ def test_a_collective_that_failed_names_whom_it_waited_for(ranks, clock, monkeyp
         r"host there; started again, the run resumes from its newest checkpoint",
         sentence,
     )
-    # The others read whom it blamed; the one that is blamed reads who gave it up.
-    ranks[0].say_end(sentence)
-    ranks[0].post()
-    for each in ranks[1:]:
-        each.read()
+    # The others read which rank it blames; the one that is blamed reads which rank gave it up.
+    ranks[0]._set_end(sentence)
+    for each in ranks:
+        each.exchange()
     assert ranks[1].suspect().rank == 2 and ranks[1].suspect().certain
     assert (
         ranks[2].suspect().words
@@ -244,11 +135,28 @@ def test_a_collective_that_failed_names_whom_it_waited_for(ranks, clock, monkeyp
     )
 
 
-def test_a_rank_explains_where_it_is_or_whom_it_waits_for(ranks, clock):
-    for each in ranks:
+def test_after_a_time_out_a_rank_that_arrives_late_is_still_the_one_to_blame(ranks, clock, monkeypatch):
+    for each in ranks[:2]:
         each.at(8, "updating")
-        each.post()
-    ranks[0].read()
+        each.meet("reducing")
+
+    def rank_2_arrives(seconds):
+        clock.now_s += seconds
+        ranks[2].at(8, "updating")
+        ranks[2].meet("reducing")
+        for each in ranks[::-1]:
+            each.exchange()
+
+    for each in ranks[::-1]:
+        each.exchange()
+    monkeypatch.setattr(watchdog.time, "sleep", rank_2_arrives)
+    assert f"rank 2 on {socket.gethostname()} has been at step 0" in ranks[0].lose("Timed out", timed_out=True)
+
+
+def test_a_rank_explains_where_it_is_or_which_rank_it_waits_for(ranks, clock):
+    for each in ranks[::-1]:
+        each.at(8, "updating")
+        each.exchange()
     clock.now_s += 3.0
     assert ranks[0].explain() == "this rank has been at step 8, updating, for 3 s"
     ranks[0].meet("reducing")
@@ -257,16 +165,18 @@ def test_a_rank_explains_where_it_is_or_whom_it_waits_for(ranks, clock):
     assert ranks[0].explain() == "this rank has been at step 8, reducing, for 0 s"
 
 
-def test_alone_nobody_is_told_and_nothing_runs():
-    alone = Alone()
+def test_a_single_process_waits_for_nobody_and_has_no_thread(clock):
     before = threading.active_count()
+    alone = Watchdog(clock=clock)
     alone.at(1, "reducing")
     alone.meet()
+    clock.now_s += 5.0
+    assert alone.explain() == "this rank has been at step 1, reducing, for 5 s"
     alone.met()
     alone.farewell("it fell over")
     alone.linger()
     alone.close()
-    assert alone.explain() == "" and threading.active_count() == before and vars(alone) == {}
+    assert threading.active_count() == before
 
 
 # ---- threads -------------------------------------------------------------------------------------------------------
@@ -274,28 +184,27 @@ def test_alone_nobody_is_told_and_nothing_runs():
 
 @pytest.fixture
 def started():
-    """Two ranks on a store, with their threads and a limit of a second; `ended` holds the ranks that gave up."""
+    """Two ranks on a store, with their threads and a limit of a second; `ended` holds what would end a process."""
     store, ended = DictStore(), []
 
-    class Watched(Positions):
-        def _give_up(self, stuck_s: float) -> None:
-            if self._claim():
-                ended.append((self.rank, stuck_s))
+    class Watched(Watchdog):
+        def _report_and_exit(self, state: str, sentence: str) -> None:
+            ended.append((self.rank, state, sentence))
 
-    both = [Watched(rank, 2, store, 1.0, keeps_store=rank == 0, grace_s=0.5) for rank in range(2)]
+    both = met([Watched(rank, 2, store, 1.0, keeps_store=rank == 0, backend_grace_s=0.5) for rank in range(2)])
     for each in both:
         each.start()
     yield both, store, ended
+    store.returns.set()
     for each in both:
         each.close()
-    names = {thread.name for thread in threading.enumerate()}
-    assert not {name for name in names if name.startswith("positions")}
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("watchdog")]
 
 
-def test_posts_go_round_until_the_store_is_gone(started):
+def test_posts_go_round_until_the_store_fails(started):
     (first, second), store, _ = started
     second.at(5, "updating")
-    tiny.wait_until(lambda: 1 in first.seen() and first.seen()[1].post.step == 5, "the post")
+    tiny.wait_until(lambda: first.seen()[1].post.step == 5, "the post")
     assert not first.store_gone() and first.suspect().rank is None
     store.fails = True
     tiny.wait_until(lambda: first.store_gone() and second.store_gone(), "the loss")
@@ -303,15 +212,27 @@ def test_posts_go_round_until_the_store_is_gone(started):
     assert second.suspect().words.startswith(f"rank 0 on {socket.gethostname()}, or its host, no longer answers")
 
 
-def test_a_rank_that_waits_too_long_is_ended_and_one_that_works_is_not(started):
+def test_a_store_that_never_returns_does_not_block_the_watchdog(started):
+    (_, second), store, ended = started
+    store.returns.clear()
+    second.meet("reducing")
+    tiny.wait_until(lambda: ended, "the end")
+    (rank, state, sentence) = ended[0]
+    assert (rank, state) == (1, "failed") and second.store_gone()
+    assert f"rank 0 on {socket.gethostname()}, or its host, no longer answers" in sentence
+
+
+def test_a_rank_that_waits_too_long_is_ended_once_and_one_that_works_is_not(started):
     (first, second), _, ended = started
     notes: list[str] = []
-    first.report_to(lambda sentence: None, notes.append)
+    first.on_long_wait = notes.append
     second.at(5, "copying shards")
     first.at(5, "copying shards")
     first.meet()
-    tiny.wait_until(lambda: ended, "the end")
-    assert [(rank, 1.5 <= stuck_s < 60) for rank, stuck_s in ended] == [(0, True)]
+    tiny.wait_until(lambda: first._end.reason and second.seen()[0].post.ended.reason, "the end")
+    # The other one may follow: it does not move either, and now a rank has ended.
+    assert ended[0][:2] == (0, "failed") and [rank for rank, _, _ in ended].count(0) == 1
+    assert "lost the others (no answer within distributed.timeout_s = 1 s): rank 1 on" in ended[0][2]
     assert len(notes) == 1 and re.search(r"^has waited for \d s at step 5, copying shards: rank 1 on", notes[0])
 
 
@@ -324,33 +245,49 @@ def test_a_rank_that_moves_is_never_ended(started):
     assert ended == []
 
 
-def test_once_the_others_have_ended_a_rank_that_is_stuck_ends_too(started):
+def test_once_another_rank_has_ended_a_rank_that_is_stuck_ends_too(started):
     (first, second), _, ended = started
     second.at(5, "forward and backward of micro-batch 1")
     first.farewell("it fell over")
     tiny.wait_until(lambda: ended, "the end")
-    assert [rank for rank, _ in ended] == [1]
-    assert second.suspect().words.endswith("(it fell over)")
+    ((rank, state, sentence),) = ended
+    assert (rank, state) == (1, "failed") and "(it fell over); look at the log" in sentence
+    assert "(stuck at step 5, forward and backward of micro-batch 1): rank 0 on" in sentence
 
 
-def test_only_one_thread_speaks_for_a_rank(started):
+def test_a_pending_stop_ends_a_rank_that_waits_and_names_the_one_it_waits_for(started):
+    (first, second), _, ended = started
+    first._stop_grace_s = 0.3
+    second.at(5, "copying shards")
+    first.at(5, "copying shards")
+    first.meet()
+    tiny.wait_until(lambda: first.seen()[1].post.step == 5, "the post")
+    first.stop.request("SIGTERM")
+    tiny.wait_until(lambda: ended, "the end")
+    ((rank, state, sentence),) = ended
+    assert (rank, state) == (0, "stopped")
+    assert sentence.startswith("SIGTERM, and no step boundary within distributed.stop_grace_s = 0.3 s; rank 1 on")
+    assert second.suspect().rank in (None, 1)  # nobody blames rank 0 for it
+
+
+def test_only_one_thread_reports_how_a_rank_ends(started):
     (first, _), _, _ = started
     held = threading.Thread(target=first.farewell, args=("second",), daemon=True)
     first.farewell("first")
     held.start()
     held.join(0.3)
-    assert held.is_alive() and first._end.words == "first"
+    assert held.is_alive() and first._end.reason == "first"
 
 
-def test_the_keeper_of_the_store_stays_until_the_others_have_read_why(started):
+def test_the_rank_that_keeps_the_store_stays_until_the_others_have_read_why(started):
     (first, second), _, _ = started
     first.linger()  # without a farewell there is nothing to read
     first.farewell("it fell over")
     first.linger()
-    assert second.seen()[0].post.ended.words == "it fell over"
+    assert second.seen()[0].post.ended.reason == "it fell over"
     second.farewell("it, too")
-    tiny.wait_until(lambda: first.seen()[1].post.ended.words, "the answer")
-    assert not first._is_awaited()
+    tiny.wait_until(lambda: first.seen()[1].post.ended.reason, "the answer")
+    assert not first._has_readers()
 
 
 # ---- real ranks ----------------------------------------------------------------------------------------------------
@@ -374,7 +311,7 @@ def assert_named(ranks: tiny.Ranks, survivors: list[int], codes: tuple[int, ...]
     for rank in survivors:
         said = sentences(ranks.logs[rank])
         assert len(said) == 1 and "Traceback" not in ranks.logs[rank].read_text(), ranks.output
-        assert re.fullmatch(rf"rank {rank} of 3 lost the others \(.*\): {pattern}; {positions.ADVICE}", said[0]), said
+        assert re.fullmatch(rf"rank {rank} of 3 lost the others \(.*\): {pattern}; {watchdog.ADVICE}", said[0]), said
     return said[0] if survivors[-1] == 0 else sentences(ranks.logs[survivors[0]])[0]
 
 
@@ -437,7 +374,7 @@ def test_rank_0_is_named_when_the_store_goes_with_it(held, tmp_path, how):
 
 
 @pytest.mark.slow
-def test_where_the_backend_never_comes_back_the_watch_ends_the_rank(held, tmp_path):
+def test_where_the_backend_never_returns_the_watchdog_ends_the_rank(held, tmp_path):
     """As with NCCL: the collective does not return. The one that hangs ends, too, once the others have."""
     ranks = held(1, patient_backend)
     sentence = assert_named(
@@ -455,13 +392,13 @@ def patient_backend() -> None:
 
     import torch.distributed as dist
 
-    from ddp_asr.ranks import world as distributed
+    from ddp_asr.ranks import rendezvous
 
     def initialise(*arguments, before=dist.init_process_group, **named):
         return before(*arguments, **{**named, "timeout": datetime.timedelta(minutes=10)})
 
     dist.init_process_group = initialise
-    distributed._GLOO_GRACE_S = 0.0
+    rendezvous._GLOO_GRACE_S = 0.0
 
 
 @pytest.mark.slow
@@ -523,7 +460,7 @@ def test_the_real_command_says_one_sentence_and_nothing_else(tiny_corpus, tmp_pa
             process.communicate()
     assert both[1].returncode == 2
     assert re.fullmatch(
-        rf"error: rank 1 of 2 lost the others \(.*\): rank 0 on {HOST}.* was last seen .*; {positions.ADVICE}\n", said
+        rf"error: rank 1 of 2 lost the others \(.*\): rank 0 on {HOST}.* was last seen .*; {watchdog.ADVICE}\n", said
     )
 
 
