@@ -5,20 +5,20 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddp_asr.ranks.suspects import End, Post, Seen, find_suspect
+from ddp_asr.ranks.suspects import End, LastPost, Post, find_suspect
 
 
 def post(rank: int, step: int = 120, phase: str = "reducing", waiting: bool = True, **more) -> Post:
     return Post(rank, f"node{rank // 2}", step, phase, waiting, **{"for_s": 30.0, "number": 99, **more})
 
 
-def seen(*posts: Post, silent_s: dict[int, float] | None = None) -> dict[int, Seen]:
+def seen(*posts: Post, silent_s: dict[int, float] | None = None) -> dict[int, LastPost]:
     """All of them heard a second ago, but for those that have been silent."""
     silent = silent_s or {}
-    return {each.rank: Seen(each, silent.get(each.rank, 0.0), 1.0 + silent.get(each.rank, 0.0)) for each in posts}
+    return {each.rank: LastPost(each, silent.get(each.rank, 0.0), 1.0 + silent.get(each.rank, 0.0)) for each in posts}
 
 
-def blamed(known: dict[int, Seen], me: int = 0, store_gone: bool = False) -> str:
+def blamed(known: dict[int, LastPost], me: int = 0, store_gone: bool = False) -> str:
     return find_suspect(known, known[me].post, store_gone=store_gone, silent_after_s=4.0).words
 
 

@@ -85,10 +85,10 @@ def test_a_rank_waits_for_the_first_posts_of_all():
     first.start()
     tiny.wait_until(lambda: store.values, "the first post")
     first.join(0.1)
-    assert first.is_alive() and both[0].seen() == {}
+    assert first.is_alive() and both[0].last_posts() == {}
     both[1].exchange()
     first.join(tiny.LIMIT_S)
-    assert list(both[0].seen()) == list(both[1].seen()) == [0, 1]
+    assert list(both[0].last_posts()) == list(both[1].last_posts()) == [0, 1]
 
 
 def test_silence_is_measured_by_the_readers_clock_alone(ranks, clock):
@@ -99,9 +99,9 @@ def test_silence_is_measured_by_the_readers_clock_alone(ranks, clock):
         clock.now_s += 2.0
         ranks[1].exchange()
         ranks[0].exchange()
-    assert [round(ranks[0].seen()[rank].silent_s) for rank in (1, 2)] == [0, 40]
+    assert [round(ranks[0].last_posts()[rank].silent_s) for rank in (1, 2)] == [0, 40]
     clock.now_s += 5.0  # the store is not asked meanwhile: no rank becomes silent by that
-    assert [round(ranks[0].seen()[rank].silent_s) for rank in (1, 2)] == [0, 40]
+    assert [round(ranks[0].last_posts()[rank].silent_s) for rank in (1, 2)] == [0, 40]
     assert ranks[0].suspect().words.endswith("was last seen 45 s ago at step 7, updating")
 
 
@@ -204,11 +204,11 @@ def started():
 def test_posts_go_round_until_the_store_fails(started):
     (first, second), store, _ = started
     second.at(5, "updating")
-    tiny.wait_until(lambda: first.seen()[1].post.step == 5, "the post")
+    tiny.wait_until(lambda: first.last_posts()[1].post.step == 5, "the post")
     assert not first.store_gone() and first.suspect().rank is None
     store.fails = True
     tiny.wait_until(lambda: first.store_gone() and second.store_gone(), "the loss")
-    assert first.seen()[1].post.phase == "updating"
+    assert first.last_posts()[1].post.phase == "updating"
     assert second.suspect().words.startswith(f"rank 0 on {socket.gethostname()}, or its host, no longer answers")
 
 
@@ -229,7 +229,7 @@ def test_a_rank_that_waits_too_long_is_ended_once_and_one_that_works_is_not(star
     second.at(5, "copying shards")
     first.at(5, "copying shards")
     first.meet()
-    tiny.wait_until(lambda: first._end.reason and second.seen()[0].post.ended.reason, "the end")
+    tiny.wait_until(lambda: first._end.reason and second.last_posts()[0].post.ended.reason, "the end")
     # The other one may follow: it does not move either, and now a rank has ended.
     assert ended[0][:2] == (0, "failed") and [rank for rank, _, _ in ended].count(0) == 1
     assert "lost the others (no answer within distributed.timeout_s = 1 s): rank 1 on" in ended[0][2]
@@ -261,7 +261,7 @@ def test_a_pending_stop_ends_a_rank_that_waits_and_names_the_one_it_waits_for(st
     second.at(5, "copying shards")
     first.at(5, "copying shards")
     first.meet()
-    tiny.wait_until(lambda: first.seen()[1].post.step == 5, "the post")
+    tiny.wait_until(lambda: first.last_posts()[1].post.step == 5, "the post")
     first.stop.request("SIGTERM")
     tiny.wait_until(lambda: ended, "the end")
     ((rank, state, sentence),) = ended
@@ -284,9 +284,9 @@ def test_the_rank_that_keeps_the_store_stays_until_the_others_have_read_why(star
     first.linger()  # without a farewell there is nothing to read
     first.farewell("it fell over")
     first.linger()
-    assert second.seen()[0].post.ended.reason == "it fell over"
+    assert second.last_posts()[0].post.ended.reason == "it fell over"
     second.farewell("it, too")
-    tiny.wait_until(lambda: first.seen()[1].post.ended.reason, "the answer")
+    tiny.wait_until(lambda: first.last_posts()[1].post.ended.reason, "the answer")
     assert not first._has_readers()
 
 

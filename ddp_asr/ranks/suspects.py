@@ -51,7 +51,7 @@ class Post(NamedTuple):
         return f"rank {self.rank} on {self.host}"
 
 
-class Seen(NamedTuple):
+class LastPost(NamedTuple):
     """The last known post of a rank. Times are by the reader's clock: the clocks of two hosts are never compared."""
 
     post: Post
@@ -67,9 +67,9 @@ class Suspect(NamedTuple):
     certain: bool  # later posts would not change it
 
 
-def find_suspect(seen: Mapping[int, Seen], own: Post, *, store_gone: bool, silent_after_s: float) -> Suspect:
-    """The rank to blame for a collective that failed on the rank that posts `own`; `seen` holds all ranks."""
-    others = [seen[rank] for rank in sorted(seen) if rank != own.rank]
+def find_suspect(last: Mapping[int, LastPost], own: Post, *, store_gone: bool, silent_after_s: float) -> Suspect:
+    """The rank to blame for a collective that failed on the rank that posts `own`; `last` has a post of every rank."""
+    others = [last[rank] for rank in sorted(last) if rank != own.rank]
     failed = [each.post for each in others if each.post.ended.reason and not each.post.ended.lost]
     if failed:
         post = min(failed, key=lambda post: post.step)
@@ -79,7 +79,7 @@ def find_suspect(seen: Mapping[int, Seen], own: Post, *, store_gone: bool, silen
         return _name_silent(silent)
     gave_up = [each.post for each in others if each.post.ended.lost]
     if store_gone and own.rank != 0 and not any(post.rank == 0 for post in gave_up):
-        words = f"{seen[0].post}, or its host, no longer answers and was {_last_seen(seen[0])}"
+        words = f"{last[0].post}, or its host, no longer answers and was {_last_seen(last[0])}"
         return Suspect(0, words, certain=True)
     for post in gave_up:
         if post.ended.blames == own.rank:
@@ -89,14 +89,14 @@ def find_suspect(seen: Mapping[int, Seen], own: Post, *, store_gone: bool, silen
     late = [each for each in others if (each.post.step, each.post.waiting) < (own.step, own.waiting)]
     if late:
         # Of the ranks that are furthest behind, the one that has been there longest: others may have just arrived.
-        last = min(late, key=lambda each: (each.post.step, each.post.waiting, -each.post.for_s))
-        words = f"{last.post} has been {last.post.where}, for {last.post.for_s + last.ago_s:.0f} s"
-        return Suspect(last.post.rank, f"{words} while others wait for it", certain=False)
+        first = min(late, key=lambda each: (each.post.step, each.post.waiting, -each.post.for_s))
+        words = f"{first.post} has been {first.post.where}, for {first.post.for_s + first.ago_s:.0f} s"
+        return Suspect(first.post.rank, f"{words} while others wait for it", certain=False)
     words = f"all ranks still answer, this one is {own.where}: the network may be the cause"
     return Suspect(None, words, certain=False)
 
 
-def _name_silent(silent: list[Seen]) -> Suspect:
+def _name_silent(silent: list[LastPost]) -> Suspect:
     """The rank that fell silent first, with the other silent ranks of its host, because hosts fail as a whole."""
     first = max(silent, key=lambda each: each.silent_s)
     ranks = [each.post.rank for each in silent if each.post.host == first.post.host]
@@ -105,5 +105,5 @@ def _name_silent(silent: list[Seen]) -> Suspect:
     return Suspect(first.post.rank, f"{who} {_last_seen(first)}", certain=True)
 
 
-def _last_seen(seen: Seen) -> str:
+def _last_seen(seen: LastPost) -> str:
     return f"last seen {seen.ago_s:.0f} s ago {seen.post.where}"

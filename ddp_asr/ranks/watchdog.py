@@ -42,7 +42,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from ddp_asr.ranks.signals import STOP_SIGNALS, StopRequest
-from ddp_asr.ranks.suspects import End, Post, Seen, Suspect, find_suspect
+from ddp_asr.ranks.suspects import End, LastPost, Post, Suspect, find_suspect
 
 POST_EVERY_S = 1.0
 SILENT_AFTER_S = 4.0  # a rank whose posts stand still for so long has died or is frozen
@@ -192,18 +192,18 @@ class Watchdog:
         asked_s = self._asked_s
         return asked_s is not None and self._clock() - asked_s >= self.silent_after_s
 
-    def seen(self) -> dict[int, Seen]:
+    def last_posts(self) -> dict[int, LastPost]:
         """The last known post of each rank."""
         now_s, answered_s = self._clock(), self._answered_s
         return {
-            rank: Seen(post, max(0.0, answered_s - changed_s), now_s - changed_s)
+            rank: LastPost(post, max(0.0, answered_s - changed_s), now_s - changed_s)
             for rank, (post, changed_s) in self._known.items()
         }
 
     def suspect(self) -> Suspect:
         """The rank to blame, by what is known now."""
         own, gone = self._own_post(), self.store_gone()
-        return find_suspect(self.seen(), own, store_gone=gone, silent_after_s=self.silent_after_s)
+        return find_suspect(self.last_posts(), own, store_gone=gone, silent_after_s=self.silent_after_s)
 
     # ---- called by the main thread when this rank ends -----------------------------------------------------------
 
@@ -219,7 +219,7 @@ class Watchdog:
             later = self.suspect()
             found = later if later.certain or not timed_out else found
         self._blame = found
-        return self._sentence(self.timeout_s if timed_out else reason, found)
+        return self._sentence(self._no_answer(self.timeout_s) if timed_out else reason, found)
 
     def farewell(self, reason: str) -> None:
         """Tells the others why this rank ends; where they are the reason, it names the rank to blame instead."""
@@ -236,7 +236,7 @@ class Watchdog:
 
     def _has_readers(self) -> bool:
         """Whether a rank may still want to read why this one ended."""
-        others = [each for rank, each in self.seen().items() if rank != self.rank]
+        others = [each for rank, each in self.last_posts().items() if rank != self.rank]
         left = all(each.post.ended.reason or each.silent_s >= self.silent_after_s for each in others)
         return bool(self._end.reason) and not left and not self.store_gone()
 
@@ -246,11 +246,11 @@ class Watchdog:
         self._end = End(blame.words, True, blame.rank) if blame else End(first_line)
         self._hurry()
 
-    def _sentence(self, reason: str | float, suspect: Suspect) -> str:
-        """`reason` is a text, or for how many seconds the others have not answered."""
-        if isinstance(reason, float):
-            limit = f"within distributed.timeout_s = {self.timeout_s:g} s"
-            reason = f"no answer {limit if reason >= self.timeout_s else f'for {reason:.0f} s'}"
+    def _no_answer(self, stuck_s: float) -> str:
+        limit = f"within distributed.timeout_s = {self.timeout_s:g} s"
+        return f"no answer {limit if stuck_s >= self.timeout_s else f'for {stuck_s:.0f} s'}"
+
+    def _sentence(self, reason: str, suspect: Suspect) -> str:
         return f"rank {self.rank} of {self.world_size} lost the others ({reason}): {suspect.words}; {ADVICE}"
 
     # ---- the thread ----------------------------------------------------------------------------------------------
@@ -296,12 +296,12 @@ class Watchdog:
             threading.Thread(target=self.on_long_wait, args=(note,), name="watchdog note", daemon=True).start()
         if stuck_s > self._patience_s(here.waiting) and self._reporting.acquire(blocking=False):
             self._blame = self.suspect()
-            reason = stuck_s if here.waiting else f"stuck {self._own_post().where}"
+            reason = self._no_answer(stuck_s) if here.waiting else f"stuck {self._own_post().where}"
             self._end_process("failed", self._sentence(reason, self._blame))
 
     def _patience_s(self, waiting: bool) -> float:
         """How long this rank may stay in one phase: for ever if it does not wait and no other rank has ended."""
-        ended = any(each.post.ended.reason for rank, each in self.seen().items() if rank != self.rank)
+        ended = any(each.post.ended.reason for rank, each in self.last_posts().items() if rank != self.rank)
         if waiting:
             return self._backend_grace_s + (min(self.timeout_s, ENDED_PATIENCE_S) if ended else self.timeout_s)
         return self._backend_grace_s + self.timeout_s if ended else math.inf
