@@ -47,7 +47,7 @@ class DictStore:
             return [self.values[key] for key in keys]
 
 
-def met(ranks: list[Watchdog]) -> list[Watchdog]:
+def after_meeting(ranks: list[Watchdog]) -> list[Watchdog]:
     """The ranks, once each has posted and read the posts of the others."""
     threads = [threading.Thread(target=each.exchange) for each in ranks]
     for thread in threads:
@@ -75,7 +75,7 @@ def clock():
 def ranks(clock):
     """Three ranks that have met; no threads."""
     store = DictStore()
-    return met([Watchdog(rank, 3, store, 600.0, keeps_store=rank == 0, clock=clock) for rank in range(3)])
+    return after_meeting([Watchdog(rank, 3, store, 600.0, keeps_store=rank == 0, clock=clock) for rank in range(3)])
 
 
 def test_a_rank_waits_for_the_first_posts_of_all():
@@ -191,7 +191,7 @@ def started():
         def _report_and_exit(self, state: str, sentence: str) -> None:
             ended.append((self.rank, state, sentence))
 
-    both = met([Watched(rank, 2, store, 1.0, keeps_store=rank == 0, backend_grace_s=0.5) for rank in range(2)])
+    both = after_meeting([Watched(rank, 2, store, 1.0, keeps_store=not rank, backend_grace_s=0.5) for rank in range(2)])
     for each in both:
         each.start()
     yield both, store, ended

@@ -1,4 +1,4 @@
-"""Who this process is among how many, and the few collectives of a run, on real gloo processes."""
+"""Rank and world size from the environment, the rendezvous, and the collectives of a run, on real gloo processes."""
 
 import os
 import signal
@@ -100,7 +100,7 @@ def mistaken():
 
 
 def run_on(processes: int, body: str, tmp_path) -> list[str]:
-    """Runs a script on so many ranks, which have joined as `world`; returns what each printed."""
+    """Runs a script on so many ranks, each with its `world`; returns what each printed."""
     ranks = start_on(processes, body, tmp_path)
     assert ranks.wait() == [0] * processes, ranks.output
     return [log.read_text() for log in ranks.logs]
@@ -114,7 +114,7 @@ def start_on(processes: int, body: str, tmp_path) -> tiny.Ranks:
 
 
 class Script:
-    """Runs a file in a rank's place."""
+    """Runs a file in place of a rank's training."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -137,7 +137,7 @@ def test_collectives_of_three_ranks(tiny_corpus, tmp_path):
         assert world.together(lambda: rank) == rank
         assert world.all_objects(rank) == [0, 1, 2]
 
-        # Only one of them is mistaken, and all learn of it; the one that raised it can be told from the others.
+        # One rank raises the error and all get it; on the others it is a RaisedElsewhere.
         for run in (world.together, world.from_rank_zero):
             mistaken_rank = 1 if run == world.together else 0
             try:

@@ -94,8 +94,8 @@ def _join_group(rank: int, world_size: int, backend: str, timeout_s: float) -> W
     timeout = datetime.timedelta(seconds=timeout_s)
     attempt = f"{os.environ.get('SLURM_JOB_ID', 'run')}.{os.environ.get('SLURM_RESTART_COUNT') or 0}"
     store = dist.PrefixStore(attempt, _connect(rank, world_size, timeout))
-    # A clone has a connection of its own: that of `store` is in use while the main thread waits for it. (Documented,
-    # but absent from the type stubs of torch 2.11.0.)
+    # A clone has a connection of its own; that of `store` is in use while the main thread waits in it. `clone` is
+    # documented, but missing in the type stubs of torch 2.11.0.
     own_client = store.clone()  # type: ignore[attr-defined]
     own_client.set_timeout(timeout)
     watchdog = Watchdog(
@@ -139,19 +139,14 @@ def _connect(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.St
             if isinstance(result, Exception):
                 raise result
             return result
-        if silent_since_s is None and _is_open(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])):
-            silent_since_s = time.monotonic()
+        if silent_since_s is None:
+            with contextlib.suppress(OSError):  # nothing listens there yet
+                address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+                socket.create_connection(address, timeout=1.0).close()
+                silent_since_s = time.monotonic()
         # Not on rank 0, which waits for the others in that call, until `timeout`.
         if rank and silent_since_s is not None and time.monotonic() - silent_since_s > _HANDSHAKE_S:
             raise RuntimeError("address already in use: another program listens there")
-
-
-def _is_open(host: str, port: int) -> bool:
-    try:
-        with socket.create_connection((host, port), timeout=1.0):
-            return True
-    except OSError:
-        return False
 
 
 # Each setting has the name that torch 2.11 reads and an older one that it still accepts.

@@ -91,7 +91,7 @@ class Watchdog:
         # Shorter where the limit is short: a rank that is alive posts often within half of it.
         self.post_every_s = min(POST_EVERY_S, timeout_s / 10)
         self.silent_after_s = min(SILENT_AFTER_S, timeout_s / 2)
-        self._store, self._keeps_store, self._clock = store, keeps_store, clock
+        self._store, self._hosts_store, self._clock = store, keeps_store, clock
         self._backend_grace_s, self._stop_grace_s = backend_grace_s, math.inf
         self._torchrun: int | None = None  # its process id
         self._host = socket.gethostname()
@@ -231,7 +231,7 @@ class Watchdog:
     def linger(self) -> None:
         """After `farewell`: keeps the store up for a moment, until the others have read why this rank ended."""
         deadline_s = self._clock() + 3 * self.post_every_s
-        while self._keeps_store and self._has_readers() and self._clock() < deadline_s:
+        while self._hosts_store and self._has_readers() and self._clock() < deadline_s:
             time.sleep(0.02)
 
     def _has_readers(self) -> bool:
