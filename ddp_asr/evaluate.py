@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     world = join(Distributed())
     try:
-        with world.parting():
+        with world.announcing_errors():
             evaluate(arguments, world)
     except RaisedElsewhere:
         return 2  # the rank that raised it says so
@@ -93,20 +93,20 @@ def evaluate(arguments: argparse.Namespace, world: World) -> None:
     from ddp_asr.recognition.evaluation import gather, recognise
     from ddp_asr.recognition.recogniser import build_recogniser
 
-    world.at(0, "reading the checkpoint")
+    world.set_phase(0, "reading the checkpoint")
     # Rank 0 alone reads, because a training run may put a better best.pt in place between two ranks' looks.
-    trained = world.from_rank_zero(lambda: _prepare(arguments))
-    recogniser = world.together(lambda: build_recogniser(trained, world.device, arguments.precision))
-    index = world.together(lambda: read_index(arguments.shards))
+    trained = world.run_on_rank_zero(lambda: _prepare(arguments))
+    recogniser = world.run_on_all(lambda: build_recogniser(trained, world.device, arguments.precision))
+    index = world.run_on_all(lambda: read_index(arguments.shards))
     config = _with_overrides(recogniser.config, arguments)
     batches = eval_loader(index, recogniser.vocabulary, config, rank=world.rank, world_size=world.world_size)
-    world.at(trained.step, "scoring")
+    world.set_phase(trained.step, "scoring")
     started = time.monotonic()
     results = recognise(recogniser, index, batches)
     assert results is not None, "nothing asked it to stop"
     summary = gather(world, results)
     wall_s = time.monotonic() - started  # of all ranks, since rank 0 has just waited for the last
-    world.from_rank_zero(lambda: _report(arguments, trained, summary, index, wall_s, config.data.max_bad_samples))
+    world.run_on_rank_zero(lambda: _report(arguments, trained, summary, index, wall_s, config.data.max_bad_samples))
 
 
 def _prepare(arguments: argparse.Namespace) -> Trained:

@@ -120,14 +120,14 @@ def run(config: Config, *, resume: str = "auto", profile_steps: int = 0, mistake
     world = join(config.distributed, Path(config.run.dir) / config.run.name)
 
     def end(state: str, reason: str, *, retry: bool) -> None:
-        world.positions.farewell(reason)  # before all that may take a while: others may be waiting for this rank
+        world.watchdog.announce_exit(reason)  # before all that may take a while: others may be waiting for this rank
         if session is not None:
             session.end(state, reason, retry=retry)
         if state == "failed":
-            world.positions.linger()
+            world.watchdog.wait_for_readers()
 
     try:
-        world.together(lambda: _raise(mistake))
+        world.run_on_all(lambda: _raise(mistake))
         session = Session(config, world)
         session.open()
         with _profiled(profile_steps, session) as on_step:
@@ -139,7 +139,7 @@ def run(config: Config, *, resume: str = "auto", profile_steps: int = 0, mistake
         end("stopped", f"{stop} before the first step", retry=True)
         return 0
     except UserError as error:
-        if session is not None and isinstance(error, PeerLost) and session.stop.reaches_setting_up(within_s=2.0):
+        if session is not None and isinstance(error, PeerLost) and session.stop.came_before_training(within_s=2.0):
             end("stopped", f"{session.stop.reason} before the first step", retry=True)
             return 0
         end("failed", str(error), retry=isinstance(error, PeerLost))

@@ -50,7 +50,11 @@ WITHOUT_TORCH = [
     *("runs.lease", "runs.directory", "ranks.watchdog"),
 ]
 TORCH = {"torch", "torchaudio", "webdataset"}  # webdataset imports torch
-ONLY_IN = {"torch.distributed": {"ranks.world", "ranks.rendezvous"}, "comet_ml": {"tracking"}, "webdataset": {"data.writer"}}
+ONLY_IN = {
+    "torch.distributed": {"ranks.world", "ranks.rendezvous"},
+    "comet_ml": {"tracking"},
+    "webdataset": {"data.writer"},
+}
 DISTRIBUTIONS = {"yaml": "pyyaml"}  # where a package is imported by another name
 
 

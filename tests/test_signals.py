@@ -23,7 +23,7 @@ def script(body: str, **options) -> subprocess.Popen:
         from ddp_asr.ranks.watchdog import Watchdog
         def say(text): print(text, flush=True)
         watchdog = Watchdog()
-        watchdog.at(7, "updating")
+        watchdog.set_phase(7, "updating")
         watchdog.on_end = lambda state, reason: say(f"{state}: {reason}")
         stop = watchdog.stop
         watchdog.watch_signals(grace_s=0.5)
@@ -63,12 +63,12 @@ def test_a_rank_that_has_lost_its_peers_in_the_setting_up_waits_for_the_signal_t
     process = script("""
         try:
             say("ready")
-            stopped = stop.reaches_setting_up(within_s=60)
+            stopped = stop.came_before_training(within_s=60)
         except StoppedBeforeTraining:
-            stopped = stop.reaches_setting_up(within_s=0)
-        stop.wait_for_boundary()
-        say(f"{stopped} {stop.reason}, in training {stop.reaches_setting_up(within_s=60)}")
-        stop.agreed()
+            stopped = stop.came_before_training(within_s=0)
+        stop.defer_to_boundary()
+        say(f"{stopped} {stop.reason}, in training {stop.came_before_training(within_s=60)}")
+        stop.mark_handled()
     """)
     assert first_line(process) == "ready\n"
     process.send_signal(signal.SIGTERM)
@@ -79,11 +79,11 @@ def test_in_training_a_signal_waits_for_the_boundary():
     """The first reason is kept; once the boundary is reached, the grace time no longer counts."""
     process = script("""
         watchdog._stop_grace_s = 60.0  # more than this test takes on a slow machine
-        stop.wait_for_boundary()
+        stop.defer_to_boundary()
         say("ready")
         sys.stdin.readline()
         say(stop.reason)
-        stop.agreed()
+        stop.mark_handled()
         stop._requested_s -= 120.0
         time.sleep(0.6)  # the watchdog looks four times a second while a stop is pending
         say("ended")
@@ -113,7 +113,7 @@ def pending_signals(pid: int) -> int:
     return int(lines["ShdPnd"], 16) | int(lines["SigPnd"], 16)
 
 
-@pytest.mark.parametrize("where", ["stop.wait_for_boundary()", ""], ids=["in training", "before it"])
+@pytest.mark.parametrize("where", ["stop.defer_to_boundary()", ""], ids=["in training", "before it"])
 def test_a_rank_that_reaches_no_boundary_ends_itself(where):
     """Its main thread is inside C code, where no Python handler runs: as in a collective whose peers are gone."""
     process = script(f"""

@@ -75,7 +75,7 @@ def clock():
 def ranks(clock):
     """Three ranks that have met; no threads."""
     store = DictStore()
-    return after_meeting([Watchdog(rank, 3, store, 600.0, keeps_store=rank == 0, clock=clock) for rank in range(3)])
+    return after_meeting([Watchdog(rank, 3, store, 600.0, hosts_store=rank == 0, clock=clock) for rank in range(3)])
 
 
 def test_a_rank_waits_for_the_first_posts_of_all():
@@ -93,7 +93,7 @@ def test_a_rank_waits_for_the_first_posts_of_all():
 
 def test_silence_is_measured_by_the_readers_clock_alone(ranks, clock):
     for each in [*ranks[1:], ranks[0]]:
-        each.at(7, "updating")
+        each.set_phase(7, "updating")
         each.exchange()
     for _ in range(20):
         clock.now_s += 2.0
@@ -113,11 +113,11 @@ def test_a_collective_that_failed_names_the_rank_that_it_waited_for(ranks, clock
 
     monkeypatch.setattr(watchdog.time, "sleep", a_moment_passes)
     for each in ranks:
-        each.at(8, "forward and backward of micro-batch 2")
+        each.set_phase(8, "forward and backward of micro-batch 2")
     for each in ranks[:2]:
-        each.meet("reducing the gradients")
+        each.begin_waiting("reducing the gradients")
     a_moment_passes(60.0)
-    sentence = ranks[0].lose("Timed out waiting 60000ms", timed_out=True)
+    sentence = ranks[0].name_lost_rank("Timed out waiting 60000ms", timed_out=True)
     assert re.fullmatch(
         rf"rank 0 of 3 lost the others \(no answer within distributed\.timeout_s = 600 s\): rank 2 on {HOST} has been "
         r"at step 8, forward and backward of micro-batch 2, for 60 s while others wait for it; look at the log and the "
@@ -137,44 +137,46 @@ def test_a_collective_that_failed_names_the_rank_that_it_waited_for(ranks, clock
 
 def test_after_a_time_out_a_rank_that_arrives_late_is_still_the_one_to_blame(ranks, clock, monkeypatch):
     for each in ranks[:2]:
-        each.at(8, "updating")
-        each.meet("reducing")
+        each.set_phase(8, "updating")
+        each.begin_waiting("reducing")
 
     def rank_2_arrives(seconds):
         clock.now_s += seconds
-        ranks[2].at(8, "updating")
-        ranks[2].meet("reducing")
+        ranks[2].set_phase(8, "updating")
+        ranks[2].begin_waiting("reducing")
         for each in ranks[::-1]:
             each.exchange()
 
     for each in ranks[::-1]:
         each.exchange()
     monkeypatch.setattr(watchdog.time, "sleep", rank_2_arrives)
-    assert f"rank 2 on {socket.gethostname()} has been at step 0" in ranks[0].lose("Timed out", timed_out=True)
+    assert f"rank 2 on {socket.gethostname()} has been at step 0" in ranks[0].name_lost_rank(
+        "Timed out", timed_out=True
+    )
 
 
 def test_a_rank_explains_where_it_is_or_which_rank_it_waits_for(ranks, clock):
     for each in ranks[::-1]:
-        each.at(8, "updating")
+        each.set_phase(8, "updating")
         each.exchange()
     clock.now_s += 3.0
-    assert ranks[0].explain() == "this rank has been at step 8, updating, for 3 s"
-    ranks[0].meet("reducing")
-    assert "while others wait for it" in ranks[0].explain()
-    ranks[0].met()
-    assert ranks[0].explain() == "this rank has been at step 8, reducing, for 0 s"
+    assert ranks[0].explain_delay() == "this rank has been at step 8, updating, for 3 s"
+    ranks[0].begin_waiting("reducing")
+    assert "while others wait for it" in ranks[0].explain_delay()
+    ranks[0].end_waiting()
+    assert ranks[0].explain_delay() == "this rank has been at step 8, reducing, for 0 s"
 
 
 def test_a_single_process_waits_for_nobody_and_has_no_thread(clock):
     before = threading.active_count()
     alone = Watchdog(clock=clock)
-    alone.at(1, "reducing")
-    alone.meet()
+    alone.set_phase(1, "reducing")
+    alone.begin_waiting()
     clock.now_s += 5.0
-    assert alone.explain() == "this rank has been at step 1, reducing, for 5 s"
-    alone.met()
-    alone.farewell("it fell over")
-    alone.linger()
+    assert alone.explain_delay() == "this rank has been at step 1, reducing, for 5 s"
+    alone.end_waiting()
+    alone.announce_exit("it fell over")
+    alone.wait_for_readers()
     alone.close()
     assert threading.active_count() == before
 
@@ -191,7 +193,7 @@ def started():
         def _report_and_exit(self, state: str, sentence: str) -> None:
             ended.append((self.rank, state, sentence))
 
-    both = after_meeting([Watched(rank, 2, store, 1.0, keeps_store=not rank, backend_grace_s=0.5) for rank in range(2)])
+    both = after_meeting([Watched(rank, 2, store, 1.0, hosts_store=not rank, backend_grace_s=0.5) for rank in range(2)])
     for each in both:
         each.start()
     yield both, store, ended
@@ -203,7 +205,7 @@ def started():
 
 def test_posts_go_round_until_the_store_fails(started):
     (first, second), store, _ = started
-    second.at(5, "updating")
+    second.set_phase(5, "updating")
     tiny.wait_until(lambda: first.last_posts()[1].post.step == 5, "the post")
     assert not first.store_gone() and first.suspect().rank is None
     store.fails = True
@@ -215,7 +217,7 @@ def test_posts_go_round_until_the_store_fails(started):
 def test_a_store_that_never_returns_does_not_block_the_watchdog(started):
     (_, second), store, ended = started
     store.returns.clear()
-    second.meet("reducing")
+    second.begin_waiting("reducing")
     tiny.wait_until(lambda: ended, "the end")
     (rank, state, sentence) = ended[0]
     assert (rank, state) == (1, "failed") and second.store_gone()
@@ -226,9 +228,9 @@ def test_a_rank_that_waits_too_long_is_ended_once_and_one_that_works_is_not(star
     (first, second), _, ended = started
     notes: list[str] = []
     first.on_long_wait = notes.append
-    second.at(5, "copying shards")
-    first.at(5, "copying shards")
-    first.meet()
+    second.set_phase(5, "copying shards")
+    first.set_phase(5, "copying shards")
+    first.begin_waiting()
     tiny.wait_until(lambda: first._end.reason and second.last_posts()[0].post.ended.reason, "the end")
     # The other one may follow: it does not move either, and now a rank has ended.
     assert ended[0][:2] == (0, "failed") and [rank for rank, _, _ in ended].count(0) == 1
@@ -240,15 +242,15 @@ def test_a_rank_that_moves_is_never_ended(started):
     (first, _), _, ended = started
     until_s = time.monotonic() + 2.5
     while time.monotonic() < until_s:
-        first.meet("reducing")
+        first.begin_waiting("reducing")
         time.sleep(0.05)
     assert ended == []
 
 
 def test_once_another_rank_has_ended_a_rank_that_is_stuck_ends_too(started):
     (first, second), _, ended = started
-    second.at(5, "forward and backward of micro-batch 1")
-    first.farewell("it fell over")
+    second.set_phase(5, "forward and backward of micro-batch 1")
+    first.announce_exit("it fell over")
     tiny.wait_until(lambda: ended, "the end")
     ((rank, state, sentence),) = ended
     assert (rank, state) == (1, "failed") and "(it fell over); look at the log" in sentence
@@ -258,9 +260,9 @@ def test_once_another_rank_has_ended_a_rank_that_is_stuck_ends_too(started):
 def test_a_pending_stop_ends_a_rank_that_waits_and_names_the_one_it_waits_for(started):
     (first, second), _, ended = started
     first._stop_grace_s = 0.3
-    second.at(5, "copying shards")
-    first.at(5, "copying shards")
-    first.meet()
+    second.set_phase(5, "copying shards")
+    first.set_phase(5, "copying shards")
+    first.begin_waiting()
     tiny.wait_until(lambda: first.last_posts()[1].post.step == 5, "the post")
     first.stop.request("SIGTERM")
     tiny.wait_until(lambda: ended, "the end")
@@ -272,8 +274,8 @@ def test_a_pending_stop_ends_a_rank_that_waits_and_names_the_one_it_waits_for(st
 
 def test_only_one_thread_reports_how_a_rank_ends(started):
     (first, _), _, _ = started
-    held = threading.Thread(target=first.farewell, args=("second",), daemon=True)
-    first.farewell("first")
+    held = threading.Thread(target=first.announce_exit, args=("second",), daemon=True)
+    first.announce_exit("first")
     held.start()
     held.join(0.3)
     assert held.is_alive() and first._end.reason == "first"
@@ -281,11 +283,11 @@ def test_only_one_thread_reports_how_a_rank_ends(started):
 
 def test_the_rank_that_keeps_the_store_stays_until_the_others_have_read_why(started):
     (first, second), _, _ = started
-    first.linger()  # without a farewell there is nothing to read
-    first.farewell("it fell over")
-    first.linger()
+    first.wait_for_readers()  # without a farewell there is nothing to read
+    first.announce_exit("it fell over")
+    first.wait_for_readers()
     assert second.last_posts()[0].post.ended.reason == "it fell over"
-    second.farewell("it, too")
+    second.announce_exit("it, too")
     tiny.wait_until(lambda: first.last_posts()[1].post.ended.reason, "the answer")
     assert not first._has_readers()
 

@@ -12,7 +12,7 @@ import torch
 from ddp_asr.config import Distributed
 from ddp_asr.errors import UserError
 from ddp_asr.ranks.rendezvous import join, place
-from ddp_asr.ranks.world import World, without_sync
+from ddp_asr.ranks.world import World, no_sync
 from tests import tiny_training as tiny
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -75,17 +75,17 @@ def test_alone_every_collective_is_the_identity():
     vector = torch.tensor([1.0, 2.0], dtype=torch.float64)
     assert ALONE.sum(vector) is vector and ALONE.any(True) and not ALONE.any(False)
     assert ALONE.gather_objects("mine") == ["mine"]
-    assert ALONE.together(lambda: 7) == ALONE.from_rank_zero(lambda: 7) == 7
+    assert ALONE.run_on_all(lambda: 7) == ALONE.run_on_rank_zero(lambda: 7) == 7
     model = torch.nn.Linear(1, 1)
     assert ALONE.wrap(model) is model
-    with without_sync(model):
+    with no_sync(model):
         pass
-    ALONE.at(1, "reducing")
+    ALONE.set_phase(1, "reducing")
     ALONE.leave()
 
 
 def test_alone_a_mistake_is_raised_as_it_is():
-    for run in (ALONE.together, ALONE.from_rank_zero):
+    for run in (ALONE.run_on_all, ALONE.run_on_rank_zero):
         with pytest.raises(UserError, match="mine"):
             run(mistaken)
         with pytest.raises(ZeroDivisionError):
@@ -133,13 +133,13 @@ def test_collectives_of_three_ranks(tiny_corpus, tmp_path):
         assert world.sum(torch.tensor([1.0, rank], dtype=torch.float64)).tolist() == [3.0, 3.0]
         assert world.any(rank == 2) and not world.any(False)
         assert world.gather_objects({"rank": rank}) == ([{"rank": 0}, {"rank": 1}, {"rank": 2}] if rank == 0 else None)
-        assert world.from_rank_zero(lambda: {"made by": rank}) == {"made by": 0}
-        assert world.together(lambda: rank) == rank
-        assert world.all_objects(rank) == [0, 1, 2]
+        assert world.run_on_rank_zero(lambda: {"made by": rank}) == {"made by": 0}
+        assert world.run_on_all(lambda: rank) == rank
+        assert world.all_gather_objects(rank) == [0, 1, 2]
 
         # One rank raises the error and all get it; on the others it is a RaisedElsewhere.
-        for run in (world.together, world.from_rank_zero):
-            mistaken_rank = 1 if run == world.together else 0
+        for run in (world.run_on_all, world.run_on_rank_zero):
+            mistaken_rank = 1 if run == world.run_on_all else 0
             try:
                 run(lambda: mistaken() if rank == mistaken_rank else None)
             except UserError as error:
@@ -148,7 +148,7 @@ def test_collectives_of_three_ranks(tiny_corpus, tmp_path):
                 raise AssertionError("not raised")
 
         model = world.wrap(torch.nn.Linear(1, 1, bias=False))
-        with without_sync(model):
+        with no_sync(model):
             model(torch.tensor([[float(rank)]])).sum().backward()
         assert model.module.weight.grad.item() == rank
         model(torch.tensor([[float(rank)]])).sum().backward()
@@ -173,8 +173,8 @@ def test_a_lost_peer_is_one_sentence_on_every_rank_that_waits(tiny_corpus, tmp_p
                 world.sum(torch.zeros(1))
         except PeerLost as error:
             print(error)
-            world.positions.farewell(str(error))
-            world.positions.linger()
+            world.watchdog.announce_exit(str(error))
+            world.watchdog.wait_for_readers()
         """,
         tmp_path,
     )

@@ -105,7 +105,7 @@ def _join_group(rank: int, world_size: int, backend: str, timeout_s: float) -> W
         timeout_s,
         # Internal to torchrun (torch 2.11.0): "True" if the store lives in its agent. If the name changes, rank 0 keeps
         # a store up that is not its own, so that a failed rank 0 ends up to 3 s later.
-        keeps_store=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        hosts_store=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         backend_grace_s=_GLOO_GRACE_S if backend == "gloo" else 0.0,
     )
     watchdog.exchange()  # returns when all ranks have posted

@@ -1,8 +1,8 @@
 """The signals that ask a run to stop, and the request that they make.
 
     stop.install(wakeup)          # from here on a signal raises StoppedBeforeTraining in the main thread
-    stop.wait_for_boundary()      # from here on a signal only sets `stop.reason`
-    stop.agreed()                 # at a step boundary: all ranks know of the stop, which may now take its time
+    stop.defer_to_boundary()      # from here on a signal only sets `stop.reason`
+    stop.mark_handled()           # at a step boundary: all ranks know of the stop, which may now take its time
 
 The watchdog (watchdog.py) ends the process if that boundary does not come in time.
 """
@@ -44,7 +44,7 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.request(signal.Signals(number).name)
         if self._raises:
-            self.agreed()  # a second signal must not interrupt the clean-up
+            self.mark_handled()  # a second signal must not interrupt the clean-up
             raise StoppedBeforeTraining(self.reason)
 
     def request(self, reason: str) -> None:
@@ -58,11 +58,11 @@ class StopRequest:
         """Seconds since a stop was asked for; 0 if none was, or if it takes place."""
         return 0.0 if self.reason is None or self._handled else time.monotonic() - self._requested_s
 
-    def wait_for_boundary(self) -> None:
+    def defer_to_boundary(self) -> None:
         """Training begins: from now on a stop takes place at the next step boundary."""
         self._raises = self._before_training = False
 
-    def reaches_setting_up(self, within_s: float) -> bool:
+    def came_before_training(self, within_s: float) -> bool:
         """Whether training has not begun and a stop is asked for, now or within `within_s`.
 
         A signal ends one rank after another, so a rank may lose its peers just before its own signal comes.
@@ -73,6 +73,6 @@ class StopRequest:
                 time.sleep(0.02)
         return self._before_training and self.reason is not None
 
-    def agreed(self) -> None:
+    def mark_handled(self) -> None:
         """The stop takes place, or the run has ended: time no longer counts, and a signal has no further effect."""
         self._raises, self._handled = False, True

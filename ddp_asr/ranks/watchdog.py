@@ -1,9 +1,9 @@
 """One thread per rank that posts where the rank is, reads where the others are, and ends a process that is stuck.
 
-    watchdog.at(120, "waiting for data")       # each change of phase; costs one assignment
-    watchdog.meet("reducing the gradients")    # from here to the next phase this rank waits for the others
-    watchdog.lose("Connection closed")         # a collective has failed: the sentence that names the rank to blame
-    watchdog.farewell("the disk is full")      # this rank ends by itself and tells the others why
+    watchdog.set_phase(120, "waiting for data")         # at each change of phase; costs one assignment
+    watchdog.begin_waiting("reducing the gradients")    # from here to the next phase this rank waits for the others
+    watchdog.name_lost_rank("Connection closed")        # a collective has failed: a sentence with the rank to blame
+    watchdog.announce_exit("the disk is full")          # this rank ends by itself and tells the others why
 
     this rank --a post every second--> store --the posts of all--> find_suspect (suspects.py)
 
@@ -79,7 +79,7 @@ class Watchdog:
         store: Store | None = None,
         timeout_s: float = math.inf,
         *,
-        keeps_store: bool = False,
+        hosts_store: bool = False,
         backend_grace_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -91,7 +91,7 @@ class Watchdog:
         # Shorter where the limit is short: a rank that is alive posts often within half of it.
         self.post_every_s = min(POST_EVERY_S, timeout_s / 10)
         self.silent_after_s = min(SILENT_AFTER_S, timeout_s / 2)
-        self._store, self._hosts_store, self._clock = store, keeps_store, clock
+        self._store, self._hosts_store, self._clock = store, hosts_store, clock
         self._backend_grace_s, self._stop_grace_s = backend_grace_s, math.inf
         self._torchrun: int | None = None  # its process id
         self._host = socket.gethostname()
@@ -145,18 +145,18 @@ class Watchdog:
 
     # ---- where this rank is --------------------------------------------------------------------------------------
 
-    def at(self, step: int, phase: str) -> None:
+    def set_phase(self, step: int, phase: str) -> None:
         """This rank is now in this phase of this step, and waits for nobody."""
         self._here = Position(step, phase, False, self._clock())
 
-    def meet(self, phase: str = "") -> None:
+    def begin_waiting(self, phase: str = "") -> None:
         """This rank now waits for the others, in a phase of the same name if none is given."""
         here = self._here
         self._here = Position(here.step, phase or here.phase, self.world_size > 1, self._clock())
 
-    def met(self) -> None:
+    def end_waiting(self) -> None:
         """The others have come."""
-        self.at(self._here.step, self._here.phase)
+        self.set_phase(self._here.step, self._here.phase)
 
     def _own_post(self) -> Post:
         here = self._here
@@ -207,7 +207,7 @@ class Watchdog:
 
     # ---- called by the main thread when this rank ends -----------------------------------------------------------
 
-    def lose(self, reason: str, timed_out: bool = False) -> str:
+    def name_lost_rank(self, reason: str, timed_out: bool = False) -> str:
         """The sentence for a collective that failed with `reason`; waits some seconds for posts that make it sure."""
         self._reporting.acquire()
         self._hurry()
@@ -221,15 +221,15 @@ class Watchdog:
         self._blame = found
         return self._sentence(self._no_answer(self.timeout_s) if timed_out else reason, found)
 
-    def farewell(self, reason: str) -> None:
+    def announce_exit(self, reason: str) -> None:
         """Tells the others why this rank ends; where they are the reason, it names the rank to blame instead."""
         self._reporting.acquire()
         self._set_end(reason)
         if self._store is not None and not self.store_gone():
             self._posted_end.wait(1.0)
 
-    def linger(self) -> None:
-        """After `farewell`: keeps the store up for a moment, until the others have read why this rank ended."""
+    def wait_for_readers(self) -> None:
+        """After `announce_exit`: keeps the store up for a moment, until the others have read why this rank ended."""
         deadline_s = self._clock() + 3 * self.post_every_s
         while self._hosts_store and self._has_readers() and self._clock() < deadline_s:
             time.sleep(0.02)
@@ -315,9 +315,9 @@ class Watchdog:
             self._reporting.acquire(blocking=False)  # in vain if the main thread is ending the process, but too slowly
             self._blame = self.suspect() if self._here.waiting else self._blame
             overdue = f"no step boundary within distributed.stop_grace_s = {self._stop_grace_s:g} s"
-            self._end_process("stopped", f"{self.stop.reason}, and {overdue}; {self.explain()}; {RESUME}")
+            self._end_process("stopped", f"{self.stop.reason}, and {overdue}; {self.explain_delay()}; {RESUME}")
 
-    def explain(self) -> str:
+    def explain_delay(self) -> str:
         """Where this rank is, or which rank it waits for."""
         own = self._own_post()
         return self.suspect().words if own.waiting else f"this rank has been {own.where}, for {own.for_s:.0f} s"
@@ -333,7 +333,7 @@ class Watchdog:
             faulthandler.dump_traceback_later(ENDING_S, exit=True, file=nowhere)
             try:
                 print(f"error: {sentence}", file=sys.stderr, flush=True)
-                for action in (lambda: self.on_end(state, sentence), self.dump, self.linger):
+                for action in (lambda: self.on_end(state, sentence), self.dump, self.wait_for_readers):
                     with contextlib.suppress(Exception):  # the sentence is out: no error may keep the process alive
                         action()
             finally:

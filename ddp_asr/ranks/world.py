@@ -1,9 +1,9 @@
 """This process among the ranks of a run, and the few collectives that a run needs.
 
-    totals = world.sum(vector)               # the one small all-reduce of a step
-    state = world.from_rank_zero(function)   # rank 0 runs it; all ranks get its result or raise its UserError
-    world.together(function)                 # all ranks run it; if one raises a UserError, all raise that one
-    world.at(120, "waiting for data")        # where this rank is, for the other ranks to read (watchdog.py)
+    totals = world.sum(vector)                  # the one small all-reduce of a step
+    state = world.run_on_rank_zero(function)    # rank 0 runs it; all ranks get its result or raise its UserError
+    world.run_on_all(function)                  # all ranks run it; if one raises a UserError, all raise that one
+    world.set_phase(120, "waiting for data")    # where this rank is, for the other ranks to read (watchdog.py)
 
 `rendezvous.join` makes a World. With a single process there is no process group, and every collective returns its
 input. A collective that fails because another rank is gone or late raises `PeerLost`, a sentence that names that rank.
@@ -42,11 +42,11 @@ class World:
     world_size: int
     local_rank: int
     device: torch.device
-    positions: Watchdog = field(default_factory=Watchdog, compare=False, repr=False)
+    watchdog: Watchdog = field(default_factory=Watchdog, compare=False, repr=False)
 
-    def at(self, step: int, phase: str) -> None:
+    def set_phase(self, step: int, phase: str) -> None:
         """Notes where this rank is; costs nothing."""
-        self.positions.at(step, phase)
+        self.watchdog.set_phase(step, phase)
 
     def sum(self, vector: Tensor) -> Tensor:
         """The element-wise sum over all ranks of a small float64 vector; returned on the CPU, the same everywhere."""
@@ -77,10 +77,10 @@ class World:
 
     def gather_objects(self, item: Any) -> list[Any] | None:
         """The picklable `item` of every rank, in rank order, on rank 0; None on the others."""
-        items = self.all_objects(item)
+        items = self.all_gather_objects(item)
         return items if self.rank == 0 else None
 
-    def all_objects(self, item: Any) -> list[Any]:
+    def all_gather_objects(self, item: Any) -> list[Any]:
         """The picklable `item` of every rank, in rank order, on every rank."""
         if self.world_size == 1:
             return [item]
@@ -89,15 +89,15 @@ class World:
             dist.all_gather_object(items, item)
         return items
 
-    def together(self, function: Callable[[], Result]) -> Result:
+    def run_on_all(self, function: Callable[[], Result]) -> Result:
         """Runs `function` on every rank; if any raises a UserError, every rank raises that of the lowest rank."""
         result, message = _run(function)
-        for rank, text in enumerate(self.all_objects(message)):
+        for rank, text in enumerate(self.all_gather_objects(message)):
             if text is not None:
                 raise UserError(text) if rank == self.rank else RaisedElsewhere(text)
         return result  # type: ignore[return-value]
 
-    def from_rank_zero(self, function: Callable[[], Result]) -> Result:
+    def run_on_rank_zero(self, function: Callable[[], Result]) -> Result:
         """Runs `function` on rank 0 only; every rank gets its (picklable) result, or raises its UserError."""
         result, message = _run(function) if self.rank == 0 else (None, None)
         if self.world_size > 1:
@@ -120,24 +120,24 @@ class World:
     @contextlib.contextmanager
     def _collective(self) -> Iterator[None]:
         """Around a call that waits for the other ranks."""
-        self.positions.meet()
+        self.watchdog.begin_waiting()
         with naming_lost_peers(self):
             yield
-        self.positions.met()
+        self.watchdog.end_waiting()
 
     @contextlib.contextmanager
-    def parting(self) -> Iterator[None]:
+    def announcing_errors(self) -> Iterator[None]:
         """Tells the other ranks of an error that ends this one, so that they can name the reason."""
         try:
             yield
         except BaseException as error:  # any error ends this rank; it is raised again
-            self.positions.farewell(describe(error))
-            self.positions.linger()
+            self.watchdog.announce_exit(describe(error))
+            self.watchdog.wait_for_readers()
             raise
 
     def leave(self) -> None:
         """Ends the process group. Not to be called after an error: it would wait for a rank that is gone."""
-        self.positions.close()
+        self.watchdog.close()
         if self.world_size > 1:
             dist.destroy_process_group()
 
@@ -155,7 +155,7 @@ def describe(error: BaseException) -> str:
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
-def without_sync(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+def no_sync(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """DDP's `no_sync`, under which a backward pass adds to this rank's own gradients; for any model."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return model.no_sync()
@@ -174,4 +174,4 @@ def naming_lost_peers(world: World) -> Iterator[None]:
             raise
         first_line = (text.strip().splitlines() or [""])[0]
         reason = re.sub(r"^\[[^\]]*\] *", "", first_line)[:160]  # gloo begins with its source's file and line
-        raise PeerLost(world.positions.lose(reason, timed_out="timed out" in text.lower())) from error
+        raise PeerLost(world.watchdog.name_lost_rank(reason, timed_out="timed out" in text.lower())) from error

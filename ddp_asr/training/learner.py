@@ -27,7 +27,7 @@ from ddp_asr.features import masks
 from ddp_asr.features.log_mel import LogMel
 from ddp_asr.model import AcousticModel
 from ddp_asr.objective import Objective
-from ddp_asr.ranks.world import World, naming_lost_peers, without_sync
+from ddp_asr.ranks.world import World, naming_lost_peers, no_sync
 from ddp_asr.training import precision
 from ddp_asr.training.optim import WeightAverage, learning_rate
 
@@ -73,11 +73,11 @@ class Learner:
         Returns the detached losses (B,), still on the device.
         """
         torch.manual_seed(seed_of("dropout", self.seed, step, micro_batch))
-        synchronised = contextlib.nullcontext() if last else without_sync(self.model)
+        synchronised = contextlib.nullcontext() if last else no_sync(self.model)
         with torch.enable_grad(), naming_lost_peers(self.world), synchronised:
             losses = self.losses(batch, step)
             if last:
-                self.world.positions.meet("reducing the gradients")
+                self.world.watchdog.begin_waiting("reducing the gradients")
             self.scaler.scale(losses.sum()).backward()
         return losses.detach()
 

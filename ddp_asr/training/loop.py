@@ -148,13 +148,13 @@ class Trainer:
             UserError: on every rank, when one of them cannot go on or a limit is passed.
         """
         self.progress = progress
-        self.stop.wait_for_boundary()
+        self.stop.defer_to_boundary()
         if self._evaluate_if_due():  # the attempt before was stopped between a step and its evaluation
             return self._stopped()
         while progress.step < self.schedule.total_steps:
             if self.schedule.stops_at(progress.step):  # a resumed run may be there, or beyond, already
                 self.stop.request(f"train.stop_at_step = {self.schedule.stop_at_step}")
-                self.stop.agreed()
+                self.stop.mark_handled()
                 return self._stopped()
             asked_to_stop = self._step(batches, share_of_step)
             self._save_if_due()
@@ -171,22 +171,22 @@ class Trainer:
         step = self.progress.step + 1
         for micro_batch in share_of_step:
             wait_from = time.monotonic()
-            self.world.at(step, "waiting for data")
+            self.world.set_phase(step, "waiting for data")
             batch = next(batches)
             tally.wait_s += time.monotonic() - wait_from
             mine.append(batch)
             last = micro_batch == share_of_step[-1]
-            self.world.at(step, f"forward and backward of micro-batch {micro_batch}")
+            self.world.set_phase(step, f"forward and backward of micro-batch {micro_batch}")
             losses.append(self.learner.accumulate(batch, step=step, micro_batch=micro_batch, last=last))
             self._count(batch, tally)
         per_utterance = torch.cat(losses)
         tally.loss = float(per_utterance.sum(dtype=torch.float64))
         tally.stops, tally.failures = float(self.stop.reason is not None), float(self._failure is not None)
-        self.world.at(step, "reducing")
+        self.world.set_phase(step, "reducing")
         everyones = tally.over_all_ranks(self.world)
-        self.world.at(step, "updating")
+        self.world.set_phase(step, "updating")
         if everyones.stops:
-            self.stop.agreed()  # not before the reduction: a rank waits there for one that is stuck
+            self.stop.mark_handled()  # not before the reduction: a rank waits there for one that is stuck
         if everyones.failures:
             self._raise_together()
         updated, norm = self._update(step, everyones)
@@ -243,7 +243,7 @@ class Trainer:
     def _note_bad_samples(self, mine: list[MicroBatch], everyones: Tally) -> None:
         if not everyones.bad_samples:
             return
-        everyones_bad = self.world.all_objects([bad for batch in mine for bad in batch.bad])
+        everyones_bad = self.world.all_gather_objects([bad for batch in mine for bad in batch.bad])
         named = dict(bad for of_rank in everyones_bad for bad in of_rank)
         self.progress.bad_keys = sorted({*self.progress.bad_keys, *named})
         texts = [f"{key} ({reason})" for key, reason in named.items()]
@@ -273,7 +273,7 @@ class Trainer:
             "skipped": self.progress.skipped,
             "time_s": time.time(),
         }
-        self.world.at(step, "writing the metrics")
+        self.world.set_phase(step, "writing the metrics")
         self._guarded(lambda: self.hooks.log(line))
 
     def _evaluate_if_due(self) -> bool:
@@ -281,7 +281,7 @@ class Trainer:
         step = self.progress.step
         if not self.schedule.evaluation_due(step) or self.progress.evaluated_step == step:
             return False
-        self.world.at(step, "evaluating")
+        self.world.set_phase(step, "evaluating")
         evaluation = self.hooks.evaluate(step, self._agreed_to_stop)
         if evaluation is None:
             return True
@@ -295,7 +295,7 @@ class Trainer:
     def _agreed_to_stop(self) -> bool:
         asked = self.world.any(self.stop.reason is not None)
         if asked:
-            self.stop.agreed()
+            self.stop.mark_handled()
         return asked
 
     def _save_if_due(self) -> None:
@@ -311,7 +311,7 @@ class Trainer:
         progress = asdict(self.progress)
         if progress == self._saved and not best:
             return
-        self.world.at(self.progress.step, "saving")
+        self.world.set_phase(self.progress.step, "saving")
         if self.world.rank == 0:
             state = {**self.learner.state(), "progress": progress}
             self._guarded(lambda: self.hooks.save(state, best))
@@ -347,4 +347,4 @@ class Trainer:
             if self._failure is not None:
                 raise self._failure
 
-        self.world.together(raise_own)
+        self.world.run_on_all(raise_own)

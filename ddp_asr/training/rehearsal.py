@@ -21,7 +21,7 @@ from ddp_asr.data.corpus import Corpus
 from ddp_asr.data.loader import MicroBatch
 from ddp_asr.data.plan import speed_samples
 from ddp_asr.errors import UserError
-from ddp_asr.ranks.world import without_sync
+from ddp_asr.ranks.world import no_sync
 from ddp_asr.training.learner import Learner
 
 
@@ -53,7 +53,7 @@ def fix_gradient_buckets(corpus: Corpus, learner: Learner) -> None:
     batch = _stand_in(corpus, corpus.plan.epoch(0).micro_batch(0, 0)[:1]).to(learner.world.device)
     with _leaving_no_trace(learner):
         learner.accumulate(batch, step=0, micro_batch=0, last=True)
-        with without_sync(learner.model):
+        with no_sync(learner.model):
             learner.losses(batch, step=0)
 
 

@@ -68,21 +68,21 @@ class Session:
         self.checkpoint_saved: bool | None = None  # see RunDirectory.status
         self.steps_per_epoch = 0  # until the plan says it
         self.total_steps: int | None = None  # as soon as the plan says it
-        self.stop = world.positions.stop
-        world.positions.on_end, world.positions.on_long_wait = self._ended_by_watchdog, self._note
+        self.stop = world.watchdog.stop
+        world.watchdog.on_end, world.watchdog.on_long_wait = self._ended_by_watchdog, self._note
 
     def open(self) -> None:
         """Takes the signals over, and the run directory, or raises on every rank the UserError of any."""
         world, config = self.world, self.config
-        world.at(0, "taking the run directory")
-        world.positions.watch_signals(config.distributed.stop_grace_s)
+        world.set_phase(0, "taking the run directory")
+        world.watchdog.watch_signals(config.distributed.stop_grace_s)
         if world.world_size > config.batch.micro_batches:
-            world.together(partial(share, config.batch.micro_batches, 0, world.world_size))
-        precision = world.together(lambda: resolve(config.train.precision, world.device))
+            world.run_on_all(partial(share, config.batch.micro_batches, 0, world.world_size))
+        precision = world.run_on_all(lambda: resolve(config.train.precision, world.device))
         # What `auto` became belongs to the result: a resume on other hardware must not change it silently.
         self.config = replace(config, train=replace(config.train, precision=precision))
-        world.from_rank_zero(self._take_lease)
-        self.log = world.together(lambda: open_rank_log(self.path, world))
+        world.run_on_rank_zero(self._take_lease)
+        self.log = world.run_on_all(lambda: open_rank_log(self.path, world))
 
     def _take_lease(self) -> None:
         job_id = os.environ.get("SLURM_JOB_ID")
@@ -123,26 +123,26 @@ class Session:
         """
         world, config = self.world, self.config
         set_matmul_precision(config.train.precision)
-        world.at(0, "looking for a checkpoint")
-        found = world.from_rank_zero(lambda: self._find(resume))
-        world.at(0, "reading the corpus")
-        corpus, test = world.together(self._read_data)
-        world.at(0, "reading the checkpoint")
-        state = world.together(lambda: self._read_checkpoint(found, corpus))
+        world.set_phase(0, "looking for a checkpoint")
+        found = world.run_on_rank_zero(lambda: self._find(resume))
+        world.set_phase(0, "reading the corpus")
+        corpus, test = world.run_on_all(self._read_data)
+        world.set_phase(0, "reading the checkpoint")
+        state = world.run_on_all(lambda: self._read_checkpoint(found, corpus))
         self.steps_per_epoch = corpus.plan.steps_per_epoch
         schedule = make_schedule(config, corpus.plan.steps_per_epoch)
         self.total_steps = schedule.total_steps
         self.progress = self._progress(found, state)
         if self.progress.step >= schedule.total_steps and self.progress.evaluated_step == self.progress.step:
-            world.from_rank_zero(self._finish_tracking)
+            world.run_on_rank_zero(self._finish_tracking)
             return Outcome("done", f"already finished at step {self.progress.step}")
-        world.at(self.progress.step, "making the model")
-        learner = world.together(lambda: self._make_learner(corpus, state))
+        world.set_phase(self.progress.step, "making the model")
+        learner = world.run_on_all(lambda: self._make_learner(corpus, state))
         learner.model = world.wrap(learner.model)
-        world.at(self.progress.step, "opening the run's files")
-        world.from_rank_zero(lambda: self._open_files(corpus, learner, schedule, found, state))
-        world.at(self.progress.step, "rehearsing")
-        for line in world.together(lambda: rehearse(corpus, learner)):
+        world.set_phase(self.progress.step, "opening the run's files")
+        world.run_on_rank_zero(lambda: self._open_files(corpus, learner, schedule, found, state))
+        world.set_phase(self.progress.step, "rehearsing")
+        for line in world.run_on_all(lambda: rehearse(corpus, learner)):
             self.message(f"rehearsed {line}")
         fix_gradient_buckets(corpus, learner)
         batches = train_loader(
@@ -167,7 +167,7 @@ class Session:
         corpus = read_corpus(self.config)
         test = read_index(data.test) if data.test else None
         if data.cache_dir:
-            self.world.at(0, "copying shards")
+            self.world.set_phase(0, "copying shards")
             corpus = replace(corpus, index=cache_shards(corpus.index, Path(data.cache_dir)))
             test = cache_shards(test, Path(data.cache_dir)) if test is not None else None
         return corpus, test
@@ -436,7 +436,7 @@ class Session:
             loss = summary.loss if math.isfinite(summary.loss) else math.inf
             return Evaluation(score=(summary.wer, loss))
 
-        return self.world.from_rank_zero(record)
+        return self.world.run_on_rank_zero(record)
 
     def _dump(self, step: int, batches: list[MicroBatch]) -> None:
         path = self.path / f"nonfinite-step-{step:08d}-rank-{self.world.rank}.pt"
@@ -484,7 +484,7 @@ class Session:
 
     def end(self, state: str, reason: str, *, retry: bool) -> None:
         """Closes what is open, says how the attempt ended and gives the directory free; never hides an error."""
-        self.stop.agreed()
+        self.stop.mark_handled()
         failed = state == "failed"
         if not failed:
             self.message(f"{state} at step {self.progress.step}: {reason}; {self._account()}")
