@@ -281,9 +281,9 @@ def wait_until(condition: Callable[[], object], what: str, limit_s: float = LIMI
 
 def without_pictures() -> None:
     """Drawing takes longer than a tiny training; runs of the real command draw."""
-    from ddp_asr.runs import display
+    from ddp_asr.runs import plots
 
-    display.draw_curves = display.draw_spectrogram = lambda *_: None  # type: ignore[assignment]
+    plots.draw_curves = plots.draw_spectrogram = lambda *_: None  # type: ignore[assignment]
 
 
 def in_double() -> None:

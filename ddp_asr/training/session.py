@@ -39,7 +39,7 @@ from ddp_asr.objective import Objective
 from ddp_asr.ranks.world import World
 from ddp_asr.recognition.evaluation import gather, recognise
 from ddp_asr.recognition.recogniser import Recogniser, make_recogniser
-from ddp_asr.runs import checkpoint, display
+from ddp_asr.runs import checkpoint, display, plots
 from ddp_asr.runs.directory import RunDirectory, json_lines, read_lines, read_status
 from ddp_asr.runs.lease import Lease
 from ddp_asr.settings import describe, differences, to_dict
@@ -315,7 +315,7 @@ class Session:
         before, _ = learner.log_mel(batch.waveforms, batch.samples)
         after = augment.apply(before, batch.masks, self.config.objective.views)[0] if batch.masks else before
         pictures = (before[0].cpu().numpy(), after[0].cpu().numpy())
-        self.files.produce("spectrogram.png", lambda: display.draw_spectrogram(self.path, batch.keys[0], *pictures))
+        self.files.produce("spectrogram.png", lambda: plots.draw_spectrogram(self.path, batch.keys[0], *pictures))
 
     def _finish_tracking(self) -> None:
         """Rank 0: what Comet still lacks of a finished run whose follower was killed."""
@@ -429,7 +429,7 @@ class Session:
                 for u in summary.utterances[: self.config.tracking.samples]
             ]
             self.files.append("samples.jsonl", {**place, "samples": samples})
-            self.files.produce("curves.png", lambda: display.draw_curves(self.path))
+            self.files.produce("curves.png", lambda: plots.draw_curves(self.path))
             with contextlib.suppress(OSError):
                 self.show.test(line)
             # Of equal error rates the lower loss is the better one; no loss at all is the worst.
