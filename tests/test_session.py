@@ -35,15 +35,18 @@ def test_a_run_directory_holds_what_the_design_says(run):
     assert status["state"] == "done" and not (run / "lease.json").exists()
     assert (status["step"], status["total_steps"], status["best_wer"]) == (tiny.STEPS, tiny.STEPS, min(wers))
     assert yaml.safe_load((run / "config.yaml").read_text())["encoder"]["rnn_size"] == 16
-    assert json.loads((run / "environment.json").read_text())["processes"] == 2
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["processes"] == 2 and {"git_commit", "git_dirty"} <= environment.keys()
     newest = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert newest == ["step-00000006.pt", "step-00000009.pt", "step-00000012.pt"]  # train.keep_last
     for rank in (0, 1):
         assert f"rank {rank} of 2" in (run / f"rank-{rank:04d}.log").read_text()
     lines = tiny.read_lines(run / "metrics.jsonl")
-    train = "kind step epoch loss learning_rate gradient_norm audio_s_per_s data_wait padding skipped time_s"
+    train = "kind step epoch loss learning_rate gradient_norm audio_s_per_s data_wait padding skipped"
+    train += " gpu_memory_gb host_memory_gb time_s"
     test = "kind step epoch loss wer cer time_s"
     assert all(" ".join(line) == {"train": train, "test": test}[line["kind"]] for line in lines)
+    assert all(line["host_memory_gb"] > 0.01 for line in lines if line["kind"] == "train")
     assert [(line["step"], line["epoch"]) for line in lines if line["kind"] == "train"] == [
         (step, (step - 1) // 4 + 1) for step in range(1, 13)
     ]

@@ -53,7 +53,7 @@ tracking: {mode: "off", samples: 2}
 STEPS_PER_EPOCH, STEPS = 4, 12
 
 LIMIT_S = 120.0  # for a whole run, far above what one takes
-TIMES = ("time_s", "audio_s_per_s", "data_wait")
+TIMES = ("time_s", "audio_s_per_s", "data_wait", "gpu_memory_gb", "host_memory_gb")
 
 
 # ---- the corpus ----------------------------------------------------------------------------------------------------

@@ -2,15 +2,20 @@
 
     runs/NAME/
         config.yaml        every setting, of the newest attempt
-        metrics.jsonl      a train line a step, a test line an evaluation (see DESIGN 5 for the fields)
+        metrics.jsonl      a train line a step, a test line an evaluation (fields below)
         samples.jsonl      references and hypotheses of each evaluation
         left_out.jsonl     utterances that the plan leaves out, with the reason
-        environment.json   versions and hardware of the newest attempt
+        environment.json   versions, hardware and git commit of the newest attempt
         status.json        how the run stands, for launchers
         spectrogram.png, curves.png, checkpoints/, best.pt, lease.json, comet.json ...
 
 Lines are flushed one by one, so a killed run has lost at most the line it was writing; `cut_after` removes a torn
 line and everything beyond the step that a resumed run continues from.
+
+Fields of metrics.jsonl. Both kinds: `kind` ("train" or "test"), `step` and `epoch` (counted from 1 since the start of
+the run), `loss`, `time_s` (Unix time). A train line: `learning_rate`, `gradient_norm`, `audio_s_per_s` (all ranks),
+`data_wait` and `padding` (shares), `skipped` (steps so far), `gpu_memory_gb` (null without a GPU) and `host_memory_gb`,
+the most that rank 0 has held since the attempt began (10^9 bytes). A test line: `wer` and `cer` (shares).
 """
 
 import contextlib

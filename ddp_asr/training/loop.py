@@ -16,6 +16,7 @@ The loop knows neither model nor loss, no tracker, no decoder and no error rate:
 """
 
 import math
+import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -271,6 +272,7 @@ class Trainer:
             "data_wait": everyones.wait_s / self.world.world_size / seconds,
             "padding": everyones.padding,
             "skipped": self.progress.skipped,
+            **peak_memory(self.world.device),
             "time_s": time.time(),
         }
         self.world.set_phase(step, "writing the metrics")
@@ -348,3 +350,10 @@ class Trainer:
                 raise self._failure
 
         self.world.run_on_all(raise_own)
+
+
+def peak_memory(device: torch.device) -> dict[str, float | None]:
+    """The most memory that this process has held so far, on its GPU and on the host, in GB."""
+    gpu_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    host_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
+    return {"gpu_memory_gb": None if gpu_bytes is None else gpu_bytes / 1e9, "host_memory_gb": host_bytes / 1e9}

@@ -40,6 +40,7 @@ from ddp_asr.ranks.world import World
 from ddp_asr.recognition.evaluation import gather, recognise
 from ddp_asr.recognition.recogniser import Recogniser, make_recogniser
 from ddp_asr.runs import checkpoint, display, plots
+from ddp_asr.runs.checkout import git_checkout
 from ddp_asr.runs.directory import RunDirectory, json_lines, read_lines, read_status
 from ddp_asr.runs.lease import Lease
 from ddp_asr.settings import describe, differences, to_dict
@@ -568,6 +569,7 @@ def environment(world: World) -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "command": " ".join(sys.argv),
+        **git_checkout(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": str(torch.__version__),
