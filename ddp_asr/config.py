@@ -417,7 +417,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Tracking:
-    """Comet, which shows the run's own files (see tracking.py)."""
+    """Tracking with Comet, from the run's own files (see runs/comet.py)."""
 
     mode: str = setting(
         "auto",
@@ -427,6 +427,9 @@ class Tracking:
     project: str = setting("ddp-asr", "Comet project", also_called=("project_name",))
     workspace: str = setting("", "Comet workspace; empty: the default of the account", also_called=("entity",))
     samples: int = setting(20, "pairs of reference and hypothesis shown at each evaluation", at_least=0)
+    tags: list[str] = setting(
+        [], "tags of the run, beside its precision, number of processes and config file", also_called=("tag",)
+    )
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [
     ("decoder.kind", ["greedy"], ["", "beam"]),
     # any text
     ("run.name run.dir data.cache_dir data.test vocabulary.drop train.init_from", ["x"], []),
-    ("tracking.project tracking.workspace", ["x"], []),
+    ("tracking.project tracking.workspace tracking.tags", ["x"], []),
 ]
 BOUNDS = [(name, good, bad) for names, good, bad in LIMITS for name in names.split()]
 

@@ -52,7 +52,7 @@ WITHOUT_TORCH = [
 TORCH = {"torch", "torchaudio", "webdataset"}  # webdataset imports torch
 ONLY_IN = {
     "torch.distributed": {"ranks.world", "ranks.rendezvous"},
-    "comet_ml": {"tracking"},
+    "comet_ml": {"runs.comet"},
     "webdataset": {"data.writer"},
 }
 DISTRIBUTIONS = {"yaml": "pyyaml"}  # where a package is imported by another name

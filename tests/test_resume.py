@@ -14,7 +14,7 @@ import pytest
 
 from ddp_asr.runs import checkpoint
 from tests import tiny_training as tiny
-from tests.test_tracking import in_archive
+from tests.comet_archive import in_archive
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Tracking against a stand-in for Comet on the loopback: real files, real processes, comet_ml itself."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -11,7 +12,6 @@ import textwrap
 import threading
 import time
 import urllib.parse
-import zipfile
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,11 +20,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddp_asr import tracking
+from ddp_asr import tracking as command
 from ddp_asr.errors import UserError
+from ddp_asr.runs import comet as comet_module
+from ddp_asr.runs import records, tracking
+from ddp_asr.runs.checkout import git_checkout
+from ddp_asr.runs.comet import TrackingStatus
+from tests.comet_archive import in_archive
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STARTED_S = 1_700_000_000.0
+COMMIT = {"git_commit": "6c0ffee" * 5 + "6c0ff", "git_dirty": True}
 PNG = bytes.fromhex(  # one grey pixel
     "89504e470d0a1a0a0000000d4948445200000001000000010800000000 3a7e9b550000000a4944415408d763680000008200812b"
     "cd4f9e0000000049454e44ae426082".replace(" ", "")
@@ -44,6 +50,7 @@ def train_line(step):
             "learning_rate": 1e-5 * step,
         },
         **{"gradient_norm": 2.0, "audio_s_per_s": 300.0, "data_wait": 0.01, "padding": 0.05, "skipped": 0},
+        **{"gpu_memory_gb": None, "host_memory_gb": 1.5},
         "time_s": STARTED_S + step,
     }
 
@@ -80,17 +87,26 @@ def run(tmp_path):
     directory = tmp_path / "an4"
     directory.mkdir()
     (directory / "config.yaml").write_text(
-        "encoder: {time_strides: [2, 2]}\noptim: {learning_rate: 0.0005}\ntracking: {project: speech, workspace: ''}\n"
+        "encoder: {time_strides: [2, 2]}\noptim: {learning_rate: 0.0005}\ntrain: {precision: bf16}\n"
+        "tracking: {project: speech, workspace: '', tags: [baseline]}\n"
     )
-    (directory / "environment.json").write_text(json.dumps({"python": "3.11", "packages": {"torch": "2.11.0"}}))
+    environment = {"python": "3.11", "packages": {"torch": "2.11.0"}, "processes": 4, **COMMIT}
+    environment["command"] = "train.py --config configs/an4.yaml --train.epochs=3"
+    (directory / "environment.json").write_text(json.dumps(environment))
     (directory / "spectrogram.png").write_bytes(PNG)
+    (directory / "curves.png").write_bytes(PNG)
     write_lines(directory / "metrics.jsonl", metrics(120))
     write_lines(directory / "samples.jsonl", samples(120))
     return directory
 
 
-VALUES_120 = {("train", name, step) for name in tracking.TRAIN_METRICS for step in range(1, 121)} | {
-    ("test", name, step) for name in tracking.TEST_METRICS for step in (50, 100)
+TRAIN_METRICS = (
+    *("loss", "learning_rate", "gradient_norm", "audio_s_per_s", "data_wait", "padding", "skipped"),
+    *("host_memory_gb", "minutes"),
+)
+TEST_METRICS = ("loss", "wer", "cer", "minutes")
+VALUES_120 = {("train", name, step) for name in TRAIN_METRICS for step in range(1, 121)} | {
+    ("test", name, step) for name in TEST_METRICS for step in (50, 100)
 }
 
 
@@ -101,13 +117,17 @@ class StandIn:
     """Answers as Comet does, remembers what it took, and fails in the ways that a test asks for."""
 
     def __init__(self):
-        self.values = []  # (context, name, step, value, timestamp_ms)
+        self.values = []  # (context, name, step, epoch, value)
         self.parameters = {}
         self.system = {}
+        self.others = {}
+        self.tags = set()
         self.uploads = []  # (type, file name)
         self.created = []
         self.resumed = []
         self.refusals = Counter()  # by path's ending: answer so many requests with 500
+        self.drops = {}  # by path's ending: the numbers of the requests whose connection is closed without an answer
+        self.requests = Counter()
         self.delay_s = 0.0
         self.holds = False  # take requests and never answer
         self.changed = threading.Condition()
@@ -146,6 +166,10 @@ class StandIn:
             request.close_connection = True
             return
         with self.changed:
+            self.requests.update(end for end in self.drops if url.path.endswith(end))
+            if any(url.path.endswith(end) and self.requests[end] in numbers for end, numbers in self.drops.items()):
+                request.close_connection = True
+                return
             refused = next((end for end, left in self.refusals.items() if left and url.path.endswith(end)), None)
             if refused is not None:
                 self.refusals[refused] -= 1
@@ -167,12 +191,16 @@ class StandIn:
             for each in json.loads(body)["values"]:
                 if each["metricName"] != "process duration":  # comet_ml's own, of its process
                     what = (each["context"], each["metricName"], each["step"])
-                    self.values.append((*what, each["metricValue"], each["timestamp"]))
+                    self.values.append((*what, each["epoch"], each["metricValue"]))
         elif path.endswith("experiment/parameter"):
             self.parameters |= {each["parameterName"]: each["parameterValue"] for each in json.loads(body)["values"]}
         elif path.endswith("system-details"):
             listed = json.loads(body).get("logAdditionalSystemInfoList") or []
             self.system |= {each["key"]: each["value"] for each in listed}
+        elif path.endswith("log-other"):
+            self.others[json.loads(body)["key"]] = json.loads(body)["value"]
+        elif path.endswith("add-tags-to-experiment"):
+            self.tags.update(json.loads(body)["addedTags"])
         elif path.endswith("/upload"):
             self.uploads.append((query.get("type"), query.get("fileName") or query.get("figName")))
         elif path.endswith("isAlive/ver"):
@@ -219,6 +247,20 @@ def track(run, *arguments):
     return done.stdout
 
 
+def assert_holds_the_rest(comet):
+    """Beside each metric of each step: settings, environment, summary and pictures."""
+    assert float(comet.parameters["optim.learning_rate"]) == 0.0005
+    assert comet.parameters["encoder.time_strides"] == "[2, 2]"
+    assert comet.system["packages.torch"] == "2.11.0"
+    summary = {**COMMIT, "Name": "an4", "best_wer": 0.1, "best_wer_step": 100, "started": "2023-11-14T22:13:21+00:00"}
+    assert {name: comet.others.get(name) for name in summary} == summary
+    values = {value[:3]: value[3:] for value in comet.values}
+    assert values["train", "minutes", 61] == (2, pytest.approx(1.0))
+    assert values["test", "wer", 100] == (2, pytest.approx(0.1))
+    assert {(None, "curves"), (None, "spectrogram")} <= set(comet.uploads)
+    assert (None, "environment.json") in comet.uploads and (None, "config.yaml") in comet.uploads
+
+
 def wait_for_end(pid):
     """Waits for a process that need not be a child of this one."""
     try:
@@ -231,50 +273,30 @@ def wait_for_end(pid):
         os.close(handle)
 
 
-def in_archive(run):
-    """Returns how often each value stands in the run's archive, and the messages of other kinds."""
-    report = tracking.Report.load(run)
-    counts, others = Counter(), []
-    with zipfile.ZipFile(run / report.archive) as archive:
-        assert archive.testzip() is None
-        for line in archive.read("messages.json").splitlines():
-            message = json.loads(line)
-            metric = message["payload"].get("metric")
-            if metric is None:
-                others.append(message)
-            elif metric["metricName"] != "process duration":
-                counts[message["payload"]["context"], metric["metricName"], metric["step"]] += 1
-        return counts, others, json.loads(archive.read("experiment.json"))
-
-
 # ---- small parts ---------------------------------------------------------------------------------------------------
 
 
 def test_auto_is_online_where_a_key_is_set(monkeypatch):
     monkeypatch.delenv("COMET_API_KEY", raising=False)
-    assert tracking.resolve_mode("auto") == "offline"
+    assert comet_module.resolve_mode("auto") == "offline"
     monkeypatch.setenv("COMET_API_KEY", "k")
-    assert tracking.resolve_mode("auto") == "online"
-    assert tracking.resolve_mode("offline") == "offline"
+    assert comet_module.resolve_mode("auto") == "online"
+    assert comet_module.resolve_mode("offline") == "offline"
     with pytest.raises(UserError, match=r"on-line.*auto, online, offline, off"):
-        tracking.resolve_mode("on-line")
+        comet_module.resolve_mode("on-line")
 
 
 def test_the_key_is_made_once_and_suits_comet(tmp_path):
-    key = tracking.experiment_key(tmp_path)
+    key = comet_module.experiment_key(tmp_path)
     assert 32 <= len(key) <= 50 and key.isalnum() and key == key.lower()
-    assert tracking.experiment_key(tmp_path) == key == tracking.experiment_key(tmp_path, known="other")
+    assert comet_module.experiment_key(tmp_path) == key == comet_module.experiment_key(tmp_path, known="other")
     (tmp_path / "comet.json").unlink()
-    assert tracking.experiment_key(tmp_path, known=key) == key  # from a checkpoint, when comet.json was lost
+    assert comet_module.experiment_key(tmp_path, known=key) == key  # from a checkpoint, when comet.json was lost
 
 
 def test_settings_are_flattened():
     settings = {"optim": {"beta1": 0.9, "anneal": "linear"}, "encoder": {"time_strides": [2, 2]}}
-    assert tracking.flatten(settings) == {
-        "optim.beta1": 0.9,
-        "optim.anneal": "linear",
-        "encoder.time_strides": "[2, 2]",
-    }
+    assert records.flatten(settings) == {"optim.beta1": 0.9, "optim.anneal": "linear", "encoder.time_strides": "[2, 2]"}
 
 
 steps_and_cuts = st.lists(
@@ -292,7 +314,7 @@ steps_and_cuts = st.lists(
 def test_reader_misses_no_line_however_the_file_is_cut_back(tmp_path_factory, story, replaced):
     """What the file holds at the end has been read; a value written after a cut is the last one read of its step."""
     path = tmp_path_factory.mktemp("lines") / "metrics.jsonl"
-    reader, read, lines, torn = tracking.LineReader(path), {}, [], b""
+    reader, read, lines, torn = records.LineReader(path), {}, [], b""
     for number, (what, amount) in enumerate([*story, ("look", 0)]):
         if what == "grow":
             first = len(lines) + 1
@@ -319,7 +341,7 @@ def test_reader_misses_no_line_however_the_file_is_cut_back(tmp_path_factory, st
 def test_reader_passes_over_what_a_crash_left_torn(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": 2, "lo\xff\n[3]\n{"step": 4}\n{"step": 5')
-    reader = tracking.LineReader(path)
+    reader = records.LineReader(path)
     assert [line["step"] for line in reader.new()] == [1, 4]
     with path.open("ab") as file:
         file.write(b"}\n")
@@ -344,19 +366,19 @@ def test_help_answers_without_comet_and_torch():
 
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"is not a run: it has no config\.yaml"):
-        tracking.main([str(tmp_path)])
+        command.main([str(tmp_path)])
 
 
 def test_online_without_a_key_is_refused_on_demand(run, monkeypatch):
     monkeypatch.delenv("COMET_API_KEY", raising=False)
     with pytest.raises(UserError, match="COMET_API_KEY"):
-        tracking.main([str(run), "--mode", "online"])
+        command.main([str(run), "--mode", "online"])
 
 
 def test_off_starts_nothing(run):
     follower = tracking.start(run, "off")
     assert follower.process is None
-    assert tracking.summary(run, follower.close()) == "not tracked"
+    assert follower.close().summary(run) == "not tracked"
     assert not (run / "comet.json").exists()
 
 
@@ -374,44 +396,160 @@ def test_one_process_at_a_time_tracks_a_run(run):
         pass
 
 
-class Refusing:
-    """An experiment whose server takes tables at the third offer, or never."""
+class Experiment:
+    """In the place of comet_ml's: counts what is logged, and refuses tables so many times."""
 
-    def __init__(self, report, refusals):
-        self.report, self.refusals, self.offered = report, refusals, 0
+    alive, url = True, "http://127.0.0.1/"
+
+    def __init__(self, status, refusals=0, still_sending=0):
+        self.status, self.refusals, self.still_sending = status, refusals, still_sending
+        self.logged, self.last = Counter(), ""
+
+    def __getattr__(self, name):
+        def log(*_, **__):
+            self.logged[name] += 1
+            self.last = name
+
+        return log
+
+    def context_manager(self, _):
+        return contextlib.nullcontext()
 
     def flush(self, timeout):
-        if self.offered <= self.refusals:
-            self.report.failed("status code 500")
-        return True
+        if self.last == "log_table" and self.logged["log_table"] <= self.refusals:
+            self.status.failed("status code 500")
+        self.still_sending -= 1
+        return self.still_sending < 0
 
-    def offer(self):
-        self.offered += 1
+
+def upload_to(run, experiment, monkeypatch):
+    """An upload over a connection that is made in no time and never paused."""
+    upload = comet_module.Upload(run, experiment.status)
+    monkeypatch.setattr(upload, "_connect", lambda: experiment)
+    monkeypatch.setattr(comet_module, "BACK_OFF_S", (0.0, 0.0))
+    upload.hurry()
+    return upload
 
 
 @pytest.mark.parametrize("refusals", [2, 1_000])
-def test_what_is_refused_is_offered_a_few_times_and_then_reported(run, refusals):
-    mirror = tracking.Mirror(run, report := tracking.Report(mode="online"))
-    mirror.experiment = Refusing(report, refusals)
-    for _ in range(tracking.TRIES - 1):
-        with pytest.raises(ConnectionError, match="did not take samples: status code 500"):
-            mirror._hand_over("samples", mirror.experiment.offer)
-    assert mirror._hand_over("samples", mirror.experiment.offer)
-    assert mirror.experiment.offered == tracking.TRIES
-    assert report.lost == ([] if refusals == 2 else ["samples"])
-    assert ("refused samples" in tracking.summary(run, report)) == bool(report.lost)
+def test_what_is_refused_is_offered_a_few_times_and_then_reported(run, monkeypatch, refusals):
+    write_lines(run / "samples.jsonl", samples(50))
+    status = TrackingStatus(mode="online")
+    upload = upload_to(run, experiment := Experiment(status, refusals), monkeypatch)
+    while not upload.advance():
+        assert status.failures <= 10
+    assert experiment.logged["log_table"] == comet_module.TRIES
+    assert "status code 500" in status.last_error
+    assert status.lost == ([] if refusals == 2 else ["samples from step 50"])
+    assert ("refused samples" in status.summary(run)) == bool(status.lost)
+    assert experiment.logged["log_metrics"] == 122  # what was taken is not sent again
 
 
-def test_what_comet_ml_is_still_sending_is_not_handed_over_again(run):
-    class Slow(Refusing):
-        def flush(self, timeout):
-            return False
+def test_a_record_that_comet_ml_cannot_take_keeps_no_other_back(run, monkeypatch):
+    class Raising(Experiment):
+        def log_image(self, *_, name, **__):
+            raise ValueError(f"no picture: {name}")
 
-    mirror = tracking.Mirror(run, report := tracking.Report())
-    mirror.experiment = Slow(report, 0)
-    assert not mirror._hand_over("code", mirror.experiment.offer)
-    assert not mirror._hand_over("code", mirror.experiment.offer)
-    assert mirror.experiment.offered == 1
+    status = TrackingStatus(mode="online")
+    upload = upload_to(run, experiment := Raising(status), monkeypatch)
+    while not upload.advance():
+        assert status.failures <= 2 * comet_module.TRIES
+    assert status.lost == ["curves", "spectrogram"] and status.last_error == "ValueError: no picture: spectrogram"
+    assert experiment.logged["log_code"] == 1 and experiment.logged["log_metrics"] == 122
+
+
+def test_what_comet_ml_is_still_sending_is_not_logged_again(run, monkeypatch):
+    status = TrackingStatus(mode="online")
+    upload = upload_to(run, experiment := Experiment(status, still_sending=3), monkeypatch)
+    assert [upload.advance() for _ in range(4)] == [False, False, False, True]
+    assert experiment.logged["log_parameters"] == 1 and experiment.logged["log_metrics"] == 122
+
+
+def test_a_longer_run_is_thinned_to_what_comet_keeps(monkeypatch):
+    monkeypatch.setattr(comet_module, "MOST_POINTS", 10)
+    lines = [records.Metrics(kind, step, 1, {}) for step in range(1, 26) for kind in ("train", "test")]
+    kept = list(comet_module._thinned([*lines, records.CODE]))
+    assert [each.step for each in kept[:-1] if each.kind == "train"] == list(range(1, 26, 3))
+    assert [each.step for each in kept[:-1] if each.kind == "test"] == list(range(1, 26)) and kept[-1] == records.CODE
+    assert list(comet_module._thinned(lines[:20])) == lines[:20]
+
+
+# ---- records -------------------------------------------------------------------------------------------------------
+
+
+def values_of(found, name):
+    return next(each.value for each in found if isinstance(each, records.Item) and each.name == name)
+
+
+def test_a_run_is_read_as_records(run):
+    found = records.RunReader(run).unsent(records.Sent())
+    lines = [each for each in found if isinstance(each, records.Metrics)]
+    assert [(each.kind, each.step) for each in lines] == [(each["kind"], each["step"]) for each in metrics(120)]
+    assert set(lines[0].values) == set(TRAIN_METRICS) and lines[0].epoch == 1  # no null, no time, no place
+    assert lines[-1].values["minutes"] == pytest.approx(119 / 60)
+    assert values_of(found, "settings")["encoder.time_strides"] == "[2, 2]"
+    assert values_of(found, "environment")["packages.torch"] == "2.11.0"
+    assert values_of(found, "git") == COMMIT
+    assert values_of(found, "best WER") == {"best_wer": 0.1, "best_wer_step": 100}
+    assert values_of(found, "start") == {"started": "2023-11-14T22:13:21+00:00"}
+    tags = [tag for each in found if isinstance(each, records.Item) and each.role == "tags" for tag in each.value]
+    assert tags == ["bf16", "baseline", "4 processes", "an4"]
+
+
+def test_only_what_is_new_or_changed_is_sent_again(run):
+    sent = records.Sent()
+    reader = records.RunReader(run)
+    for record in reader.unsent(sent):
+        sent.add(record)
+    assert reader.unsent(sent) == [] == records.RunReader(run).unsent(sent)
+    (run / "config.yaml").write_text((run / "config.yaml").read_text())  # a resumed run writes it again
+    assert reader.unsent(sent) == []
+    (run / "curves.png").write_bytes(PNG + b"redrawn")
+    write_lines(run / "metrics.jsonl", metrics(80))  # cut back, and trained on
+    assert [each.name for each in reader.unsent(sent)] == ["curves"]
+    write_lines(run / "metrics.jsonl", [*metrics(120), train_line(121), test_line(121) | {"wer": 0.05}])
+    found = reader.unsent(sent)
+    assert [(each.kind, each.step) for each in found[:2]] == [("train", 121), ("test", 121)]
+    assert values_of(found, "best WER") == {"best_wer": 0.05, "best_wer_step": 121}
+    assert len(found) == 4
+
+
+def test_of_equal_error_rates_the_lower_loss_is_best(run):
+    lines = [test_line(step) | {"wer": wer, "loss": loss} for step, wer, loss in ((50, 0.2, 1), (60, 0.2, 0.5))]
+    write_lines(run / "metrics.jsonl", [*lines, test_line(70) | {"wer": 0.3}, test_line(80) | {"wer": None}])
+    found = records.RunReader(run).unsent(records.Sent())
+    assert values_of(found, "best WER") == {"best_wer": 0.2, "best_wer_step": 60}
+
+
+def test_what_is_missing_or_damaged_is_left_out(tmp_path):
+    assert records.RunReader(tmp_path).unsent(records.Sent())[1:] == [records.CODE]
+    (tmp_path / "environment.json").write_text('{"torn')
+    (tmp_path / "config.yaml").write_text("train: {torn")
+    found = records.RunReader(tmp_path).unsent(records.Sent())
+    assert values_of(found, "settings") == {} == values_of(found, "environment")
+
+
+def test_the_commit_and_changes_of_a_checkout(tmp_path):
+    def git(*arguments):
+        identity = ("-c", "user.name=n", "-c", "user.email=e@example.org")
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
+
+    nothing = {"git_commit": None, "git_dirty": None}
+    assert git_checkout(tmp_path / "missing") == nothing
+    git("init")
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "module.py").write_text("x = 1\n")
+    (tmp_path / "other.py").write_text("x = 1\n")
+    git("add", "other.py")
+    git("commit", "-m", "first")
+    assert git_checkout(tmp_path / "package") == nothing  # untracked: this commit is not of this code
+    git("add", "package")
+    git("commit", "-m", "second")
+    commit = (tmp_path / ".git" / "HEAD").read_text().split()[1]
+    expected = {"git_commit": (tmp_path / ".git" / commit).read_text().strip(), "git_dirty": False}
+    assert git_checkout(tmp_path / "package") == expected
+    (tmp_path / "package" / "module.py").write_text("x = 2\n")
+    assert git_checkout(tmp_path / "package") == expected | {"git_dirty": True}
 
 
 # ---- offline -------------------------------------------------------------------------------------------------------
@@ -424,28 +562,22 @@ def test_a_killed_run_gets_its_archive_and_comet_upload_takes_it(run, comet):
     assert "comet upload" in track(run)
     counts, others, experiment = in_archive(run)
     assert counts == dict.fromkeys(VALUES_120, 1)
-    assert experiment["offline_id"] == tracking.experiment_key(run)
+    assert experiment["offline_id"] == comet_module.experiment_key(run)
     assert experiment["project_name"] == "speech"
-    assert (experiment["start_time"], experiment["stop_time"]) == ((STARTED_S + 1) * 1000, (STARTED_S + 120) * 1000)
+    assert {"bf16", "baseline", "4 processes", "an4"} == set(experiment["tags"])
     files = {each["payload"]["additional_params"].get("fileName") for each in others if each["type"] == "file_upload"}
-    assert {"ddp_asr/tracking.py", "samples-00000050.csv", "samples-00000100.csv", "environment.json"} <= files
+    assert {"ddp_asr/runs/comet.py", "samples-00000050.csv", "samples-00000100.csv", "environment.json"} <= files
     assert sorted(path.name for path in (run / "comet").iterdir()) == sorted(
-        [f"{tracking.experiment_key(run)}.zip", "comet.log"]
+        [f"{comet_module.experiment_key(run)}.zip", "comet.log"]
     )
 
-    archive = run / tracking.Report.load(run).archive
+    archive = run / TrackingStatus.load(run).archive
     command = [str(Path(sys.executable).with_name("comet")), "upload", str(archive)]
     uploaded = subprocess.run(command, capture_output=True, text=True)
     assert uploaded.returncode == 0, uploaded.stdout + uploaded.stderr
-    assert comet.created == [tracking.experiment_key(run)]
+    assert comet.created == [comet_module.experiment_key(run)]
     assert comet.counts() == dict.fromkeys(VALUES_120, 1)
-    assert {value[4] for value in comet.values if value[2] == 7} == {int((STARTED_S + 7) * 1000)}
-    assert (
-        float(comet.parameters["optim.learning_rate"]) == 0.0005
-        and comet.parameters["encoder.time_strides"] == "[2, 2]"
-    )
-    assert comet.system["packages.torch"] == "2.11.0"
-    assert (None, "spectrogram before and after SpecAugment") in comet.uploads
+    assert_holds_the_rest(comet)
 
 
 @pytest.mark.slow
@@ -456,9 +588,9 @@ def test_the_archive_is_made_anew_with_the_same_key(run):
     track(run)
     counts, _, experiment = in_archive(run)
     assert counts == dict.fromkeys(VALUES_120, 1)
-    assert experiment["offline_id"] == tracking.experiment_key(run)
+    assert experiment["offline_id"] == comet_module.experiment_key(run)
     left = sorted(path.name for path in (run / "comet").iterdir())
-    assert left == sorted([f"{tracking.experiment_key(run)}.zip", "comet.log"])
+    assert left == sorted([f"{comet_module.experiment_key(run)}.zip", "comet.log"])
 
 
 @pytest.mark.slow
@@ -482,7 +614,7 @@ def test_the_follower_outlives_a_killed_parent_and_makes_the_archive(run):
     """The parent's forked child, as a loader's worker is, holds the follower's pipe open: no end of file then."""
     code = f"""
         import os, pathlib, signal
-        from ddp_asr import tracking
+        from ddp_asr.runs import tracking
         follower = tracking.start(pathlib.Path({str(run)!r}), "offline")
         worker = os.fork()
         if worker:
@@ -498,7 +630,7 @@ def test_the_follower_outlives_a_killed_parent_and_makes_the_archive(run):
             wait_for_end(pid)
         finally:
             os.kill(worker, signal.SIGKILL)
-    assert tracking.Report.load(run).finished
+    assert TrackingStatus.load(run).finished
     assert in_archive(run)[0] == dict.fromkeys(VALUES_120, 1)
 
 
@@ -509,11 +641,12 @@ def test_the_follower_outlives_a_killed_parent_and_makes_the_archive(run):
 def test_a_resumed_run_continues_its_experiment_and_sends_no_step_twice(run, comet):
     assert "train steps to 120" in track(run, "--mode", "online")
     assert comet.counts() == dict.fromkeys(VALUES_120, 1)
-    assert comet.created == [tracking.experiment_key(run)] and comet.resumed == []
-    assert {value[4] for value in comet.values if value[2] == 7} == {int((STARTED_S + 7) * 1000)}
+    assert comet.created == [comet_module.experiment_key(run)] and comet.resumed == []
+    assert_holds_the_rest(comet)
+    assert comet.tags == {"bf16", "baseline", "4 processes", "an4"}
     tables = [name for _, name in comet.uploads if name and name.startswith("samples")]
     assert sorted(tables) == ["samples-00000050.csv", "samples-00000100.csv"]
-    assert ("source_code", "ddp_asr/tracking.py") in comet.uploads
+    assert ("source_code", "ddp_asr/runs/comet.py") in comet.uploads
 
     write_lines(run / "metrics.jsonl", metrics(80))  # the checkpoint's step; the new attempt trains 81 to 120 again
     follower = tracking.start(run, "online")
@@ -521,12 +654,12 @@ def test_a_resumed_run_continues_its_experiment_and_sends_no_step_twice(run, com
     write_lines(run / "samples.jsonl", samples(150))
     report = follower.close(120)
     assert report.finished and not report.failures
-    assert comet.created == comet.resumed == [tracking.experiment_key(run)]
+    assert comet.created == comet.resumed == [comet_module.experiment_key(run)]
     counts = comet.counts()
     assert set(counts.values()) == {1}
     assert {step for _, name, step in counts if name == "learning_rate"} == set(range(1, 151))
     assert {step for _, name, step in counts if name == "wer"} == {50, 100, 150}
-    assert Counter(comet.uploads)["source_code", "ddp_asr/tracking.py"] == 1
+    assert Counter(comet.uploads)["source_code", "ddp_asr/runs/comet.py"] == 1
     assert [name for _, name in comet.uploads if name == "samples-00000150.csv"] == ["samples-00000150.csv"]
 
 
@@ -538,7 +671,18 @@ def test_errors_of_comet_are_counted_and_nothing_is_lost_or_sent_twice(run, come
     report = follower.close(120)
     assert report.finished and report.failures >= 3 and report.last_error
     assert comet.counts() == dict.fromkeys(VALUES_120, 1)
-    assert f"({report.failures} failures, the last: " in tracking.summary(run, report)
+    assert f"({report.failures} failures, the last: " in report.summary(run)
+
+
+@pytest.mark.slow
+def test_a_lost_connection_is_noticed_and_nothing_is_lost_or_sent_twice(run, comet):
+    comet.drops = {"experiment/metric": {3, 6}, "log-other": {5}}  # 1, 2 and 4, 5: the first line of a connection
+    assert "train steps to 120" in track(run, "--mode", "online")
+    status = TrackingStatus.load(run)
+    assert status.finished and status.failures >= 3 and not status.lost and "onnection" in status.last_error
+    assert comet.counts() == dict.fromkeys(VALUES_120, 1)
+    assert_holds_the_rest(comet)
+    assert comet.created == [comet_module.experiment_key(run)] and len(comet.resumed) == 3
 
 
 @pytest.mark.slow
@@ -572,11 +716,11 @@ def test_what_comet_did_not_take_in_time_is_sent_on_demand(run, comet):
     comet.wait_for(lambda: comet.refusals["experiment/metric"] < 1_000_000)
     report = follower.close(120)
     assert follower.process.returncode == 1 and not report.finished and report.created
-    assert "--mode online" in tracking.summary(run, report)
+    assert "--mode online" in report.summary(run)
     comet.refusals.clear()
     track(run, "--mode", "online")
     assert comet.counts() == dict.fromkeys(VALUES_120, 1)
-    assert comet.created == comet.resumed == [tracking.experiment_key(run)]
+    assert comet.created == [comet_module.experiment_key(run)] and set(comet.resumed) == set(comet.created)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ddp_asr import __version__, tracking
+from ddp_asr import __version__
 from ddp_asr.config import Config, config_from_dict
 from ddp_asr.data.corpus import Corpus, read_corpus
 from ddp_asr.data.index import Index, read_index
@@ -39,7 +39,7 @@ from ddp_asr.objective import Objective
 from ddp_asr.ranks.world import World
 from ddp_asr.recognition.evaluation import gather, recognise
 from ddp_asr.recognition.recogniser import Recogniser, make_recogniser
-from ddp_asr.runs import checkpoint, display, plots
+from ddp_asr.runs import checkpoint, comet, display, plots, tracking
 from ddp_asr.runs.checkout import git_checkout
 from ddp_asr.runs.directory import RunDirectory, json_lines, read_lines, read_status
 from ddp_asr.runs.lease import Lease
@@ -62,7 +62,7 @@ class Session:
         self.lease: Lease | None = None
         self.files: RunDirectory | None = None  # rank 0 only
         self.show: display.Display | None = None
-        self.follower: tracking.Follower | None = None
+        self.tracking: tracking.TrackingProcess | None = None
         self.log: logging.Logger | None = None
         self.config = config
         self.former: dict[str, Any] = {}  # status.json of the attempt before; emptied when this one begins to write
@@ -284,7 +284,7 @@ class Session:
         assert self.files is not None and self.lease is not None
         self.fingerprint = corpus.whole.fingerprint()
         own = state is not None and found is not None and self._is_own(found)
-        self.comet_key = tracking.experiment_key(self.path, known=state["comet_key"] if state and own else None)
+        self.comet_key = comet.experiment_key(self.path, known=state["comet_key"] if state and own else None)
         self.former = {}  # from here on this attempt changes the run
         # In this order: metrics that end before the newest checkpoint would lack steps for good.
         checkpoint.set_aside_beyond(self.path, self.progress.step, self.lease.check)
@@ -297,7 +297,7 @@ class Session:
         self._status("running", f"attempt began at step {self.progress.step}", retry=True)
         config = self.config
         self.show = display.Display(schedule.total_steps, config.train.epochs, schedule.steps_per_epoch)
-        self.follower = tracking.start(self.path, config.tracking.mode)
+        self.tracking = tracking.start(self.path, config.tracking.mode)
         self.message(
             f"run {self.path}: {count_parameters(learner.plain_model):,} parameters, {corpus.hours:.2f} h in "
             f"{len(corpus.index):,} utterances, {len(left_out)} left out, {schedule.steps_per_epoch} steps x "
@@ -319,9 +319,9 @@ class Session:
         self.files.produce("spectrogram.png", lambda: plots.draw_spectrogram(self.path, batch.keys[0], *pictures))
 
     def _finish_tracking(self) -> None:
-        """Rank 0: what Comet still lacks of a finished run whose follower was killed."""
-        if not tracking.Report.load(self.path).finished:
-            self.follower = tracking.start(self.path, self.config.tracking.mode)
+        """Rank 0: what Comet still lacks of a finished run whose tracking process was killed."""
+        if not comet.TrackingStatus.load(self.path).finished:
+            self.tracking = tracking.start(self.path, self.config.tracking.mode)
 
     @property
     def _writer(self) -> checkpoint.BackgroundWriter:
@@ -503,13 +503,13 @@ class Session:
             self.show = None
         self.files.close()
         self.lease.release()
-        if self.follower is not None:
+        if self.tracking is not None:
             # Nobody waits long for Comet but a run that is done: torchrun kills a rank 30 s after its signal, and the
-            # follower goes on by itself until its own deadline.
+            # tracking process continues by itself until its own deadline.
             patience_s = {"done": tracking.CLOSE_S + 10, "stopped": 5.0}.get(state, 0.0)
-            report = self.follower.close(timeout_s=patience_s)
+            report = self.tracking.close(timeout_s=patience_s)
             if not failed:
-                self.message(tracking.summary(self.path, report))
+                self.message(report.summary(self.path))
 
 
 def open_rank_log(run_directory: Path, world: World) -> logging.Logger:
