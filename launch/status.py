@@ -1,12 +1,14 @@
-"""How runs stand: `python -m launch.status [DIR]`, from their files and one question to Slurm for all of them.
+"""Lists runs and their states: `python -m launch.status [DIR]`, from their files and one query to Slurm for all.
 
-    status.json, lease.json, the end of metrics.jsonl  -.
-    job.json  ->  cluster.job_states (squeue, sacct)   --> judge -> Overview -> a table, or JSON
+    status.json, lease.json   -.
+    job.json  ->  squeue, sacct ->  Evidence -> run_state -.
+    the end of metrics.jsonl  -----------------------------+-> RunSummary -> table or JSON
 
-Three witnesses speak of a run, and none of them alone is enough: status.json says how the last attempt ended but not
-that a new one waits in the queue, Slurm knows nothing of a run without a job, and a lease says who writes and not why
-nobody does. `judge` puts the three together. Nothing here waits: whether a lease lives that has just been looked at for
-the first time is unknown, and `--watch`, which looks again and again, finds out.
+No single source is enough. status.json says how the last attempt ended, but not that a new one waits in the queue.
+Slurm knows nothing of a run without a job. A lease says who writes, but not why nobody does. `run_state` combines them.
+
+No query waits: one look cannot tell whether the owner of a lease on another machine is alive, so the state is then
+"running?". `--watch` looks repeatedly and finds out.
 """
 
 from __future__ import annotations
@@ -14,17 +16,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import io
 import json
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
 
 from ddp_asr.errors import UserError, run_entry_point
+from ddp_asr.files import parse_json_line
 from ddp_asr.runs.directory import read_status
 from ddp_asr.runs.display import duration, number, percent
 from ddp_asr.runs.lease import DEAD_AFTER_S, Verdict, Watch
@@ -32,14 +41,10 @@ from launch import cluster
 from launch.cluster import JobState
 from launch.submit import read_job
 
-if TYPE_CHECKING:
-    from rich.text import Text
-
-MARKS = ("status.json", "job.json", "lease.json", "metrics.jsonl")  # a directory that has one of them is a run
-BLOCK_BYTES = 1 << 16
-# Of a long run's metrics.jsonl, about 12,000 steps: the newest evaluation is looked for no further back.
-MOST_BYTES = 1 << 22
-LONGEST_NOTE = 48
+MARKS = ("status.json", "job.json", "lease.json", "metrics.jsonl")  # a directory with one of these files is a run
+# How much of the end of metrics.jsonl is read: mostly the first, and up to the second (about 12,000 steps) if the first
+# holds no evaluation. An older evaluation is not found.
+TAIL_BYTES = (1 << 16, 1 << 22)
 
 EXAMPLES = """\
 examples:
@@ -48,178 +53,159 @@ examples:
   python -m launch.status runs/librispeech_960 --json
 
 states:
-  PENDING, RUNNING ...   what Slurm says of the run's job, with its reason
-  starting, running      outside Slurm; "running?" has been silent for over a minute, and --watch finds out
+  PENDING, RUNNING ...   Slurm's state of the run's job, with its reason
+  starting, running      a run outside Slurm; "running?": no sign of life for over a minute, --watch finds out
   done                   trained to the end
-  stopped, cancelled     resumable: submit it again and it goes on from its newest checkpoint
-  failed                 with the last line of the error
-  dead                   ended without a word (killed, lost node): submit it again and it goes on
-  unknown                neither its files nor Slurm know what became of its job
+  stopped, cancelled     resumable: submit it again, and it continues from its newest checkpoint
+  failed                 ended with an error, shown below the table
+  dead                   killed, or its node was lost: submit it again, and it continues
+  unknown                neither its files nor Slurm say what happened to its job
 """
 
 
-# ---- what became of a run ------------------------------------------------------------------------------------------
+# ---- the state of a run --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Standing:
-    """What the witnesses together say."""
+class Evidence:
+    """All that can be found out about a run without waiting."""
+
+    status: dict[str, Any] | None = None  # status.json
+    job: JobState | None = None  # Slurm's state of the run's newest job; None: no job, or no Slurm
+    process: bool | None = None  # whether the process of the run's local job exists; None: no local job
+    lease: Verdict = "free"
+    lease_age_s: float = 0.0  # since lease.json was last written, by this machine's clock
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The state of a run, and what follows from it."""
 
     state: str
     note: str = ""
-    living: bool = False  # trains, or waits for its turn
-    finished: bool = False  # nothing is left to do under its settings
+    living: bool = False  # it trains, or its job is queued
+    finished: bool = False  # nothing is left to train under its settings
 
 
-@dataclass(frozen=True)
-class Witnesses:
-    """All that is known of a run without waiting for anything."""
-
-    status: dict[str, Any] | None = None  # status.json
-    job: JobState | None = None  # what Slurm says of the run's newest job; None: no such job, or no Slurm
-    process: bool | None = None  # whether that job, a local one, still has its process; None: not a local one
-    lease: Verdict = "free"
-    silent_s: float = 0.0  # since the lease was last written, by this machine's clock
-    requeues: int = 0
-
-
-def judge(seen: Witnesses) -> Standing:
-    """How a run stands."""
+def run_state(seen: Evidence) -> RunState:
+    """Combines all evidence into one state."""
     status = seen.status or {}
     recorded, reason = status.get("state"), str(status.get("reason", ""))
+    refused = "newest attempt refused" if "refused" in status else ""
     if recorded == "done":
-        return Standing("done", finished=True)
+        return RunState("done", refused, finished=True)
     if seen.job is not None and seen.job.living:
-        return _judge_job(seen.job, seen)
+        note = seen.job.reason
+        if seen.job.state == "RUNNING":
+            note = {"free": "starting", "dead": "its lease is no longer renewed"}.get(seen.lease, "")
+        return RunState(seen.job.state, note, living=True)
     if seen.process:
-        return Standing("running" if recorded == "running" and seen.lease != "dead" else "starting", living=True)
-    # What Slurm says of a job that has ended; "" also where it has forgotten the job.
+        return RunState("running" if recorded == "running" and seen.lease != "dead" else "starting", living=True)
+    # Slurm's state of a job that has ended; "" also if Slurm has forgotten the job.
     ended = seen.job.state if seen.job is not None and seen.job.state != "UNKNOWN" else ""
     if seen.lease == "alive":
-        return Standing("running", f"though Slurm says {ended}" if ended else "", living=True)
+        return RunState("running", f"although Slurm says {ended}" if ended else "", living=True)
     if recorded == "failed":
-        return Standing("failed", "" if ended in ("FAILED", "COMPLETED") else ended)
+        return RunState("failed", "" if ended in ("FAILED", "COMPLETED") else ended)
     if recorded == "stopped":
+        note = ", ".join(filter(None, (reason, refused)))
         if not status.get("retry", True):
-            return Standing("stopped", reason, finished=True)
-        return Standing("cancelled" if ended == "CANCELLED" else "stopped", reason)
-    if ended:
-        return _judge_wordless(ended, recorded)
-    return _judge_lease(seen, recorded)
-
-
-def _judge_job(job: JobState, seen: Witnesses) -> Standing:
-    notes = [job.reason] if job.reason else []
-    if job.state == "RUNNING":
-        notes = {"free": ["starting"], "dead": ["silent: nobody renews its lease"]}.get(seen.lease, [])
-    if seen.requeues:
-        notes.append(f"requeued {'once' if seen.requeues == 1 else f'{seen.requeues} times'}")
-    return Standing(job.state, ", ".join(notes), living=True)
-
-
-def _judge_wordless(ended: str, recorded: str | None) -> Standing:
-    """Slurm has ended the job, and the run did not come to say anything of it."""
+            return RunState("stopped", note, finished=True)
+        return RunState("cancelled" if ended == "CANCELLED" else "stopped", note)
     if ended == "CANCELLED":
-        return Standing("cancelled")
-    if recorded is None or ended in ("FAILED", "OUT_OF_MEMORY"):
-        return Standing("failed", ended)
-    return Standing("dead", ended)
+        return RunState("cancelled")
+    if ended:
+        return RunState("failed" if recorded is None or ended in ("FAILED", "OUT_OF_MEMORY") else "dead", ended)
+    return _state_by_lease(seen, recorded)
 
 
-def _judge_lease(seen: Witnesses, recorded: str | None) -> Standing:
-    """Slurm has nothing to say: the run's own files are all there is."""
-    if seen.lease == "dead":
-        return Standing("dead")
+def _state_by_lease(seen: Evidence, recorded: str | None) -> RunState:
+    """The state of a run of which neither Slurm nor status.json can tell how it ended."""
     if seen.lease == "unknown":
-        silent = seen.silent_s > DEAD_AFTER_S
         state = "running" if recorded == "running" else "starting"
-        note = f"no sign of life for {duration(seen.silent_s)}" if silent else ""
-        return Standing(state + "?" * silent, note, living=True)
-    if recorded == "running":
-        return Standing("dead")
-    if seen.process is False:
-        return Standing("failed", "ended without a word")
-    return Standing("unknown")
+        if seen.lease_age_s > DEAD_AFTER_S:
+            return RunState(f"{state}?", f"no sign of life for {duration(seen.lease_age_s)}", living=True)
+        return RunState(state, living=True)
+    if seen.lease == "dead" or recorded == "running":
+        return RunState("dead")
+    return RunState("failed", "its process is gone") if seen.process is False else RunState("unknown")
 
 
-# ---- what the files say --------------------------------------------------------------------------------------------
+# ---- reading runs --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Overview:
-    """A run as it is listed; None: not known."""
+@dataclass(frozen=True, kw_only=True)
+class RunSummary(RunState):
+    """A row of the table; None: not known."""
 
     name: str
     path: Path
-    state: str
-    note: str
-    living: bool
-    finished: bool
-    step: int | None
-    total_steps: int | None
-    epoch: int | None
-    loss: float | None
-    wer: float | None
-    best_wer: float | None
-    audio_s_per_s: float | None
-    job_id: str | None
-    attempt: int | None
-    submitted_s: float | None  # Unix times
-    seen_s: float | None  # of the last line
-    error: str
+    step: int | None = None
+    total_steps: int | None = None
+    epoch: int | None = None
+    loss: float | None = None
+    wer: float | None = None
+    best_wer: float | None = None
+    audio_s_per_s: float | None = None
+    job_id: str | None = None
+    attempt: int | None = None
+    submitted_s: float | None = None  # Unix times
+    updated_s: float | None = None  # of the newest line of metrics.jsonl, or of status.json
+    error: str = ""  # what ended the run
+    refused: str = ""  # why its newest attempt was refused, which did not change the run
 
 
-class Reader:
-    """Reads runs; what it has seen of their leases makes its next look wiser."""
+class RunReader:
+    """Reads runs; it watches their leases from one call to the next."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.complaint = ""  # why Slurm was not heard
+        self.slurm_error = ""  # why Slurm could not be asked
         self._clock = clock
         self._watches: dict[Path, Watch] = {}
 
-    def read(self, runs: Sequence[Path], root: Path | None = None) -> list[Overview]:
-        """How the runs stand, named relative to `root`; in their order."""
-        found = [(run, status, read_job(run) or _job_of(status)) for run in runs for status in [read_status(run)]]
-        states = self._ask_slurm([job for _, status, job in found if job and (status or {}).get("state") != "done"])
-        return [self._overview(run, root, status, job, states) for run, status, job in found]
-
-    def _ask_slurm(self, jobs: Iterable[dict[str, Any]]) -> dict[str, JobState]:
-        self.complaint = ""
-        job_ids = [str(job["job_id"]) for job in jobs if job["executor"] == "slurm"]
+    def read(self, runs: Sequence[Path], root: Path | None = None) -> list[RunSummary]:
+        """The runs in their order, named relative to `root`."""
+        statuses = [read_status(run) for run in runs]
+        jobs = [read_job(run) or _job_of_status(status) for run, status in zip(runs, statuses, strict=True)]
+        asked = [
+            str(job["job_id"])
+            for job, status in zip(jobs, statuses, strict=True)
+            if job and job["executor"] == "slurm" and (status or {}).get("state") != "done"
+        ]
+        self.slurm_error, states = "", {}
         try:
-            return cluster.job_states(job_ids) if job_ids else {}
+            states = cluster.job_states(asked) if asked else {}
         except UserError as error:
-            self.complaint = str(error)
-            return {}
+            self.slurm_error = str(error)
+        return [
+            self._summary(run, str(run.relative_to(root)) if root else run.name, status, job, states)
+            for run, status, job in zip(runs, statuses, jobs, strict=True)
+        ]
 
-    def _overview(
+    def _summary(
         self,
         run: Path,
-        root: Path | None,
+        name: str,
         status: dict[str, Any] | None,
         job: dict[str, Any] | None,
         states: dict[str, JobState],
-    ) -> Overview:
+    ) -> RunSummary:
         watch = self._watches.setdefault(run, Watch(run, clock=self._clock))
-        seen = Witnesses(
+        evidence = Evidence(
             status=status,
-            job=_state_of(job, status, states) if job else None,
-            process=_has_process(job) if job and job["executor"] == "local" else None,
+            job=_slurm_state(job, status, states) if job else None,
+            process=has_process(job) if job and job["executor"] == "local" else None,
             lease=watch.verdict(),
-            silent_s=_age_s(run / "lease.json"),
-            requeues=_requeues(run, status, job),
+            lease_age_s=_age_s(run / "lease.json"),
         )
-        standing = judge(seen)
+        state = run_state(evidence)
         train, test = last_lines(run / "metrics.jsonl")
         status = status or {}
         rates = [rate for rate in (status.get("best_wer"), test.get("wer")) if rate is not None]
-        return Overview(
-            name=str(run.relative_to(root)) if root is not None else run.name,
+        return RunSummary(
+            **dataclasses.asdict(state),
+            name=name,
             path=run,
-            state=standing.state,
-            note=standing.note,
-            living=standing.living,
-            finished=standing.finished,
             step=train.get("step", status.get("step")),
             total_steps=status.get("total_steps"),
             epoch=train.get("epoch"),
@@ -230,60 +216,48 @@ class Reader:
             job_id=str(job["job_id"]) if job else status.get("job_id"),
             attempt=status.get("attempt"),
             submitted_s=job.get("time_s") if job else None,
-            seen_s=max((float(line["time_s"]) for line in (train, test, status) if "time_s" in line), default=None),
-            error="" if standing.living or standing.finished else error_of(standing, status, job),
+            updated_s=max((float(line["time_s"]) for line in (train, test, status) if "time_s" in line), default=None),
+            error="" if state.living or state.finished else _error(state, status, job),
+            refused="" if state.living else str(status.get("refused", "")),
         )
 
 
 def find_runs(directory: Path) -> list[Path]:
-    """The runs in a directory and in those below it, such as a sweep's; or the directory itself, if it is a run."""
+    """The directory itself if it is a run, else the runs in it and in its subdirectories, such as a sweep's."""
     if not directory.is_dir():
         raise UserError(f"there is no directory {directory}: name the one that holds the runs, or a run")
-    if is_run(directory):
+    if _is_run(directory):
         return [directory]
     found: list[Path] = []
     for child in sorted(filter(Path.is_dir, directory.iterdir())):
-        found += [child] if is_run(child) else sorted(filter(is_run, child.iterdir()))
+        found += [child] if _is_run(child) else sorted(filter(_is_run, child.iterdir()))
     return found
 
 
-def is_run(directory: Path) -> bool:
+def _is_run(directory: Path) -> bool:
     return any((directory / mark).is_file() for mark in MARKS)
 
 
-def _job_of(status: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The Slurm job of a run that no launcher has submitted, such as one of slurm/train.sbatch."""
+def _job_of_status(status: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The Slurm job of a run that was not submitted by `launch`, such as one of slurm/train.sbatch."""
     job_id = (status or {}).get("job_id")
     return {"job_id": job_id, "executor": "slurm"} if job_id is not None and shutil.which("squeue") else None
 
 
-def _state_of(job: dict[str, Any], status: dict[str, Any] | None, states: dict[str, JobState]) -> JobState | None:
+def _slurm_state(job: dict[str, Any], status: dict[str, Any] | None, states: dict[str, JobState]) -> JobState | None:
     state = states.get(str(job["job_id"]))
-    # An interactive allocation goes on when the run in it has ended; a job of ours is for this run alone.
+    # An interactive allocation lives on when the run in it has ended; a job submitted by `launch` is for one run alone.
     if "folder" not in job and state and state.state == "RUNNING" and (status or {}).get("state") != "running":
         return None
     return state
 
 
-def _has_process(job: dict[str, Any]) -> bool:
-    """Whether a local job's controller runs; its pid alone may be another process's by now."""
+def has_process(job: dict[str, Any]) -> bool:
+    """Whether the process of a local job exists; its pid alone may have been given to another process."""
     with contextlib.suppress(OSError):
         arguments = Path(f"/proc/{job['job_id']}/cmdline").read_bytes().split(b"\0")
         return str(job["folder"]).encode() in arguments
     return False
-
-
-def _requeues(run: Path, status: dict[str, Any] | None, job: dict[str, Any] | None) -> int:
-    """How often Slurm has put the run's newest job back into its queue, as far as an attempt has told."""
-    if status is None or job is None or job["executor"] != "slurm":
-        return 0
-    attempt = int(status.get("attempt") or 1)
-    # An array's task has two numbers, of which an attempt knows the other. A status older than the job is of another.
-    if status.get("job_id") != job["job_id"]:
-        older = (run / "status.json").stat().st_mtime < (run / "job.json").stat().st_mtime
-        if older or "_" not in str(job["job_id"]):
-            return 0
-    return attempt - 1 if status.get("state") == "running" else attempt
 
 
 def _age_s(path: Path) -> float:
@@ -293,139 +267,133 @@ def _age_s(path: Path) -> float:
         return 0.0
 
 
-def last_lines(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The newest train and the newest test line of metrics.jsonl, {} for none; reads it from its end."""
-    found: dict[str, dict[str, Any]] = {"train": {}, "test": {}}
-    for text in _backwards(path):
-        # An evaluation may lie thousands of steps back, which need not all be parsed.
-        if found["train"] and b'"test"' not in text:
-            continue
-        with contextlib.suppress(ValueError):
-            line = json.loads(text)
-            if (kind := line.get("kind")) in ("train", "test") and not found[kind]:
-                found[kind] = line
-        if all(found.values()):
+def last_lines(metrics: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The newest train and the newest test line of metrics.jsonl, {} for none."""
+    train: dict[str, Any] = {}
+    test: dict[str, Any] = {}
+    for size_bytes in TAIL_BYTES:
+        lines = _tail(metrics, size_bytes).splitlines(keepends=True)
+        train, test = _newest(lines, "train"), _newest(lines, "test")
+        if train and test:
             break
-    return found["train"], found["test"]
+    return train, test
 
 
-def _backwards(path: Path) -> Iterator[bytes]:
-    """The complete lines of a JSONL file, the last first."""
+def _newest(lines: Sequence[bytes], kind: str) -> dict[str, Any]:
+    quoted = f'"{kind}"'.encode()
+    for text in reversed(lines):
+        # The search for the text spares parsing the thousands of train lines behind an evaluation.
+        if quoted in text and (line := parse_json_line(text)) is not None and line.get("kind") == kind:
+            return line
+    return {}
+
+
+def _tail(path: Path, size_bytes: int) -> bytes:
+    """The complete lines within the last `size_bytes` of a file; nothing if it cannot be read."""
     with contextlib.suppress(OSError), path.open("rb") as file:
-        position = end = file.seek(0, 2)
-        rest = b""
-        while position > 0 and end - position < MOST_BYTES:
-            start = max(0, position - BLOCK_BYTES)
-            file.seek(start)
-            lines = (file.read(position - start) + rest).split(b"\n")
-            if position == end:
-                lines.pop()  # torn, or nothing behind the last line's end
-            position = start
-            rest = lines.pop(0) if start > 0 and lines else b""
-            yield from (line for line in reversed(lines) if line.startswith(b"{"))
+        start = max(0, file.seek(0, 2) - size_bytes)
+        file.seek(start)
+        content = file.read()
+        return content.partition(b"\n")[2] if start else content
+    return b""
 
 
-# ---- the error -----------------------------------------------------------------------------------------------------
+# What is looked for in a job's logs, the best first. torchrun's and srun's errors come last in a log and say least.
+_ERRORS = (
+    rb"error: .*\S",
+    rb"(?!torch\.distributed\.elastic)[\w.]*(?:Error|Exception)\b.*\S",
+    rb"(?:srun|slurmstepd): error: .*\S",
+)
 
-# Ours, then Python's; what srun says of it comes later in the log and says less.
-_ERRORS = (r"(?:error: |[\w.]*(?:Error|Exception)\b)", r"(?:srun|slurmstepd): error: ")
 
-
-def error_of(standing: Standing, status: dict[str, Any], job: dict[str, Any] | None) -> str:
-    """The last line of what ended a run; "" where nothing is known."""
-    if standing.state == "failed" and status.get("state") == "failed":
+def _error(state: RunState, status: dict[str, Any], job: dict[str, Any] | None) -> str:
+    """The last line of the error that ended a run, from status.json or its job's logs; "" if none is found."""
+    if state.state == "failed" and status.get("state") == "failed":
         return str(status.get("reason", ""))
-    if job is None or "folder" not in job or standing.state not in ("failed", "dead", "unknown"):
+    if job is None or "folder" not in job or state.state not in ("failed", "dead", "unknown"):
         return ""
     logs = sorted(Path(job["folder"]).glob(f"{job['job_id']}_*_log.out"), key=lambda path: (len(path.name), path.name))
-    texts = [_tail(log) for log in logs]
+    texts = [_tail(log, TAIL_BYTES[0]) for log in logs]
     for pattern in _ERRORS:
         for text in texts:
-            if found := re.findall(rf"^{pattern}.*\S", text, flags=re.MULTILINE):
-                return found[-1].removeprefix("error: ")
+            if found := re.findall(rb"^" + pattern, text, flags=re.MULTILINE):
+                return str(found[-1].decode(errors="replace").removeprefix("error: "))
     return ""
 
 
-def _tail(path: Path) -> str:
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        file.seek(max(0, file.seek(0, 2) - BLOCK_BYTES))
-        return file.read().decode("utf8", errors="replace")
-    return ""
+# ---- showing runs --------------------------------------------------------------------------------------------------
+
+_COLOURS = {"done": "green", "failed": "red", "dead": "red", "cancelled": "yellow", "stopped": "yellow"}
 
 
-# ---- showing it ----------------------------------------------------------------------------------------------------
-
-HEADINGS = ("run", "state", "step", "epoch", "loss", "WER", "best", "audio-s/s", "job", "attempt", "last line")
-_LEFT = {"run", "state"}
-_COLORS = {"done": "green", "failed": "red", "dead": "red", "cancelled": "yellow", "stopped": "yellow"}
-
-
-def in_order(overviews: Iterable[Overview]) -> list[Overview]:
+def in_order(runs: Iterable[RunSummary]) -> list[RunSummary]:
     """The living first, the newest job first; then the others, the one that ended last first."""
 
-    def key(run: Overview) -> tuple[bool, float, str]:
-        # By the job's time, because that of the last line would shuffle the living at every look.
-        time_s = run.submitted_s if run.living else run.seen_s
+    def key(run: RunSummary) -> tuple[bool, float, str]:
+        # The living by their job's time: by their newest line they would change places at every look.
+        time_s = run.submitted_s if run.living else run.updated_s
         return not run.living, -(time_s or 0.0), run.name
 
-    return sorted(overviews, key=key)
+    return sorted(runs, key=key)
 
 
-def cells(run: Overview, now_s: float) -> list[str]:
-    """A run's row under `HEADINGS`."""
-    note = run.note if len(run.note) <= LONGEST_NOTE else run.note[: LONGEST_NOTE - 3] + "..."
-    return [
-        run.name,
-        f"{run.state} ({note})" if note else run.state,
-        "-" if run.step is None else f"{run.step}/{'?' if run.total_steps is None else run.total_steps}",
-        "-" if run.epoch is None else str(run.epoch),
-        number(run.loss),
-        percent(run.wer),
-        percent(run.best_wer),
-        number(run.audio_s_per_s, 0),
-        run.job_id or "-",
-        "-" if run.attempt is None else str(run.attempt),
-        "-" if run.seen_s is None else f"{duration(now_s - run.seen_s)} ago",
+def run_table(runs: Sequence[RunSummary], now_s: float) -> RenderableType:
+    """A row for each run, and below the table what ended them."""
+    headings = ["run", "state", "step", "epoch", "loss", "WER", "best", "audio-s/s", "job", "attempt", "updated"]
+    rows = [
+        [
+            run.name,
+            f"{run.state} ({run.note})" if run.note else run.state,
+            "-" if run.step is None else f"{run.step}/{'?' if run.total_steps is None else run.total_steps}",
+            "-" if run.epoch is None else str(run.epoch),
+            number(run.loss),
+            percent(run.wer),
+            percent(run.best_wer),
+            number(run.audio_s_per_s, 0),
+            run.job_id or "-",
+            "-" if run.attempt is None else str(run.attempt),
+            "-" if run.updated_s is None else f"{duration(now_s - run.updated_s)} ago",
+        ]
+        for run in runs
     ]
+    return Group(table(headings, rows, [run.state for run in runs]), *error_lines(runs))
 
 
-def aligned(headings: Sequence[str], rows: Sequence[Sequence[str]], left: Iterable[str] = _LEFT) -> list[str]:
-    """Rows as lines of columns under their headings; numbers to the right, the columns `left` to the left."""
-    table = [headings, *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(len(headings))]
-
-    def line(row: Sequence[str]) -> str:
-        parts = zip(headings, row, widths, strict=True)
-        padded = (cell.ljust(width) if name in left else cell.rjust(width) for name, cell, width in parts)
-        return "  ".join(padded).rstrip()
-
-    return [line(row) for row in table]
-
-
-def table(overviews: Sequence[Overview], now_s: float) -> list[tuple[str, str]]:
-    """(line, its colour): a row a run, and below it the error that ended it."""
-    heading, *rows = aligned(HEADINGS, [cells(run, now_s) for run in overviews])
-    lines = [(heading, "bold")]
-    for run, row in zip(overviews, rows, strict=True):
-        lines.append((row, _COLORS.get(run.state, "dim" if run.state == "PENDING" else "")))
-        if run.error:
-            lines.append((f"    {run.error}", "red"))
-    return lines
+def table(
+    headings: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    states: Iterable[str],
+    left: Sequence[str] = ("run", "state"),
+) -> Table:
+    """Cells in columns, each row in the colour of its run's state; the columns `left` aligned to the left."""
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        if heading in left:  # on a narrow terminal these are folded first; then the last columns are cut off
+            shown.add_column(heading, overflow="fold", min_width=12)
+        else:
+            shown.add_column(heading, justify="right", no_wrap=True)
+    for cells, state in zip(rows, states, strict=True):
+        shown.add_row(*map(Text, cells), style=_COLOURS.get(state, "dim" if state == "PENDING" else ""))
+    return shown
 
 
-def coloured(lines: Iterable[tuple[str, str]]) -> Text:
-    """Lines for a terminal that shows them in place: cut at its width."""
-    from rich.text import Text
+def error_lines(runs: Iterable[RunSummary]) -> list[Text]:
+    """What ended the runs, and why attempts were refused."""
+    found = [(f"{run.name}: {run.error}", "red") for run in runs if run.error]
+    found += [(f"{run.name}: newest attempt refused: {run.refused}", "yellow") for run in runs if run.refused]
+    return [Text(text, style=style) for text, style in found]
 
-    return Text("\n", no_wrap=True, overflow="ellipsis").join(Text(line, style=style) for line, style in lines)
 
-
-def as_json(overviews: Iterable[Overview], now_s: float) -> list[dict[str, Any]]:
-    """The runs as plain objects."""
-    return [
-        dataclasses.asdict(run) | {"path": str(run.path), "age_s": None if run.seen_s is None else now_s - run.seen_s}
-        for run in overviews
-    ]
+def show(*parts: RenderableType) -> None:
+    """Prints to a terminal at its width, and elsewhere plain lines of any length."""
+    if sys.stdout.isatty():
+        Console(highlight=False, markup=False, emoji=False).print(*parts, sep="\n")
+        return
+    plain = io.StringIO()
+    Console(file=plain, width=10_000, color_system=None, highlight=False, markup=False, emoji=False).print(
+        *parts, sep="\n"
+    )
+    print("\n".join(line.rstrip() for line in plain.getvalue().splitlines()), flush=True)
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
@@ -433,7 +401,7 @@ def as_json(overviews: Iterable[Overview], now_s: float) -> list[dict[str, Any]]
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(sys.argv[1:] if argv is None else argv)
-    reader = Reader()
+    reader = RunReader()
     if options.watch is None:
         _show_once(options, reader)
         return 0
@@ -442,43 +410,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _look(options: argparse.Namespace, reader: Reader) -> list[Overview]:
+def _look(options: argparse.Namespace, reader: RunReader) -> list[RunSummary]:
     root = options.directory
     runs = find_runs(root)
     return in_order(reader.read(runs, None if runs == [root] else root))
 
 
-def _show_once(options: argparse.Namespace, reader: Reader) -> None:
-    overviews = _look(options, reader)
+def _rendered(options: argparse.Namespace, reader: RunReader) -> RenderableType:
+    runs = _look(options, reader)
+    shown = run_table(runs, time.time()) if runs else Text(f"no runs in {options.directory}")
+    warning = [Text(f"Slurm could not be asked: {reader.slurm_error}", style="yellow")] if reader.slurm_error else []
+    return Group(shown, *warning)
+
+
+def _show_once(options: argparse.Namespace, reader: RunReader) -> None:
     if options.json:
-        print(json.dumps(as_json(overviews, time.time()), indent=None if options.watch else 1), flush=True)
-        return
-    print("\n".join(line for line, _ in _lines(options, reader, overviews)), flush=True)
+        found = [dataclasses.asdict(run) for run in _look(options, reader)]
+        print(json.dumps(found, indent=None if options.watch else 1, default=str), flush=True)
+    else:
+        show(_rendered(options, reader))
 
 
-def _lines(options: argparse.Namespace, reader: Reader, overviews: Sequence[Overview]) -> list[tuple[str, str]]:
-    lines = table(overviews, time.time()) if overviews else [(f"no runs in {options.directory}", "")]
-    return lines + ([(f"Slurm was not asked: {reader.complaint}", "yellow")] if reader.complaint else [])
-
-
-def _watch(options: argparse.Namespace, reader: Reader) -> None:
+def _watch(options: argparse.Namespace, reader: RunReader) -> None:
     """Looks again and again; in place on a terminal, one table below the other elsewhere."""
     if options.json or not sys.stdout.isatty():
         while True:
             _show_once(options, reader)
             time.sleep(options.watch)
-    from rich.live import Live
-
     with Live(auto_refresh=False, vertical_overflow="ellipsis") as live:
         while True:
-            live.update(coloured(_lines(options, reader, _look(options, reader))), refresh=True)
+            live.update(_rendered(options, reader), refresh=True)
             time.sleep(options.watch)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m launch.status",
-        description="Lists runs: how they stand, how far they are, and what ended them.",
+        description="Lists runs: their state, progress and error rates, and the error that ended them.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -487,9 +455,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "directory", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="runs, a sweep, or one run"
     )
     parser.add_argument(
-        "--watch", nargs="?", type=_seconds, const=5.0, metavar="SECONDS", help="look again so often (default: 5)"
+        "--watch", nargs="?", type=_seconds, const=5.0, metavar="SECONDS", help="repeat every SECONDS (default: 5)"
     )
-    parser.add_argument("--json", action="store_true", help="print a list of objects; with --watch, one a line")
+    parser.add_argument("--json", action="store_true", help="print a list of objects; with --watch, one list a line")
     return parser.parse_args(argv)
 
 

@@ -1,53 +1,23 @@
-"""How runs are judged and listed: real run directories, real leases, and Slurm's commands as scripts of a line."""
+"""The states of runs and how they are listed: real run directories and leases, Slurm's commands as small scripts."""
 
 import json
 import os
 import pty
-import re
 import subprocess
 import sys
-import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ddp_asr.errors import UserError
-from ddp_asr.runs.directory import RunDirectory, read_lines
+from ddp_asr.files import read_json_lines
 from ddp_asr.runs.lease import Lease
 from launch import status
 from launch.cluster import JobState
-from launch.status import Reader, Standing, Witnesses, find_runs, judge, last_lines, main
+from launch.status import Evidence, RunReader, RunState, find_runs, last_lines, main, run_state
 from tests.conftest import REPOSITORY
-
-
-def train(step, **changes):
-    line = {"kind": "train", "step": step, "epoch": 1 + (step - 1) // 10, "loss": 3.0 / step, "audio_s_per_s": 312.4}
-    return line | {"time_s": time.time()} | changes
-
-
-def evaluation(step, wer, **changes):
-    return {"kind": "test", "step": step, "epoch": 1, "loss": 0.5, "wer": wer, "cer": 0.1, "time_s": 1.7e9} | changes
-
-
-class AnyLease:
-    def check(self):
-        pass
-
-
-def write_run(path, state=None, *, lines=(), job=None, reason="", retry=True, job_id=None, attempt=1, **status_changes):
-    """A run directory as a training leaves it."""
-    path.mkdir(parents=True, exist_ok=True)
-    files = RunDirectory(path, AnyLease(), job_id, attempt)
-    for line in lines:
-        files.append("metrics.jsonl", line)
-    if state is not None:
-        step = max((line["step"] for line in lines), default=0)
-        files.status(state, reason, retry=retry, step=step, epoch=0, **status_changes)
-    files.close()
-    if job is not None:
-        (path / "job.json").write_text(json.dumps({"executor": "slurm", "folder": str(path), "time_s": 1.8e9} | job))
-    return path
+from tests.run_files import evaluation_line, read_to_end, read_until, train_line, write_run
 
 
 @pytest.fixture
@@ -84,104 +54,105 @@ def said(state, retry=True, reason=""):
 
 
 RUNNING, STOPPED, FAILED, DONE = said("running"), said("stopped", reason="SIGUSR2"), said("failed"), said("done")
+REFUSED = {"refused": "unknown setting 'optim.lr'"}
 
 
 @pytest.mark.parametrize(
     ("seen", "expected"),
     [
         # A job that lives decides, whatever the last attempt has left behind.
-        (Witnesses(job=JobState("PENDING", "Priority")), Standing("PENDING", "Priority", living=True)),
-        (Witnesses(job=JobState("PENDING"), status=FAILED), Standing("PENDING", living=True)),
+        (Evidence(job=JobState("PENDING", "Priority")), RunState("PENDING", "Priority", living=True)),
+        (Evidence(job=JobState("PENDING"), status=FAILED), RunState("PENDING", living=True)),
+        (Evidence(job=JobState("PENDING", "BeginTime"), status=STOPPED), RunState("PENDING", "BeginTime", living=True)),
+        (Evidence(job=JobState("RUNNING"), status=RUNNING, lease="unknown"), RunState("RUNNING", living=True)),
         (
-            Witnesses(job=JobState("PENDING", "BeginTime"), status=STOPPED, requeues=1),
-            Standing("PENDING", "BeginTime, requeued once", living=True),
+            Evidence(job=JobState("RUNNING"), status=STOPPED, lease="free"),
+            RunState("RUNNING", "starting", living=True),
         ),
-        (Witnesses(job=JobState("RUNNING"), status=RUNNING, lease="unknown"), Standing("RUNNING", living=True)),
+        (Evidence(job=JobState("RUNNING"), status=RUNNING, lease="alive"), RunState("RUNNING", living=True)),
         (
-            Witnesses(job=JobState("RUNNING"), status=STOPPED, lease="free"),
-            Standing("RUNNING", "starting", living=True),
+            Evidence(job=JobState("RUNNING"), status=RUNNING, lease="dead"),
+            RunState("RUNNING", "its lease is no longer renewed", living=True),
         ),
-        (
-            Witnesses(job=JobState("RUNNING"), status=RUNNING, lease="alive", requeues=3),
-            Standing("RUNNING", "requeued 3 times", living=True),
-        ),
-        (
-            Witnesses(job=JobState("RUNNING"), status=RUNNING, lease="dead"),
-            Standing("RUNNING", "silent: nobody renews its lease", living=True),
-        ),
-        (Witnesses(job=JobState("COMPLETING"), status=STOPPED), Standing("COMPLETING", living=True)),
+        (Evidence(job=JobState("COMPLETING"), status=STOPPED), RunState("COMPLETING", living=True)),
         # ... but a run that is done is done, while its job is still closing Comet.
-        (Witnesses(job=JobState("RUNNING"), status=DONE), Standing("done", finished=True)),
-        (Witnesses(job=JobState("COMPLETED"), status=DONE), Standing("done", finished=True)),
+        (Evidence(job=JobState("RUNNING"), status=DONE), RunState("done", finished=True)),
+        (Evidence(job=JobState("COMPLETED"), status=DONE), RunState("done", finished=True)),
         # A job that has ended, and what the run had said.
-        (Witnesses(job=JobState("COMPLETED"), status=STOPPED), Standing("stopped", "SIGUSR2")),
-        (Witnesses(job=JobState("CANCELLED"), status=STOPPED), Standing("cancelled", "SIGUSR2")),
-        (Witnesses(job=JobState("CANCELLED"), status=RUNNING, lease="unknown"), Standing("cancelled")),
-        (Witnesses(job=JobState("CANCELLED")), Standing("cancelled")),
-        (Witnesses(job=JobState("FAILED"), status=FAILED), Standing("failed")),
-        (Witnesses(job=JobState("NODE_FAIL"), status=FAILED), Standing("failed", "NODE_FAIL")),
-        (Witnesses(job=JobState("FAILED")), Standing("failed", "FAILED")),
-        (Witnesses(job=JobState("COMPLETED")), Standing("failed", "COMPLETED")),
+        (Evidence(job=JobState("COMPLETED"), status=STOPPED), RunState("stopped", "SIGUSR2")),
+        (Evidence(job=JobState("CANCELLED"), status=STOPPED), RunState("cancelled", "SIGUSR2")),
+        (Evidence(job=JobState("CANCELLED"), status=RUNNING, lease="unknown"), RunState("cancelled")),
+        (Evidence(job=JobState("CANCELLED")), RunState("cancelled")),
+        (Evidence(job=JobState("FAILED"), status=FAILED), RunState("failed")),
+        (Evidence(job=JobState("NODE_FAIL"), status=FAILED), RunState("failed", "NODE_FAIL")),
+        (Evidence(job=JobState("FAILED")), RunState("failed", "FAILED")),
+        (Evidence(job=JobState("COMPLETED")), RunState("failed", "COMPLETED")),
         (
-            Witnesses(job=JobState("OUT_OF_MEMORY"), status=RUNNING, lease="unknown"),
-            Standing("failed", "OUT_OF_MEMORY"),
+            Evidence(job=JobState("OUT_OF_MEMORY"), status=RUNNING, lease="unknown"),
+            RunState("failed", "OUT_OF_MEMORY"),
         ),
-        (Witnesses(job=JobState("TIMEOUT"), status=RUNNING, lease="unknown"), Standing("dead", "TIMEOUT")),
-        (Witnesses(job=JobState("NODE_FAIL"), status=RUNNING, lease="dead"), Standing("dead", "NODE_FAIL")),
+        (Evidence(job=JobState("TIMEOUT"), status=RUNNING, lease="unknown"), RunState("dead", "TIMEOUT")),
+        (Evidence(job=JobState("NODE_FAIL"), status=RUNNING, lease="dead"), RunState("dead", "NODE_FAIL")),
         # The copy on a node that Slurm has lost goes on writing.
         (
-            Witnesses(job=JobState("NODE_FAIL"), status=RUNNING, lease="alive"),
-            Standing("running", "though Slurm says NODE_FAIL", living=True),
+            Evidence(job=JobState("NODE_FAIL"), status=RUNNING, lease="alive"),
+            RunState("running", "although Slurm says NODE_FAIL", living=True),
         ),
         (
-            Witnesses(status=said("stopped", retry=False, reason="train.stop_at_step = 4")),
-            Standing("stopped", "train.stop_at_step = 4", finished=True),
+            Evidence(status=said("stopped", retry=False, reason="train.stop_at_step = 4")),
+            RunState("stopped", "train.stop_at_step = 4", finished=True),
+        ),
+        # An attempt that was refused changes nothing.
+        (Evidence(status=DONE | REFUSED), RunState("done", "newest attempt refused", finished=True)),
+        (Evidence(status=STOPPED | REFUSED), RunState("stopped", "SIGUSR2, newest attempt refused")),
+        (
+            Evidence(status=STOPPED | REFUSED, job=JobState("RUNNING"), lease="alive"),
+            RunState("RUNNING", living=True),
         ),
         # Slurm has forgotten the job, or was not asked.
-        (Witnesses(job=JobState("UNKNOWN")), Standing("unknown")),
-        (Witnesses(job=JobState("UNKNOWN"), status=STOPPED), Standing("stopped", "SIGUSR2")),
-        (Witnesses(job=JobState("UNKNOWN"), status=RUNNING, lease="dead"), Standing("dead")),
-        (Witnesses(), Standing("unknown")),
-        (Witnesses(status=RUNNING), Standing("dead")),  # it would have said how it ended, and then given its lease back
-        (Witnesses(status=RUNNING, lease="dead"), Standing("dead")),
-        (Witnesses(status=RUNNING, lease="alive"), Standing("running", living=True)),
-        (Witnesses(status=RUNNING, lease="unknown", silent_s=59.0), Standing("running", living=True)),
+        (Evidence(job=JobState("UNKNOWN")), RunState("unknown")),
+        (Evidence(job=JobState("UNKNOWN"), status=STOPPED), RunState("stopped", "SIGUSR2")),
+        (Evidence(job=JobState("UNKNOWN"), status=RUNNING, lease="dead"), RunState("dead")),
+        (Evidence(), RunState("unknown")),
+        (Evidence(status=RUNNING), RunState("dead")),  # it would have said how it ended, and then given its lease back
+        (Evidence(status=RUNNING, lease="dead"), RunState("dead")),
+        (Evidence(status=RUNNING, lease="alive"), RunState("running", living=True)),
+        (Evidence(status=RUNNING, lease="unknown", lease_age_s=59.0), RunState("running", living=True)),
         (
-            Witnesses(status=RUNNING, lease="unknown", silent_s=7200.0),
-            Standing("running?", "no sign of life for 2 h 00 min", living=True),
+            Evidence(status=RUNNING, lease="unknown", lease_age_s=7200.0),
+            RunState("running?", "no sign of life for 2 h 00 min", living=True),
         ),
-        (Witnesses(lease="unknown", silent_s=1.0), Standing("starting", living=True)),
+        (Evidence(lease="unknown", lease_age_s=1.0), RunState("starting", living=True)),
         # On this machine the job is a process.
-        (Witnesses(process=True), Standing("starting", living=True)),
-        (Witnesses(process=True, status=FAILED), Standing("starting", living=True)),
-        (Witnesses(process=True, status=RUNNING, lease="unknown"), Standing("running", living=True)),
-        (Witnesses(process=True, status=RUNNING, lease="dead"), Standing("starting", living=True)),
-        (Witnesses(process=False), Standing("failed", "ended without a word")),
-        (Witnesses(process=False, status=STOPPED), Standing("stopped", "SIGUSR2")),
-        (Witnesses(process=False, status=RUNNING, lease="dead"), Standing("dead")),
+        (Evidence(process=True), RunState("starting", living=True)),
+        (Evidence(process=True, status=FAILED), RunState("starting", living=True)),
+        (Evidence(process=True, status=RUNNING, lease="unknown"), RunState("running", living=True)),
+        (Evidence(process=True, status=RUNNING, lease="dead"), RunState("starting", living=True)),
+        (Evidence(process=False), RunState("failed", "its process is gone")),
+        (Evidence(process=False, status=STOPPED), RunState("stopped", "SIGUSR2")),
+        (Evidence(process=False, status=RUNNING, lease="dead"), RunState("dead")),
     ],
 )
-def test_the_three_witnesses_together(seen, expected):
-    assert judge(seen) == expected
+def test_the_state_follows_from_all_evidence(seen, expected):
+    assert run_state(seen) == expected
 
 
 STATES = (
     "PENDING RUNNING COMPLETING SUSPENDED COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL PREEMPTED OUT_OF_MEMORY UNKNOWN"
 )
 witnesses = st.builds(
-    Witnesses,
+    Evidence,
     status=st.none() | st.builds(said, st.sampled_from(["running", "stopped", "failed", "done"]), st.booleans()),
     job=st.none() | st.builds(JobState, st.sampled_from(STATES.split())),
     process=st.none() | st.booleans(),
     lease=st.sampled_from(["free", "dead", "alive", "unknown"]),
-    silent_s=st.floats(0, 1e4),
-    requeues=st.integers(0, 3),
+    lease_age_s=st.floats(0, 1e4),
 )
 
 
 @given(witnesses)
 def test_what_holds_for_every_run(seen):
-    standing = judge(seen)
+    standing = run_state(seen)
     recorded = (seen.status or {}).get("state")
     assert not (standing.living and standing.finished)
     assert (standing.state == "done") == (recorded == "done")
@@ -199,24 +170,32 @@ def test_what_holds_for_every_run(seen):
 
 def test_a_run_and_all_that_is_shown_of_it(tmp_path, slurm):
     slurm(squeue="12|RUNNING|None")
-    lines = [*(train(step) for step in range(1, 8)), evaluation(7, 0.4), train(8), evaluation(8, 0.5), train(9)]
+    lines = [
+        *(train_line(step) for step in range(1, 8)),
+        evaluation_line(7, 0.4),
+        train_line(8),
+        evaluation_line(8, 0.5),
+        train_line(9),
+    ]
     run = write_run(tmp_path / "a", "running", lines=lines, job={"job_id": "12"}, job_id="12", total_steps=40)
     lease = Lease.acquire(run, job_id="12", attempt=1)
-    (shown,) = Reader().read([run], tmp_path)
+    (shown,) = RunReader().read([run], tmp_path)
     lease.release()
     assert (shown.name, shown.state, shown.note, shown.living) == ("a", "RUNNING", "", True)
     assert (shown.step, shown.total_steps, shown.epoch, shown.loss) == (9, 40, 1, 3.0 / 9)
     assert (shown.wer, shown.best_wer, shown.audio_s_per_s) == (0.5, 0.5, 312.4)
-    assert (shown.job_id, shown.attempt, shown.submitted_s, shown.error) == ("12", 1, 1.8e9, "")
-    assert shown.seen_s == max(line["time_s"] for line in lines) or shown.seen_s > lines[-1]["time_s"]
+    assert (shown.job_id, shown.attempt, shown.submitted_s, shown.error, shown.refused) == ("12", 1, 1.8e9, "", "")
+    assert shown.updated_s == max(line["time_s"] for line in lines) or shown.updated_s > lines[-1]["time_s"]
 
 
 def test_the_best_error_rate_is_the_runs_own_or_a_newer_one(tmp_path):
     for name, best_wer, newest, expected in (("a", 0.3, 0.4, 0.3), ("b", 0.3, 0.2, 0.2), ("c", None, 0.4, 0.4)):
-        run = write_run(tmp_path / name, "stopped", lines=[train(1), evaluation(1, newest)], best_wer=best_wer)
-        assert Reader().read([run])[0].best_wer == expected
-    empty = write_run(tmp_path / "d", "running", lines=[train(1)])
-    assert Reader().read([empty])[0].best_wer is None
+        run = write_run(
+            tmp_path / name, "stopped", lines=[train_line(1), evaluation_line(1, newest)], best_wer=best_wer
+        )
+        assert RunReader().read([run])[0].best_wer == expected
+    empty = write_run(tmp_path / "d", "running", lines=[train_line(1)])
+    assert RunReader().read([empty])[0].best_wer is None
 
 
 kinds = st.sampled_from(["train", "test"])
@@ -227,23 +206,23 @@ broken = st.sampled_from(
 torn = st.sampled_from([b"", b'{"kind": "train", "step": 9}', b'{"kind"', b"\x00"])
 
 
-@given(st.lists(whole | broken, max_size=30), torn, st.integers(1, 100))
-def test_the_end_of_a_file_tells_what_the_whole_file_tells(tmp_path_factory, lines, end, block_bytes):
+@given(st.lists(whole | broken, max_size=30), torn, st.integers(1, 2000))
+def test_the_end_of_a_file_tells_what_the_whole_file_tells(tmp_path_factory, lines, end, tail_bytes):
     path = tmp_path_factory.mktemp("metrics") / "metrics.jsonl"
     path.write_bytes(b"".join(lines) + end)
-    kept = [line for line in read_lines(path) if line.get("kind") in ("train", "test")]
-    expected = tuple(next((x for x in reversed(kept) if x["kind"] == kind), {}) for kind in ("train", "test"))
+    kept = list(read_json_lines(path))
+    expected = tuple(next((x for x in reversed(kept) if x.get("kind") == kind), {}) for kind in ("train", "test"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(status, "BLOCK_BYTES", block_bytes)
+        patch.setattr(status, "TAIL_BYTES", (tail_bytes, 1 << 20))
         assert last_lines(path) == expected
 
 
 def test_of_a_large_file_only_the_end_is_read(tmp_path, monkeypatch):
-    lines = [json.dumps(line) for line in (evaluation(1, 0.9), *(train(step) for step in range(1, 2000)))]
+    lines = [json.dumps(line) for line in (evaluation_line(1, 0.9), *(train_line(step) for step in range(1, 2000)))]
     path = tmp_path / "metrics.jsonl"
     path.write_text("\n".join(lines) + "\n")
     assert last_lines(path)[1]["wer"] == 0.9
-    monkeypatch.setattr(status, "MOST_BYTES", 100_000)
+    monkeypatch.setattr(status, "TAIL_BYTES", (1000, 100_000))
     newest, test = last_lines(path)
     assert newest["step"] == 1999 and test == {}
     assert last_lines(tmp_path / "none.jsonl") == ({}, {})
@@ -268,7 +247,7 @@ def test_somebodys_own_files_are_listed_and_break_nothing(tmp_path):
     for name, text in (("status.json", "[1, 2]"), ("job.json", '"mine"'), ("metrics.jsonl", '{"kind": []}\n"x"\n[]\n')):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).write_text(text)
-    assert [run.state for run in Reader().read(find_runs(tmp_path))] == ["unknown"] * 3
+    assert [run.state for run in RunReader().read(find_runs(tmp_path))] == ["unknown"] * 3
 
 
 # ---- leases, Slurm, processes --------------------------------------------------------------------------------------
@@ -282,15 +261,15 @@ Lease.acquire(Path(sys.argv[1]), job_id=None, attempt=1)
 
 
 def test_a_run_whose_process_was_killed_is_dead_at_once(tmp_path):
-    run = write_run(tmp_path / "run", "running", lines=[train(1)])
+    run = write_run(tmp_path / "run", "running", lines=[train_line(1)])
     subprocess.run([sys.executable, "-c", DIE_WITH_A_LEASE, str(run)], cwd=REPOSITORY, check=True)
-    assert Reader().read([run])[0].state == "dead"
+    assert RunReader().read([run])[0].state == "dead"
 
 
 def test_a_lease_of_another_machine_is_unknown_at_first_and_then_proves_itself(tmp_path):
-    run = write_run(tmp_path / "run", "running", lines=[train(1)])
+    run = write_run(tmp_path / "run", "running", lines=[train_line(1)])
     now_s = 0.0
-    reader = Reader(clock=lambda: now_s)
+    reader = RunReader(clock=lambda: now_s)
 
     def renewed(count):
         owner = {"host": "far", "pid": 1, "start_time": 1, "pid_space": "", "job_id": None, "attempt": 1, "nonce": "n"}
@@ -308,7 +287,7 @@ def test_a_lease_of_another_machine_is_unknown_at_first_and_then_proves_itself(t
     renewed(3)
     assert reader.read([run])[0].state == "running"
     os.utime(run / "lease.json", (1.7e9, 1.7e9))
-    assert Reader().read([run])[0].state == "running?"
+    assert RunReader().read([run])[0].state == "running?"
 
 
 def test_slurm_is_asked_once_for_all_and_not_at_all_for_none(tmp_path, slurm):
@@ -317,10 +296,10 @@ def test_slurm_is_asked_once_for_all_and_not_at_all_for_none(tmp_path, slurm):
     )
     write_run(tmp_path / "local", "done")
     write_run(tmp_path / "done", "done", job={"job_id": "11"})
-    assert {run.state for run in Reader().read(find_runs(tmp_path))} == {"done"} and called() == []
+    assert {run.state for run in RunReader().read(find_runs(tmp_path))} == {"done"} and called() == []
     for name, job_id in (("a", "12_0"), ("b", "12_1"), ("c", "13"), ("d", "14"), ("e", "15")):
         write_run(tmp_path / name, job={"job_id": job_id})
-    states = {run.name: run.state for run in Reader().read(find_runs(tmp_path))}
+    states = {run.name: run.state for run in RunReader().read(find_runs(tmp_path))}
     assert states == {
         **{"a": "PENDING", "b": "RUNNING", "c": "cancelled", "d": "failed", "e": "unknown"},
         **{"done": "done", "local": "done"},
@@ -337,10 +316,10 @@ def test_a_run_of_somebodys_own_batch_script_is_asked_for_by_the_job_that_it_nam
         ("d", "stopped", "15"),
     ):
         write_run(tmp_path / name, state, job_id=job_id, reason="SIGTERM")
-    shown = [(run.state, run.note, run.job_id) for run in Reader().read(find_runs(tmp_path))]
+    shown = [(run.state, run.note, run.job_id) for run in RunReader().read(find_runs(tmp_path))]
     assert shown == [
         ("RUNNING", "starting", "12"),
-        ("PENDING", "BeginTime, requeued once", "13"),
+        ("PENDING", "BeginTime", "13"),
         ("failed", "", "14"),  # in an interactive allocation that goes on
         ("cancelled", "SIGTERM", "15"),
     ]
@@ -349,8 +328,8 @@ def test_a_run_of_somebodys_own_batch_script_is_asked_for_by_the_job_that_it_nam
 def test_a_run_that_was_copied_to_where_there_is_no_slurm_is_just_a_run(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run", "stopped", job_id="12", reason="SIGTERM")
     monkeypatch.setenv("PATH", str(tmp_path))
-    reader = Reader()
-    assert (reader.read([run])[0].state, reader.complaint) == ("stopped", "")
+    reader = RunReader()
+    assert (reader.read([run])[0].state, reader.slurm_error) == ("stopped", "")
 
 
 def test_where_slurm_does_not_answer_the_files_speak_and_it_is_said(tmp_path, slurm, capsys):
@@ -361,31 +340,7 @@ def test_where_slurm_does_not_answer_the_files_speak_and_it_is_said(tmp_path, sl
     assert main([str(tmp_path / "runs")]) == 0
     _, row, complaint = capsys.readouterr().out.splitlines()
     assert row.split()[:3] == ["a", "stopped", "(SIGTERM)"]
-    assert complaint.startswith("Slurm was not asked: ") and "Unable to contact slurm controller" in complaint
-
-
-@pytest.mark.parametrize(
-    ("job_id", "own_id", "state", "attempt", "expected"),
-    [
-        ("12", "12", "running", 1, 0),
-        ("12", "12", "running", 3, 2),
-        ("12", "12", "stopped", 2, 2),  # the third attempt is what waits
-        ("12", "11", "stopped", 5, 0),  # of a job before this one
-        ("12_3", "15", "running", 2, 1),  # an array's task writes its other number
-    ],
-)
-def test_how_often_a_job_was_requeued(tmp_path, job_id, own_id, state, attempt, expected):
-    run = write_run(tmp_path / "run", state, job={"job_id": job_id}, job_id=own_id, attempt=attempt)
-    os.utime(run / "job.json", (1.7e9, 1.7e9))
-    record = json.loads((run / "job.json").read_text())
-    assert status._requeues(run, json.loads((run / "status.json").read_text()), record) == expected
-
-
-def test_the_status_of_an_array_task_before_this_one_tells_no_requeue(tmp_path):
-    run = write_run(tmp_path / "run", "stopped", job={"job_id": "12_3"}, job_id="15", attempt=4)
-    os.utime(run / "status.json", (1.7e9, 1.7e9))
-    record = json.loads((run / "job.json").read_text())
-    assert status._requeues(run, json.loads((run / "status.json").read_text()), record) == 0
+    assert complaint.startswith("Slurm could not be asked: ") and "Unable to contact slurm controller" in complaint
 
 
 def test_a_local_job_lives_as_long_as_its_own_process(tmp_path):
@@ -396,12 +351,12 @@ def test_a_local_job_lives_as_long_as_its_own_process(tmp_path):
         process.stdout.readline()  # Popen returns a moment before /proc shows the arguments
         mine = write_run(tmp_path / "mine", job={"job_id": str(process.pid), "executor": "local", "folder": folder})
         other = write_run(tmp_path / "other", job={"job_id": str(process.pid), "executor": "local"})
-        assert Reader().read([mine])[0].state == "starting"
-        (shown,) = Reader().read([other])  # the pid is another's by now
-        assert (shown.state, shown.note) == ("failed", "ended without a word")
+        assert RunReader().read([mine])[0].state == "starting"
+        (shown,) = RunReader().read([other])  # the pid is another's by now
+        assert (shown.state, shown.note) == ("failed", "its process is gone")
     finally:
         process.communicate(b"\n")
-    assert Reader().read([mine])[0].state == "failed"
+    assert RunReader().read([mine])[0].state == "failed"
 
 
 # ---- the error -----------------------------------------------------------------------------------------------------
@@ -409,7 +364,7 @@ def test_a_local_job_lives_as_long_as_its_own_process(tmp_path):
 
 def test_the_error_of_a_failed_run_is_its_own_word(tmp_path):
     run = write_run(tmp_path / "run", "failed", reason="CUDA out of memory", retry=False)
-    assert Reader().read([run])[0].error == "CUDA out of memory"
+    assert RunReader().read([run])[0].error == "CUDA out of memory"
 
 
 LOG = """submitit INFO (2026-01-01) - Starting with JobEnvironment(job_id=12, hostname=node1)
@@ -422,6 +377,7 @@ TRACE = """Traceback (most recent call last):
 ModuleNotFoundError: No module named 'torch'
 srun: error: node1: task 1: Exited with exit code 1
 """
+TORCHRUN = TRACE.partition("srun")[0] + "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n"
 KILLED = """epoch 1/3  step 4/12
 slurmstepd: error: Detected 1 oom_kill event in StepId=12.0. Some of the step tasks have been OOM Killed.
 srun: error: node1: task 0: Out Of Memory
@@ -433,6 +389,8 @@ srun: error: node1: task 0: Out Of Memory
     [
         ({"12_0_log.out": LOG}, "there are no shards at shards/nowhere; make them with:"),
         ({"12_0_log.out": "srun: error: node1: task 2: Killed\n", "12_10_log.out": "", "12_2_log.out": TRACE}, None),
+        ({"12_0_log.out": TORCHRUN}, "ModuleNotFoundError: No module named 'torch'"),
+        ({"12_0_log.out": TRACE + LOG + TRACE}, "there are no shards at shards/nowhere; make them with:"),
         ({"12_0_log.out": KILLED}, "srun: error: node1: task 0: Out Of Memory"),
         ({"12_0_log.out": "hello\n"}, ""),
         ({"123_0_log.out": LOG}, ""),
@@ -444,7 +402,7 @@ def test_the_error_of_a_run_that_says_nothing_stands_in_its_jobs_logs(tmp_path, 
     run = write_run(tmp_path / "run", job={"job_id": "12"})
     for name, text in logs.items():
         (run / name).write_text(text)
-    (shown,) = Reader().read([run])
+    (shown,) = RunReader().read([run])
     assert shown.state == "failed"
     assert shown.error == ("ModuleNotFoundError: No module named 'torch'" if expected is None else expected)
 
@@ -454,44 +412,55 @@ def test_the_error_of_a_run_that_says_nothing_stands_in_its_jobs_logs(tmp_path, 
 
 def test_the_living_come_first_then_the_newest(tmp_path, slurm):
     slurm(squeue="1|RUNNING|None\n2|PENDING|Resources", sacct="")
-    write_run(tmp_path / "a", "done", lines=[train(1, time_s=1.9e9)])
-    write_run(tmp_path / "b", "failed", lines=[train(1, time_s=2.0e9)])
+    write_run(tmp_path / "a", "done", lines=[train_line(1, time_s=1.9e9)])
+    write_run(tmp_path / "b", "failed", lines=[train_line(1, time_s=2.0e9)])
     write_run(tmp_path / "c", job={"job_id": "1", "time_s": 1.0})
     write_run(tmp_path / "d", job={"job_id": "2", "time_s": 2.0})
     write_run(tmp_path / "e", job={"job_id": "3"})
-    shown = status.in_order(Reader().read(find_runs(tmp_path)))
+    shown = status.in_order(RunReader().read(find_runs(tmp_path)))
     assert [run.name for run in shown] == ["d", "c", "b", "a", "e"]
 
 
-def test_the_table(tmp_path):
+def test_the_table(tmp_path, capsys):
     now_s = 1.8e9
-    lines = [train(119, time_s=now_s - 250), evaluation(119, 0.1234), train(120, time_s=now_s - 130, loss=None)]
-    first = write_run(tmp_path / "sweep" / "000-a", "stopped", lines=lines, reason="x" * 60, total_steps=400, attempt=2)
-    second = write_run(tmp_path / "b", "failed", reason="no space left")
-    for run in (first, second):
-        record = json.loads((run / "status.json").read_text())
-        (run / "status.json").write_text(json.dumps(record | {"time_s": now_s - 130}))
-    shown = [line for line, _ in status.table(Reader().read([first, second], tmp_path), now_s)]
-    note = "x" * 45 + "..."
-    assert shown == [
-        f"run          state{' ' * 58}step  epoch  loss     WER    best  audio-s/s  job  attempt       last line",
-        f"sweep/000-a  stopped ({note})  120/400     12     -  12.3 %  12.3 %        312    -        2  2 min 10 s ago",
-        f"b            failed{' ' * 58}0/?      -     -       -       -          -    -        1  2 min 10 s ago",
-        "    no space left",
+    lines = [
+        train_line(119, time_s=now_s - 250),
+        evaluation_line(119, 0.1234),
+        train_line(120, time_s=now_s - 130, loss=None),
+    ]
+    first = write_run(tmp_path / "sweep" / "[a]", "stopped", lines=lines, reason="SIGTERM", total_steps=400, attempt=2)
+    second = write_run(tmp_path / "b", "failed", reason="no space left on [disk]")
+    third = write_run(tmp_path / "c", "done")
+    for run, more in ((first, {}), (second, {}), (third, {"refused": "it is done"})):
+        record = json.loads((run / "status.json").read_text()) | {"time_s": now_s - 130}
+        (run / "status.json").write_text(json.dumps(record | more))
+    status.show(status.run_table(RunReader().read([first, second, third], tmp_path), now_s))
+    assert capsys.readouterr().out.splitlines() == [
+        "run           state                             step  epoch  loss     WER    best  audio-s/s  job  attempt"
+        "         updated",
+        "sweep/[a]     stopped (SIGTERM)              120/400     12     -  12.3 %  12.3 %        312    -        2"
+        "  2 min 10 s ago",
+        "b             failed                             0/?      -     -       -       -          -    -        1"
+        "  2 min 10 s ago",
+        "c             done (newest attempt refused)      0/?      -     -       -       -          -    -        1"
+        "  2 min 10 s ago",
+        "b: no space left on [disk]",
+        "c: newest attempt refused: it is done",
     ]
 
 
 def test_json_is_what_the_table_shows_and_where_it_lies(tmp_path):
     run = write_run(
-        tmp_path / "runs" / "a", "done", lines=[train(4), evaluation(4, 0.25)], total_steps=4, best_wer=0.25
+        tmp_path / "runs" / "a", "done", lines=[train_line(4), evaluation_line(4, 0.25)], total_steps=4, best_wer=0.25
     )
     answer = listed(tmp_path / "runs", "--json")
     (found,) = json.loads(answer.stdout)
-    assert answer.returncode == 0 and 0 <= found.pop("age_s") < 60
-    assert found | {"seen_s": 0} == {
+    assert answer.returncode == 0
+    assert found | {"updated_s": 0} == {
         **{"name": "a", "path": str(run), "state": "done", "note": "", "living": False, "finished": True},
         **{"step": 4, "total_steps": 4, "epoch": 1, "loss": 0.75, "wer": 0.25, "best_wer": 0.25},
-        **{"audio_s_per_s": 312.4, "job_id": None, "attempt": 1, "submitted_s": None, "seen_s": 0, "error": ""},
+        **{"audio_s_per_s": 312.4, "job_id": None, "attempt": 1, "submitted_s": None, "updated_s": 0, "error": ""},
+        **{"refused": ""},
     }
 
 
@@ -521,37 +490,17 @@ def test_watching_a_log_prints_table_after_table_until_ctrl_c(tmp_path):
 
 def test_watching_on_a_terminal_draws_in_place_until_ctrl_c(tmp_path):
     """The table is drawn anew when a run changes, and Ctrl-C leaves a sound terminal."""
-    run = write_run(tmp_path / "a", "running", lines=[train(1)], total_steps=9)
+    run = write_run(tmp_path / "a", "running", lines=[train_line(1)], total_steps=9)
     screen, terminal = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "150", "LINES": "20"}
     command = [sys.executable, "-m", "launch.status", str(tmp_path), "--watch", "0.05"]
     with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=terminal, stderr=terminal) as watch:
         os.close(terminal)
         shown = read_until(screen, rb"1/9")
-        write_run(run, "done", lines=[train(2)], total_steps=9)
+        write_run(run, "done", lines=[train_line(2)], total_steps=9)
         shown += read_until(screen, rb"2/9")
         watch.send_signal(2)
         shown += read_to_end(screen)
         assert watch.wait(30) == 0
     assert b"dead" in shown and b"done" in shown and b"Traceback" not in shown
     assert shown.rstrip().endswith(b"\x1b[?25h")  # the cursor is visible again
-
-
-def read_until(descriptor: int, pattern: bytes) -> bytes:
-    seen = b""
-    while not re.search(pattern, seen):
-        seen += os.read(descriptor, 4096)
-    return seen
-
-
-def read_to_end(descriptor: int) -> bytes:
-    seen = b""
-    while True:
-        try:
-            chunk = os.read(descriptor, 4096)
-        except OSError:  # how Linux says that the other end is closed
-            chunk = b""
-        if not chunk:
-            os.close(descriptor)
-            return seen
-        seen += chunk

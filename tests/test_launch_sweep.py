@@ -1,7 +1,6 @@
-"""A sweep's file and trials, what is submitted and what not, and the ranking; whole sweeps on this machine."""
+"""A sweep's file and trials, which trials are submitted, and the ranking; whole sweeps on this machine."""
 
 import fcntl
-import json
 import os
 import pty
 import re
@@ -9,7 +8,6 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,14 +15,18 @@ from hypothesis import strategies as st
 
 from ddp_asr.config import load_config
 from ddp_asr.errors import UserError
+from ddp_asr.files import read_json_lines
+from ddp_asr.runs import checkpoint
 from ddp_asr.settings import describe
 from launch import submit, sweep
-from launch.cluster import Request, Submission
-from launch.search import Range, Sweep, label_of, names_of, plan, read_sweep, trials_of
-from launch.status import Overview
-from launch.sweep import Follower, Result, conclusion, evaluations, is_due, ranking, result_of
+from launch.cluster import Submission
+from launch.search import Range, Sweep, make_trials, read_sweep, trial_name, trial_values
+from launch.status import RunSummary
+from launch.sweep import best_evaluation, is_due, ranked
+from tests import tiny_training
 from tests.conftest import REPOSITORY
-from tests.test_launch_status import evaluation, read_to_end, read_until, train, write_run
+from tests.run_files import evaluation_line, read_to_end, read_until, train_line, write_run
+from tests.tiny_training import wait_until
 
 
 @pytest.fixture
@@ -39,6 +41,10 @@ def write(tmp_path):
     return written
 
 
+def trials_of(path, *overrides):
+    return make_trials(read_sweep(path, overrides))
+
+
 GRID = "settings: {optim.learning_rate: [1e-3, 2e-3], encoder.dropout: [0, 0.1, 0.2]}"
 
 
@@ -51,26 +57,26 @@ def test_a_file_is_read_as_it_is_written(write, tmp_path):
         "settings:\n  encoder.time_strides: [[2], [2, 1]]\n  optim.anneal: [linear, cosine]\n"
         "  optim.learning_rate: {min: 1e-4, max: 1e-2, scale: log}\n  encoder.rnn_size: {min: 64, max: 512}"
     )
-    assert read_sweep(path) == Sweep(
-        config=tmp_path / "base.yaml",
+    assert read_sweep(path, ["--optim.beta1=0.8"]) == Sweep(
+        config=str(tmp_path / "base.yaml"),
         name="search",
         search="random",
         trials=20,
         seed=3,
         parallel=4,
+        overrides=["--train.epochs=2", "--data.train=a,b", "--optim.beta1=0.8"],
         settings={
             "encoder.time_strides": ["2", "2,1"],
             "optim.anneal": ["linear", "cosine"],
             "optim.learning_rate": Range(1e-4, 1e-2, log=True, whole=False),
             "encoder.rnn_size": Range(64, 512, log=False, whole=True),
         },
-        fixed={"train.epochs": "2", "data.train": "a,b"},
     )
 
 
 def test_a_grid_needs_nothing_but_a_config_and_values(write, tmp_path):
     found = read_sweep(write(f"name: mine\n{GRID}"))
-    assert (found.name, found.search, found.parallel, found.fixed) == ("mine", "grid", 0, {})
+    assert (found.name, found.search, found.parallel, found.overrides) == ("mine", "grid", 0, [])
 
 
 @pytest.mark.parametrize(
@@ -89,19 +95,20 @@ def test_a_grid_needs_nothing_but_a_config_and_values(write, tmp_path):
         ("settings: {optim.learning_rate: []}", "optim.learning_rate must be a list of values to try"),
         ("settings: {optim.learning_rate: [[[1]]]}", "optim.learning_rate must be a value or a list of values"),
         ("settings: {optim.learning_rate: {min: 1, max: 2}}", "is a range, which 'search: grid' cannot list"),
-        ("settings: {run.name: [a, b]}", "run.name cannot stand under settings .* a directory of its own"),
-        ("settings: {run.dir: [a, b]}", "run.dir cannot stand under settings"),
-        (f"{GRID}\nfixed: {{run.name: a}}", "run.name cannot stand under fixed"),
-        (f"{GRID}\nfixed: {{encoder.dropout: 0}}", "encoder.dropout stands under both settings and fixed"),
-        (f"{GRID}\nsearch: bayes", "search must be grid or random, not 'bayes'"),
-        (f"{GRID}\nsearch: random", "must say how many trials to draw"),
+        ("settings: {run.name: [a, b]}", "run.name cannot be under settings .* a directory of its own"),
+        ("settings: {run.dir: [a, b]}", "run.dir cannot be under settings"),
+        (f"{GRID}\nfixed: {{run.name: a}}", "run.name cannot be under fixed"),
+        (f"{GRID}\nfixed: {{encoder.dropout: 0}}", "encoder.dropout is under both settings and fixed"),
+        (f"{GRID}\nsearch: bayes", "search must be one of grid, random, not 'bayes'"),
+        (f"{GRID}\nsearch: random", "trials must say how many to draw"),
         (f"{GRID}\nsearch: random\ntrials: -1", "trials must be 0 or more, not -1"),
         (f"{GRID}\nsearch: random\ntrials: many", "trials must be a whole number, not 'many'"),
-        (f"{GRID}\ntrials: 3", "trials in .* is for 'search: random'"),
-        (f"{GRID}\nseed: 3", "seed in .* is for 'search: random'"),
+        (f"{GRID}\ntrials: 3", "trials and seed are for 'search: random'"),
+        (f"{GRID}\nseed: 3", "trials and seed are for 'search: random'"),
         (f"{GRID}\nparallel: two", "parallel must be a whole number, not 'two'"),
-        (f"{GRID}\nname: a/b", "name must be that of a directory, .* not 'a/b'"),
-        (f"{GRID}\nname: ..", "name must be that of a directory"),
+        (f"{GRID}\nname: a/b", "name must be a directory's, .* not 'a/b'"),
+        (f"{GRID}\nname: ..", "name must be a directory's"),
+        (f"{GRID}\nname:", "name must be a directory's"),
         (f"{GRID}\nname: [a]", r"name must be a text, not \['a'\]"),
     ],
 )
@@ -118,16 +125,19 @@ def test_a_mistake_in_the_file_is_one_sentence(write, text, said):
             "unknown key 'mn' in the range of optim.learning_rate; did you mean 'min'",
         ),
         ("optim.learning_rate: {max: 2}", "the range of optim.learning_rate needs both ends"),
-        ("optim.learning_rate: {min: 2, max: 1}", "must go up: min = 2 is not below max = 1"),
-        ("optim.learning_rate: {min: 1, max: 1}", "must go up"),
-        ("optim.learning_rate: {min: 1, max: inf}", "must go up"),
+        ("optim.learning_rate: {min: 2, max: 1}", "min of optim.learning_rate must be below its max, not 2 and 1"),
+        ("optim.learning_rate: {min: 1, max: 1}", "must be below its max"),
+        ("optim.learning_rate: {min: 1, max: inf}", "max of optim.learning_rate must be a finite number"),
         ("optim.learning_rate: {min: a, max: 1}", "min of optim.learning_rate must be a number, not 'a'"),
-        ("optim.learning_rate: {min: 0, max: 1, scale: log}", "must lie above 0 for 'scale: log'"),
-        ("optim.learning_rate: {min: 0, max: 1, scale: exp}", "the scale of optim.learning_rate must be linear or log"),
+        ("optim.learning_rate: {min: 0, max: 1, scale: log}", "min of optim.learning_rate must be above 0, not 0.0"),
+        (
+            "optim.learning_rate: {min: 0, max: 1, scale: exp}",
+            "scale of optim.learning_rate must be one of linear, log",
+        ),
         ("encoder.rnn_size: {min: 1.5, max: 2}", "min of encoder.rnn_size must be a whole number, not '1.5'"),
-        ("optim.anneal: {min: 1, max: 2}", "optim.anneal is no number"),
-        ("vocabulary.lowercase: {min: 1, max: 2}", "vocabulary.lowercase is no number"),
-        ("augment.speeds: {min: 1, max: 2}", "augment.speeds is no number"),
+        ("optim.anneal: {min: 1, max: 2}", "optim.anneal is not a number"),
+        ("vocabulary.lowercase: {min: 1, max: 2}", "vocabulary.lowercase is not a number"),
+        ("augment.speeds: {min: 1, max: 2}", "augment.speeds is not a number"),
     ],
 )
 def test_a_mistake_in_a_range_is_one_sentence(write, setting, said):
@@ -137,13 +147,15 @@ def test_a_mistake_in_a_range_is_one_sentence(write, setting, said):
 
 def test_a_file_without_a_config(tmp_path):
     (tmp_path / "a.yaml").write_text(GRID)
-    with pytest.raises(UserError, match=r"a.yaml names no config: add 'config: configs/an4.yaml'"):
+    with pytest.raises(
+        UserError, match=r"config must name the settings that all trials share, such as 'config: configs/an4.yaml'"
+    ):
         read_sweep(tmp_path / "a.yaml")
 
 
 def test_the_example_is_sound():
     found = read_sweep(REPOSITORY / "configs" / "sweeps" / "an4.yaml")
-    assert (found.config, found.name, len(trials_of(found))) == (Path("configs/an4.yaml"), "an4_rates", 6)
+    assert (found.config, found.name, len(list(trial_values(found)))) == ("configs/an4.yaml", "an4_rates", 6)
 
 
 # ---- trials --------------------------------------------------------------------------------------------------------
@@ -151,7 +163,7 @@ def test_the_example_is_sound():
 
 def test_a_grid_is_every_combination_and_the_last_setting_turns_fastest(write):
     rates, dropouts = ["1e-3", "2e-3"], ["0", "0.1", "0.2"]
-    assert trials_of(read_sweep(write(GRID))) == [
+    assert list(trial_values(read_sweep(write(GRID)))) == [
         {"optim.learning_rate": rate, "encoder.dropout": dropout} for rate in rates for dropout in dropouts
     ]
 
@@ -166,7 +178,7 @@ settings:
 
 
 def drawn(write, trials=4, seed=0, more=""):
-    return trials_of(read_sweep(write(RANDOM.format(trials=trials, seed=seed) + more)))
+    return list(trial_values(read_sweep(write(RANDOM.format(trials=trials, seed=seed) + more))))
 
 
 def test_random_trials_are_the_same_for_ever(write):
@@ -188,10 +200,10 @@ def test_random_trials_are_all_different(write):
     path = write(
         "search: random\ntrials: 6\nsettings: {encoder.rnn_layers: {min: 1, max: 3}, optim.anneal: [linear, cosine]}"
     )
-    assert len({tuple(trial.values()) for trial in trials_of(read_sweep(path))}) == 6
+    assert len({tuple(trial.values()) for trial in trial_values(read_sweep(path))}) == 6
     path.write_text(path.read_text().replace("trials: 6", "trials: 7"))
     with pytest.raises(UserError, match="trials = 7, but only about 6 different ones can be drawn"):
-        trials_of(read_sweep(path))
+        list(trial_values(read_sweep(path)))
 
 
 shares = st.floats(0, 1, exclude_max=True)
@@ -199,7 +211,7 @@ ends = st.floats(1e-6, 1e6).filter(lambda x: x == x)
 
 
 @given(ends, ends, st.booleans(), shares, shares)
-def test_a_range_is_kept_to_and_rises_with_the_share(one, other, log, share, further):
+def test_a_draw_is_within_its_range_and_rises_with_the_position(one, other, log, share, further):
     low, high = sorted((one, other))
     if low == high:
         return
@@ -240,7 +252,7 @@ def test_a_range_in_numbers():
     ],
 )
 def test_a_trial_is_known_by_its_values(values, label):
-    assert re.fullmatch(label, label_of(values))
+    assert re.fullmatch(label, trial_name(values))
 
 
 texts = st.text(st.sampled_from("ab,/=~ -1."), max_size=40)
@@ -248,36 +260,22 @@ texts = st.text(st.sampled_from("ab,/=~ -1."), max_size=40)
 
 @given(st.lists(st.fixed_dictionaries({"optim.x": texts, "model.y": texts}), unique_by=lambda d: tuple(d.values())))
 def test_other_values_have_another_name_which_is_short_and_plain(trials):
-    labels = [label_of(values) for values in trials]
+    labels = [trial_name(values) for values in trials]
     assert len(set(labels)) == len(labels)
     assert all(re.fullmatch(r"[\w.+=,@-]{1,60}", label) for label in labels)
 
 
-def test_trials_are_numbered_in_their_order():
-    trials = [{"a.x": value} for value in "pqr"]
-    assert names_of(trials, []) == ["000-x=p", "001-x=q", "002-x=r"]
-    assert names_of(trials, ["jobs", "notes-x=p", "1-x=q"]) == names_of(trials, [])
+def test_trials_keep_their_directories_when_others_join_them(write):
+    few = [trial.run for trial in trials_of(write(GRID))]
+    more = [trial.run for trial in trials_of(write(GRID.replace("[1e-3", "[5e-4, 1e-3")))]
+    assert set(few) < set(more) and len(more) == 9
 
 
-def test_trials_keep_their_directories_when_others_join_them():
-    wider = [{"a.x": value} for value in "opqr"]
-    assert names_of(wider, ["000-x=p", "001-x=q", "jobs"]) == [
-        "004-x=o",
-        "000-x=p",
-        "001-x=q",
-        "003-x=r",
-    ]
-    assert names_of(wider[1:2], ["000-x=p", "001-x=q"]) == ["000-x=p"]
-
-
-def test_the_plan_is_a_checked_config_each_under_one_directory(write, tmp_path):
-    trials = plan(read_sweep(write(f"{GRID}\nfixed: {{optim.anneal: cosine, train.epochs: 3}}")), ["--train.epochs=2"])
-    assert [trial.name for trial in trials][:2] == [
-        "000-learning_rate=1e-3,dropout=0",
-        "001-learning_rate=1e-3,dropout=0.1",
-    ]
+def test_each_trial_has_a_checked_config_and_a_directory(write, tmp_path):
+    trials = trials_of(write(f"{GRID}\nfixed: {{optim.anneal: cosine, train.epochs: 3}}"), "--train.epochs=2")
+    assert [trial.name for trial in trials][:2] == ["learning_rate=1e-3,dropout=0", "learning_rate=1e-3,dropout=0.1"]
     last = trials[-1]
-    assert last.run == tmp_path / "runs" / "search" / "005-learning_rate=2e-3,dropout=0.2"
+    assert last.run == tmp_path / "runs" / "search" / "learning_rate=2e-3,dropout=0.2"
     config = last.config
     assert (config.optim.learning_rate, config.encoder.dropout) == (2e-3, 0.2)
     assert (config.optim.anneal, config.train.epochs) == ("cosine", 2)
@@ -287,73 +285,59 @@ def test_the_plan_is_a_checked_config_each_under_one_directory(write, tmp_path):
     ("text", "overrides", "said"),
     [
         (
-            "settings: {encoder.dropout: [0.1, high]}",
+            "settings: {encoder.dropout: [0, high]}",
             [],
-            "trial 001-dropout=high: encoder.dropout must be a number, not 'high'",
+            "trial dropout=high: encoder.dropout must be a number, not 'high'",
         ),
-        (
-            "settings: {encoder.dropout: [0.1, 1]}",
-            [],
-            "trial 001-dropout=1: encoder.dropout must be at least 0 and below 1",
-        ),
-        (
-            "settings: {encoder.dropout: [0.1, 1e-1]}",
-            [],
-            "trials 000-dropout=0.1 and 001-dropout=1e-1 have the same settings",
-        ),
-        (GRID, ["--encoder.dropout=0.3"], "--encoder.dropout is what the sweep varies"),
-        (
-            GRID,
-            ["--encoder.droput=0.3"],
-            "unknown setting 'encoder.droput' in the command line; did you mean 'encoder.dropout'",
-        ),
+        ("settings: {encoder.dropout: [0, 1]}", [], "trial dropout=1: encoder.dropout must be at least 0 and below 1"),
+        ("settings: {encoder.dropout: [0, 0.0]}", [], "trials dropout=0 and dropout=0.0 have the same settings"),
+        (GRID, ["--encoder.dropout=0.3"], "--encoder.dropout is varied by the sweep: change it in .*search.yaml"),
+        (GRID, ["--encoder.droput=0.3"], "unknown setting 'encoder.droput' in the command line; .*'encoder.dropout'"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_before_anything_is_queued(write, text, overrides, said):
+def test_wrong_trials_are_refused_before_anything_is_submitted(write, text, overrides, said):
     with pytest.raises(UserError, match=said):
-        plan(read_sweep(write(text)), overrides)
+        trials_of(write(text), *overrides)
 
 
-def test_a_run_that_was_begun_under_other_settings_is_not_ranked_with_these(write):
+def test_a_run_with_other_settings_is_not_ranked_with_these(write):
     path = write(GRID)
-    trial = plan(read_sweep(path))[1]
+    trial = trials_of(path)[1]
     trial.run.mkdir(parents=True)
     (trial.run / "config.yaml").write_text(
         describe(load_config(None, ["--optim.learning_rate=1e-3", "--train.epochs=7"]))
     )
-    plan(read_sweep(path))
+    trials_of(path)
     with pytest.raises(
-        UserError, match=r"001-.* was begun with train.epochs = 7, and the sweep now says 3: set it back"
+        UserError, match=r"0.1 was started with train.epochs = 7, and the sweep now says 3: set it back"
     ):
-        plan(read_sweep(path), ["--train.epochs=3"])
+        trials_of(path, "--train.epochs=3")
 
 
 # ---- what is submitted ---------------------------------------------------------------------------------------------
 
 
-def overview(name="000-a", state="done", **changes) -> Overview:
-    fields: dict[str, Any] = dict.fromkeys(Overview.__dataclass_fields__) | {
-        "name": name,
-        "path": Path(name),
-        "state": state,
-    }
-    fields |= {"note": "", "error": "", "living": False, "finished": state == "done"}
-    return Overview(**fields | changes)
+def summary(name="a", state="done", **changes) -> RunSummary:
+    fields = {"living": state in LIVING, "finished": state == "done"} | changes
+    return RunSummary(state, name=name, path=Path(name), **fields)
+
+
+LIVING = ("PENDING", "RUNNING", "running", "running?")
 
 
 @pytest.mark.parametrize(
     ("run", "due", "with_retry"),
     [
-        (overview(state="waiting"), True, True),
-        (overview(state="unknown"), True, True),
-        (overview(state="stopped"), True, True),
-        (overview(state="cancelled"), True, True),
-        (overview(state="dead"), True, True),
-        (overview(state="failed"), False, True),
-        (overview(state="done"), False, False),
-        (overview(state="stopped", finished=True), False, False),
-        (overview(state="PENDING", living=True), False, False),
-        (overview(state="running?", living=True), False, False),
+        (summary(state="not submitted"), True, True),
+        (summary(state="unknown"), True, True),
+        (summary(state="stopped"), True, True),
+        (summary(state="cancelled"), True, True),
+        (summary(state="dead"), True, True),
+        (summary(state="failed"), False, True),
+        (summary(state="done"), False, False),
+        (summary(state="stopped", finished=True), False, False),
+        (summary(state="PENDING"), False, False),
+        (summary(state="running?"), False, False),
     ],
 )
 def test_only_what_is_missing_resumable_or_asked_for_is_submitted(run, due, with_retry):
@@ -361,167 +345,144 @@ def test_only_what_is_missing_resumable_or_asked_for_is_submitted(run, due, with
 
 
 class Scheduler:
-    """Takes submissions down; trials then stand as the test says, by their numbers."""
+    """Records what is submitted; the six trials of GRID have the states that the test sets."""
 
-    def __init__(self, follower: Follower, monkeypatch, states):
-        self.states = states
+    def __init__(self, monkeypatch, path: Path, states: list[str]):
+        self.path, self.states, self.slurm_error = path, states, ""
+        self.names = [trial.name for trial in trials_of(path)]
         self.submitted: list[tuple[list[int], int]] = []
-        self.now_s, self.complaint = 0.0, ""
-        follower._clock = lambda: self.now_s
-        monkeypatch.setattr(follower, "_reader", self)
+        monkeypatch.setattr(sweep, "RunReader", lambda: self)
         monkeypatch.setattr(submit, "check_all", lambda configs, request: None)
-        for name in ("_submit", "_submit_detached"):
-            monkeypatch.setattr(sweep, name, self.submit)
+        monkeypatch.setattr(submit, "submit_training", self.submit)
+        monkeypatch.setattr(sweep, "_start_here", self.start)
 
     def read(self, runs):
         return [
-            overview(
-                run.name, state, job_id=None if state == "unknown" else "1", living=state in ("PENDING", "RUNNING")
-            )
+            summary(run.name, state, job_id=None if state == "unknown" else "7_1")
             for run, state in zip(runs, self.states, strict=True)
         ]
 
-    def submit(self, configs, request, folder, name, parallel):
-        numbers = [int(config.run.name[:3]) for config in configs]
+    def submit(self, configs, request, folder, *, name, parallel):
+        numbers = [self.names.index(config.run.name) for config in configs]
         self.submitted.append((numbers, parallel))
         for number in numbers:
             self.states[number] = "PENDING"
         return Submission(folder, [f"12_{index}" for index in range(len(numbers))])
 
+    def start(self, trial, request):
+        self.submitted.append(([self.names.index(trial.name)], 1))
+        self.states[self.names.index(trial.name)] = "running"
+        return trial.run / "log"
+
+    def main(self, *options: str) -> int:
+        return sweep.main([str(self.path), *options])
+
 
 @pytest.fixture
-def scheduled(write, monkeypatch):
-    def scheduled(states, executor="slurm", parallel=2):
-        trials = plan(read_sweep(write(GRID)))
-        follower = Follower("search", trials, Request(executor=executor), parallel)
-        scheduler = Scheduler(follower, monkeypatch, states)
-        follower.look()
-        return follower, scheduler
-
-    return scheduled
+def scheduler(write, monkeypatch):
+    return lambda *states: Scheduler(monkeypatch, write(f"{GRID}\nparallel: 2"), list(states))
 
 
-def test_all_that_is_due_goes_to_slurm_as_one_array(scheduled):
-    follower, scheduler = scheduled(["done", "unknown", "failed", "PENDING", "stopped", "unknown"])
-    assert follower.summary == "1 done, 2 waiting, 1 failed, 1 PENDING, 1 stopped"
-    follower.start(retry_failed=False)
-    assert scheduler.submitted == [([1, 4, 5], 2)] and follower.waiting == []
-    assert not follower.ended
-    scheduler.states[:] = ["done", "done", "failed", "done", "done", "done"]
-    follower.look()
-    assert follower.ended
+def test_all_that_is_due_goes_to_slurm_as_one_array(scheduler, tmp_path, capsys):
+    slurm = scheduler("done", "unknown", "failed", "PENDING", "stopped", "unknown")
+    assert slurm.main() == 0
+    assert slurm.submitted == [([1, 4, 5], 2)]
+    folder, told = tmp_path / "runs" / "search", capsys.readouterr().out.splitlines()
+    assert told[0] == "submitted 3 trial(s) as job 12, 2 at a time"
+    assert told[1] == f"{folder}: 1 of 6 trials finished (1 done, 4 PENDING, 1 failed)"
+    assert told[-3] == f"watch   python -m launch.status {folder} --watch"
+    assert told[-2:] == ["cancel  scancel 7", "rank    the same command again, at any time"]
+    assert slurm.main() == 0 and len(slurm.submitted) == 1  # the same command again
 
 
-def test_failed_trials_are_tried_again_when_asked(scheduled):
-    follower, scheduler = scheduled(["done", "done", "failed", "done", "failed", "done"])
-    assert follower.ended  # the same command again says so at once
-    follower.start(retry_failed=True)
-    assert scheduler.submitted == [([2, 4], 2)] and not follower.ended
+def test_the_same_command_ends_with_the_ranking_when_nothing_is_left_to_do(scheduler, capsys):
+    assert scheduler(*["done"] * 6).main() == 0
+    assert "6 of 6 trials finished (6 done)" in capsys.readouterr().out
+    slurm = scheduler(*["done"] * 5, "failed")
+    assert slurm.main() == 1 and slurm.submitted == []
+    assert capsys.readouterr().out.endswith("retry   the same command with --retry-failed\n")
 
 
-def test_this_machine_trains_so_many_at_a_time(scheduled):
-    follower, scheduler = scheduled(["unknown", "RUNNING", *["unknown"] * 4], executor="local")
-    follower.start(retry_failed=False)
-    assert scheduler.submitted == [([0], 2)]
-    scheduler.states[:2] = ["done", "failed"]
-    follower.look()
-    follower.go_on()
-    assert scheduler.submitted == [([0], 2), ([2, 3], 2)]
-    follower.go_on()
-    assert len(scheduler.submitted) == 2
-    scheduler.states[2:] = ["done", "done", "unknown", "unknown"]
-    follower.look()
-    assert not follower.ended
-    follower.go_on()
-    scheduler.states[4:] = ["done", "done"]
-    follower.look()
-    assert follower.ended and scheduler.submitted[2:] == [([4, 5], 2)]
+def test_failed_trials_are_submitted_again_when_asked(scheduler):
+    slurm = scheduler("done", "done", "failed", "done", "failed", "done")
+    assert slurm.main("--retry-failed", "--parallel=0") == 0
+    assert slurm.submitted == [([2, 4], 0)]
 
 
-def test_nothing_is_submitted_while_nobody_knows_what_is_queued(scheduled, monkeypatch):
-    follower, scheduler = scheduled(["unknown"] * 6)
-    scheduler.complaint = "slurmctld is away"
-    follower.runs = {}
-    follower.look()
+def test_ranking_alone_submits_nothing(scheduler, capsys):
+    slurm = scheduler("done", *["unknown"] * 5)
+    assert slurm.main("--rank") == 1 and slurm.submitted == []
+    assert "1 of 6 trials finished (1 done, 5 not submitted)" in capsys.readouterr().out
+
+
+def test_nothing_is_submitted_while_slurm_does_not_say_what_is_queued(scheduler, capsys):
+    slurm = scheduler(*["unknown"] * 6)
+    slurm.slurm_error = "slurmctld is away"
     with pytest.raises(UserError, match="so nothing was submitted: slurmctld is away"):
-        follower.start(retry_failed=False)
-    assert scheduler.submitted == []
+        slurm.main()
+    assert slurm.submitted == []
+    assert slurm.main("--rank") == 1  # still prints what the files say
+    assert capsys.readouterr().out.endswith("Slurm could not be asked: slurmctld is away\n")
 
 
-def test_trials_stand_as_they_stood_while_slurm_does_not_answer(scheduled):
-    follower, scheduler = scheduled(["RUNNING"] * 6)
-    follower.start(retry_failed=False)
-    scheduler.complaint, scheduler.states[:] = "slurmctld is away", ["dead"] * 6
-    scheduler.now_s = 1000.0
-    follower.look()
-    assert not follower.ended and follower.summary == "6 RUNNING"
+def test_this_machine_trains_so_many_at_a_time(scheduler, monkeypatch, capsys):
+    here = scheduler("unknown", "running", *["unknown"] * 4)  # one still runs from an earlier call
+    ends = iter([{0: "done"}, {1: "done"}, {2: "failed", 3: "done"}, {}, {4: "done"}, {5: "done"}])
+    started = []
 
+    def sleep(seconds):
+        started.append([number for numbers, _ in here.submitted for number in numbers])
+        for number, state in next(ends).items():
+            here.states[number] = state
 
-@pytest.mark.parametrize(
-    ("state", "patience_s"), [("stopped", sweep.SETTLED_AFTER_S), ("unknown", sweep.FORGOTTEN_AFTER_S), ("done", 0.0)]
-)
-def test_a_job_that_seems_to_have_ended_may_be_requeueing_itself(scheduled, state, patience_s):
-    follower, scheduler = scheduled(["RUNNING", *["done"] * 5])
-    follower.start(retry_failed=False)
-    for began_s, after in ((0.0, "PENDING"), (1000.0, state)):
-        scheduler.now_s, scheduler.states[0] = began_s, state
-        follower.look()
-        assert follower.ended == (patience_s == 0)
-        scheduler.now_s += patience_s - 0.1
-        follower.look()
-        assert follower.ended == (patience_s == 0)
-        scheduler.states[0] = after
-        follower.look()
-    scheduler.now_s += 0.2
-    follower.look()
-    assert follower.ended
+    monkeypatch.setattr(sweep.time, "sleep", sleep)
+    assert here.main("--cluster=local") == 1
+    assert started == [[0], [0, 2], [0, 2, 3], [0, 2, 3, 4, 5], [0, 2, 3, 4, 5], [0, 2, 3, 4, 5]]
+    told = capsys.readouterr().out.splitlines()
+    assert told[:2] == [f"{here.names[0]}: starting, log {told[0].rpartition(' ')[2]}", f"{here.names[0]}: done"]
+    assert f"{here.names[2]}: failed" in told
 
 
 # ---- the ranking ---------------------------------------------------------------------------------------------------
 
 
-def results(write, *outcomes):
-    trials = plan(read_sweep(write(GRID)))
-    return [
-        Result(trial, overview(trial.name, state, error=error), wer, loss, step)
-        for trial, (state, wer, loss, step, error) in zip(trials, outcomes, strict=False)
-    ]
-
-
-def test_the_ranking_is_by_error_rate_then_loss_and_failures_come_last(write):
-    found = results(
-        write,
+def test_the_ranking_is_by_error_rate_then_loss_and_failures_come_last(write, scheduler, capsys, tmp_path):
+    folder = tmp_path / "runs" / "search"
+    outcomes = [
         ("done", 0.2, 0.5, 40, ""),
         ("failed", 0.1, 0.1, 20, "the loss was not finite"),
         ("done", 0.1, 0.6, 30, ""),
+    ]
+    outcomes += [
         ("done", 0.1, 0.4, 40, ""),
         ("done", None, None, None, ""),
         ("failed", None, None, None, "no space left"),
-    )
-    assert ranking(found) == [
-        "rank  trial  optim.learning_rate  encoder.dropout  best WER   loss  at step  state",
-        "   1    003                 2e-3                0    10.0 %  0.400       40  done",
-        "   2    002                 1e-3              0.2    10.0 %  0.600       30  done",
-        "   3    000                 1e-3                0    20.0 %  0.500       40  done",
-        "   4    004                 2e-3              0.1         -      -        -  done",
-        "   -    001                 1e-3              0.1    10.0 %  0.100       20  failed: the loss was not finite",
-        "   -    005                 2e-3              0.2         -      -        -  failed: no space left",
+    ]
+    for trial, (state, wer, loss, step, error) in zip(trials_of(write(GRID)), outcomes, strict=True):
+        lines = [evaluation_line(step, wer, loss=loss)] if step else []
+        write_run(trial.run, state, reason=error, lines=lines)
+    assert sweep.main([str(write(GRID)), "--rank"]) == 1
+    best = f"{folder}/learning_rate=2e-3,dropout=0"
+    assert capsys.readouterr().out.splitlines() == [
+        f"{folder}: 4 of 6 trials finished (4 done, 2 failed)",
+        "rank  learning_rate  dropout  best WER   loss  step  state         run",
+        "   1           2e-3        0    10.0 %  0.400    40  done          learning_rate=2e-3,dropout=0",
+        "   2           1e-3      0.2    10.0 %  0.600    30  done          learning_rate=1e-3,dropout=0.2",
+        "   3           1e-3        0    20.0 %  0.500    40  done          learning_rate=1e-3,dropout=0",
+        "   4           2e-3      0.1         -      -     -  done          learning_rate=2e-3,dropout=0.1",
+        "   -           1e-3      0.1    10.0 %  0.100    20  failed        learning_rate=1e-3,dropout=0.1",
+        "   -           2e-3      0.2         -      -     -  failed        learning_rate=2e-3,dropout=0.2",
+        "learning_rate=1e-3,dropout=0.1: the loss was not finite",
+        "learning_rate=2e-3,dropout=0.2: no space left",
+        f"best    {best}",
+        f"        python -m ddp_asr.evaluate {best} shards/dev-clean",
+        "retry   the same command with --retry-failed",
     ]
 
 
-def test_the_conclusion_names_the_best_run_and_how_to_score_it(write, tmp_path):
-    folder = tmp_path / "runs" / "search"
-    found = results(write, ("done", 0.2, 0.5, 40, ""), ("done", 0.1, 0.4, 40, ""), ("failed", None, None, None, "x"))
-    told = conclusion(found, folder).splitlines()
-    assert told[0] == f"{folder}: 2 of 3 trials finished"
-    best = f"{folder}/001-learning_rate=1e-3,dropout=0.1"
-    assert told[5:] == [
-        f"best: {best}",
-        f"  python -m ddp_asr.evaluate {best} shards/dev-clean",
-        "the same command with --retry-failed submits the failed ones again",
-    ]
-    nothing = results(write, ("done", None, None, None, ""))
-    assert len(conclusion(nothing, folder).splitlines()) == 3  # nothing to choose by
+def test_without_an_evaluation_no_trial_is_the_best(scheduler, capsys):
+    scheduler(*["done"] * 6).main()
+    assert "best  " not in capsys.readouterr().out
 
 
 outcomes = st.tuples(
@@ -531,45 +492,35 @@ outcomes = st.tuples(
 
 @given(st.lists(outcomes, min_size=1, max_size=9))
 def test_no_trial_is_ranked_before_a_better_one(found):
-    listed = [Result(None, overview(state=state), wer, loss, 1) for state, wer, loss in found]
-    ordered = sorted(listed, key=lambda result: result.key)
-    finished = [result.run.finished for result in ordered]
+    results = ranked((None, summary(state=state), {"wer": wer, "loss": loss}) for state, wer, loss in found)
+    finished = [run.finished for _, run, _ in results]
     assert finished == sorted(finished, reverse=True)
-    scored = [result.wer for result in ordered if result.run.finished and result.wer is not None]
-    assert scored == sorted(scored)
+    rates = [best["wer"] for _, run, best in results if run.finished and best["wer"] is not None]
+    assert rates == sorted(rates)
 
 
-def test_the_best_evaluation_of_a_run_is_found_among_its_steps(write, tmp_path):
-    lines = [
-        train(1),
-        evaluation(1, 0.5, loss=2.0),
-        evaluation(2, 0.3, loss=0.9),
-        train(3),
-        evaluation(3, 0.3, loss=0.7),
-    ]
-    lines += [evaluation(4, 0.4, loss=0.1), evaluation(5, None, loss=None)]
-    trial = plan(read_sweep(write(GRID)))[0]
-    write_run(trial.run, "done", lines=lines)
-    with (trial.run / "metrics.jsonl").open("a") as file:
+def test_the_best_evaluation_of_a_run_is_found_among_its_steps(tmp_path):
+    lines = [train_line(1), evaluation_line(1, 0.5, loss=2.0), evaluation_line(2, 0.3, loss=0.9), train_line(3)]
+    lines += [evaluation_line(3, 0.3, loss=0.7), evaluation_line(4, 0.4, loss=0.1), evaluation_line(5, None, loss=None)]
+    write_run(tmp_path / "run", "done", lines=lines)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "test", "torn\n{"kind": "test", "wer": 0.0, "loss": 0.0}')
-    found = result_of(trial, overview())
-    assert (found.wer, found.loss, found.step) == (0.3, 0.7, 3)
-    assert len(list(evaluations(trial.run / "metrics.jsonl"))) == 5
-    assert result_of(plan(read_sweep(write(GRID)))[1], overview()).wer is None
+    assert best_evaluation(tmp_path / "run")["step"] == 3
+    assert best_evaluation(tmp_path / "none") == {}
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
-def swept(*arguments, cwd=REPOSITORY, **environment):
+def swept(*arguments):
     command = [sys.executable, "-m", "launch.sweep", *map(str, arguments)]
-    surroundings = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY), **environment}
-    return subprocess.run(command, cwd=cwd, env=surroundings, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_a_mistake_is_one_sentence_and_leaves_nothing(write, tmp_path):
     for arguments, said in (
-        ([write(GRID), "--cluster=debug"], "'debug' trains in this very process"),
+        ([write(GRID), "--cluster=debug"], "--cluster debug trains in this process"),
         ([tmp_path / "none.yaml"], "cannot read the settings"),
         ([write(GRID), "--paralel=2"], "'--paralel=2' is no setting"),
         ([write(GRID), "--cluster=local"], "there are no shards at shards/train-clean-100"),
@@ -580,30 +531,13 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(write, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_how_to_come_back(scheduled, tmp_path):
-    follower, _ = scheduled(["done", *["unknown"] * 5])
-    follower.start(retry_failed=False)
-    told = sweep._come_back(follower, ["a b.yaml", "--parallel", "2", "--no-wait"]).splitlines()
-    assert told == [
-        "sweep search: 1 done, 5 PENDING; what runs or is queued goes on without this command",
-        f"watch   python -m launch.status {tmp_path / 'runs' / 'search'} --watch",
-        "follow  python -m launch.sweep 'a b.yaml' --parallel 2",
-        "cancel  scancel 1",
-    ]
-    assert sweep._submitted(follower).endswith("submitted 5 as job 12, 2 at a time")
-
-
-def test_lines_for_a_log_tell_each_change_once(scheduled, capsys):
-    follower, scheduler = scheduled(["RUNNING", *["done"] * 5])
-    lines = sweep._Lines(follower)
-    lines.show()
-    assert len(capsys.readouterr().out.splitlines()) == 6
-    lines.show()
-    assert capsys.readouterr().out == ""
-    scheduler.states[0] = "failed"
-    follower.look()
-    lines.show()
-    assert capsys.readouterr().out == "000-learning_rate=1e-3,dropout=0: failed\n"
+def test_a_dry_run_prints_the_array_and_submits_nothing(scheduler, capsys):
+    slurm = scheduler("done", "failed", *["unknown"] * 4)
+    assert slurm.main("--dry-run") == 0 and slurm.submitted == []
+    told = capsys.readouterr().out
+    states = ["done", "failed", *["to submit"] * 4]
+    assert [re.split(r"  +", line)[-2] for line in told.splitlines()[1:7]] == states
+    assert "#SBATCH --array=0-3%2" in told and "-m launch.job conclude --submission" in told
 
 
 # ---- whole sweeps on this machine ----------------------------------------------------------------------------------
@@ -623,38 +557,30 @@ def test_a_sweep_on_this_machine_is_trained_ranked_and_not_trained_again(tiny_co
     path, folder = tmp_path / "search.yaml", tmp_path / "runs" / "search"
     path.write_text(LOCAL.format(corpus=tiny_corpus, runs=tmp_path / "runs"))
     dry = swept(path, "--cluster=local", "--dry-run")
-    assert dry.returncode == 0 and not folder.exists()
-    assert [line.split()[-2:] for line in dry.stdout.splitlines()[1:]] == [["to", "submit"]] * 4
+    assert dry.returncode == 0 and dry.stdout.count("to submit") == 4 and not folder.exists()
 
     first = swept(path, "--cluster=local")
     assert first.returncode == 1, first.stdout + first.stderr
-    assert f"{folder}: 2 of 4 trials finished" in first.stdout
-    ranked = re.findall(r"^ *(\d|-) +(\d{3}) ", first.stdout, flags=re.MULTILINE)
-    assert [rank for rank, _ in ranked] == ["1", "2", "-", "-"]
-    assert sorted(number for _, number in ranked[:2]) == ["000", "002"]
-    assert [number for _, number in ranked[2:]] == ["001", "003"]
-    assert re.search(r"failed: .*/nowhere.pt", first.stdout)
-    best = next(folder.glob(f"{ranked[0][1]}-*"))
-    assert f"  python -m ddp_asr.evaluate {best} {tiny_corpus.test}\n" in first.stdout
+    assert f"{folder}: 2 of 4 trials finished (2 done, 2 failed)" in first.stdout
+    runs = [folder / line.split()[-1] for line in re.findall(r"^ +[12-] .*", first.stdout, flags=re.MULTILINE)]
+    assert [tiny_training.status(run)["state"] for run in runs] == ["done", "done", "failed", "failed"]
+    assert re.search(rf"^{re.escape(runs[2].name)}: .*/nowhere.pt", first.stdout, flags=re.MULTILINE)
+    assert f"        python -m ddp_asr.evaluate {runs[0]} {tiny_corpus.test}\n" in first.stdout
 
-    jobs = {run: (run / "job.json").read_text() for run in folder.glob("0*")}
+    jobs = {run: (run / "job.json").read_text() for run in runs}
     again = swept(path, "--cluster=local")
-    assert again.returncode == 1 and "nothing to submit" in again.stdout
-    assert again.stdout.splitlines()[-8:] == first.stdout.splitlines()[-8:]
-    assert {run: (run / "job.json").read_text() for run in jobs} == jobs
+    assert again.returncode == 1 and first.stdout.endswith(again.stdout)
+    assert {run: (run / "job.json").read_text() for run in runs} == jobs
 
-    retried = swept(path, "--cluster=local", "--retry-failed", "--no-wait")
-    assert retried.returncode == 0 and "submitted 2 as job " in retried.stdout, retried.stderr
-    changed = {run.name[:3] for run in jobs if (run / "job.json").read_text() != jobs[run]}
-    assert changed == {"001", "003"}
-    assert swept(path, "--cluster=local").returncode == 1
+    assert swept(path, "--cluster=local", "--retry-failed").returncode == 1
+    assert [run for run in runs if (run / "job.json").read_text() != jobs[run]] == runs[2:]
 
 
 @pytest.mark.slow
-def test_ctrl_c_on_a_terminal_leaves_the_trials_running_and_the_same_command_comes_back(tiny_corpus, tmp_path):
+def test_ctrl_c_stops_the_trials_with_a_checkpoint_and_the_same_command_continues(tiny_corpus, tmp_path):
     path, folder = tmp_path / "search.yaml", tmp_path / "runs" / "search"
     text = LOCAL.format(corpus=tiny_corpus, runs=tmp_path / "runs").replace(", /nowhere.pt", "")
-    path.write_text(text.replace("parallel: 2", "parallel: 1"))
+    path.write_text(text.replace("parallel: 2", "parallel: 1").replace("train.epochs: 1", "train.epochs: 300"))
     screen, terminal = pty.openpty()
     command = [sys.executable, "-m", "launch.sweep", str(path), "--cluster=local"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TERM": "xterm", "COLUMNS": "150", "LINES": "20"}
@@ -669,18 +595,21 @@ def test_ctrl_c_on_a_terminal_leaves_the_trials_running_and_the_same_command_com
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     ) as process:
         os.close(terminal)
-        read_until(screen, rb"starting|running")
+        read_until(screen, rb"starting, log")
+        (run,) = wait_until(lambda: [path.parent for path in folder.glob("*/metrics.jsonl")], "the first trial's steps")
         os.write(screen, b"\x03")
         told = read_to_end(screen).decode()
         assert process.wait(60) == 130
-    assert "1 waiting" in told and "1 wait for it to be given again" in told and "Traceback" not in told
-    assert f"launch.sweep {path} --cluster=local" in told
-    kill = re.search(r"cancel  kill (\d+)", told)
-    assert kill and kill[1] == submit.read_job(next(folder.glob("000-*")))["job_id"]
+    assert "stopping 1 trial(s) at a checkpoint; the same command" in told and "Traceback" not in told
+    stopped = tiny_training.status(run)
+    assert (stopped["state"], stopped["reason"], stopped["retry"]) == ("stopped", "SIGTERM", True)
+    assert checkpoint.step_path(run, stopped["step"]).is_file()
+    assert [path.parent.name for path in folder.glob("*/job.json")] == [run.name]  # the second was not started
 
+    last = stopped["step"] + 4
+    path.write_text(path.read_text().replace("train.epochs: 300", f"train.epochs: 300, train.stop_at_step: {last}"))
     back = swept(path, "--cluster=local")
-    assert back.returncode == 0, back.stdout + back.stderr
-    assert "submitted 1 as job " in back.stdout or "nothing to submit" in back.stdout.splitlines()[0]
-    runs = sorted(folder.glob("0*"))
-    assert [json.loads((run / "status.json").read_text())["state"] for run in runs] == ["done", "done"]
-    assert [json.loads((run / "status.json").read_text())["attempt"] for run in runs] == [1, 1]
+    assert back.returncode == 0 and "2 of 2 trials finished" in back.stdout, back.stdout + back.stderr
+    for each in (path.parent for path in folder.glob("*/metrics.jsonl")):
+        steps = [line["step"] for line in read_json_lines(each / "metrics.jsonl") if line["kind"] == "train"]
+        assert steps == list(range(1, last + 1))
