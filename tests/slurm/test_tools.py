@@ -4,9 +4,8 @@ import json
 import os
 import re
 import subprocess
-import sys
 
-from ddp_asr.runs.directory import read_lines
+from ddp_asr.files import read_json_lines
 from tests import tiny_speech, tiny_training
 from tests.conftest import REPOSITORY
 from tests.slurm import harness
@@ -49,37 +48,35 @@ def test_a_sweep_of_six_runs_two_at_a_time_and_ranks(tiny_corpus, tmp_path):
     gate = Gate(tmp_path / "gate").hold(2)
     place = {"config": tiny_corpus.directory / "tiny.yaml", "runs": tmp_path / "runs"}
     (tmp_path / "sweep.yaml").write_text(SWEEP.format(**place, train=tiny_corpus.train, test=tiny_corpus.test))
-    output = tmp_path / "sweep.out"
-    command = [sys.executable, "-m", "launch.sweep", str(tmp_path / "sweep.yaml"), "--tasks-per-node=1"]
-    with output.open("w") as file:
-        sweep = subprocess.Popen(
-            command, cwd=REPOSITORY, env=harness.environment(gate), stdout=file, stderr=subprocess.STDOUT
-        )
-    try:
-        harness.wait_until(lambda: list(gate.directory.glob("held-2.*")), "the first trial to train")
-        queue = harness.ask("squeue", "-h", "-r", "-o", "%T %r").splitlines()
-        assert sorted(queue) == ["PENDING JobArrayTaskLimit"] * 4 + ["RUNNING None"] * 2
-        gate.open(2)
-        assert sweep.wait(harness.LIMIT_S) == 0, output.read_text()
-    finally:
-        sweep.kill()
-        sweep.wait()
-    assert "6 of 6 trials finished" in output.read_text()
-    ranked = re.findall(r"^ *(\d+) +(\d{3}) ", output.read_text(), flags=re.MULTILINE)
-    assert [int(rank) for rank, _ in ranked] == [1, 2, 3, 4, 5, 6]
-    assert [trial for _, trial in ranked] == by_score(tmp_path / "runs" / "trials")
+    command = [str(tmp_path / "sweep.yaml"), "--tasks-per-node=1"]
+    submitted = harness.launch("sweep", *command, gate=gate)
+    assert submitted.returncode == 0 and "0 of 6 trials finished" in submitted.stdout, submitted.stderr
+    harness.wait_until(lambda: list(gate.directory.glob("held-2.*")), "the first trial to train")
+    queue = harness.ask("squeue", "-h", "-r", "-o", "%T %r").splitlines()
+    assert sorted(queue) == ["PENDING JobArrayTaskLimit"] * 4 + ["RUNNING None"] * 2
+    again = harness.launch("sweep", *command, gate=gate)
+    assert again.returncode == 0 and "submitted" not in again.stdout, again.stderr
+    gate.open(2)
 
-    listed = harness.launch("status", str(tmp_path / "runs"), "--json")
-    assert listed.returncode == 0, listed.stderr
-    assert [run["state"] for run in json.loads(listed.stdout)] == ["done"] * 6
+    def states():
+        listed = harness.launch("status", str(tmp_path / "runs"), "--json")
+        assert listed.returncode == 0, listed.stderr
+        return [run["state"] for run in json.loads(listed.stdout)]
+
+    harness.wait_until(lambda: states() == ["done"] * 6, "all trials to be done")
+    ranked = harness.launch("sweep", *command)
+    assert ranked.returncode == 0 and "6 of 6 trials finished (6 done)" in ranked.stdout, ranked.stderr
+    rows = [line.split() for line in ranked.stdout.splitlines() if re.match(r" +\d ", line)]
+    assert [row[0] for row in rows] == ["1", "2", "3", "4", "5", "6"]
+    assert [row[-1] for row in rows] == by_score(tmp_path / "runs" / "trials")
 
 
 def by_score(directory):
-    """The numbers of the trials, the lowest word error rate first, then the lowest loss."""
+    """The names of the trials, the lowest word error rate first, then the lowest loss."""
     scores = {}
-    for run in directory.glob("[0-9]*"):
-        tests = [line for line in read_lines(run / "metrics.jsonl") if line["kind"] == "test"]
-        scores[run.name[:3]] = min((line["wer"], line["loss"]) for line in tests)
+    for metrics in directory.glob("*/metrics.jsonl"):
+        tests = [line for line in read_json_lines(metrics) if line["kind"] == "test"]
+        scores[metrics.parent.name] = min((line["wer"], line["loss"]) for line in tests)
     return sorted(scores, key=scores.__getitem__)
 
 
