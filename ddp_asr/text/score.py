@@ -1,18 +1,19 @@
-"""Text against text: how many words and characters are wrong, and how sure that number is.
+"""References against hypotheses: how many words and characters are wrong, and how certain those numbers are.
 
     references, hypotheses  --jiwer, an utterance each-->  counts (N, 8)  --sum-->  Counts: WER, CER
                                                                           --resample-->  confidence intervals
                                                                           --sort-->  the worst utterances
 
-Rates are those of the corpus, all errors / all reference units, never a mean of utterances' rates: in a mean a wrong
-one-word answer weighs as much as a lost minute. Counts are integers and additive, so ranks add theirs up and nothing
-depends on who scored what. Spaces at the ends and double ones are no characters; anything else in a text counts.
+Rates are those of the corpus, all errors / all reference units, and not the mean of the utterances' rates: in a mean a
+wrong one-word answer would weigh as much as a lost minute. Counts are integers and additive, so the result is the same
+whichever rank scored which utterance. Spaces at the ends and double ones are not counted as characters; everything
+else in a text is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import jiwer
 import numpy as np
@@ -20,7 +21,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Counts:
-    """Errors and reference units, over words and over characters; the order of a row of `count_each`."""
+    """Errors and reference units, of words and of characters; the columns of `count_each`, in this order."""
 
     word_substitutions: int = 0
     word_deletions: int = 0
@@ -34,13 +35,6 @@ class Counts:
     @staticmethod
     def from_array(array: np.ndarray) -> Counts:
         return Counts(*(int(number) for number in array))
-
-    def array(self) -> np.ndarray:
-        """int64 (8,), to be added up over ranks."""
-        return np.array(astuple(self), dtype=np.int64)
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts.from_array(self.array() + other.array())
 
     @property
     def word_errors(self) -> int:
@@ -60,21 +54,18 @@ class Counts:
 
 
 def rate(errors: int, units: int) -> float:
-    """`errors / units`; with no reference at all, nothing said is right and anything said infinitely wrong."""
+    """`errors / units`; without any reference unit 0 where there is no error, else infinite."""
     if units:
         return errors / units
     return float("inf") if errors else 0.0
 
 
-def count(references: Sequence[str], hypotheses: Sequence[str]) -> Counts:
-    """The counts of a corpus."""
-    return Counts.from_array(count_each(references, hypotheses).sum(axis=0))
-
-
 def count_each(references: Sequence[str], hypotheses: Sequence[str]) -> np.ndarray:
-    """int64 (N, 8): a row an utterance, its columns the fields of `Counts`."""
+    """int64 (N, 8): one row an utterance, the fields of `Counts` in its columns."""
     if len(references) != len(hypotheses):
-        raise ValueError(f"{len(references)} references but {len(hypotheses)} hypotheses: one of each an utterance")
+        raise ValueError(
+            f"{len(references)} references but {len(hypotheses)} hypotheses: give one of each an utterance"
+        )
     rows = [_count_one(" ".join(r.split()), " ".join(h.split())) for r, h in zip(references, hypotheses, strict=True)]
     return np.array(rows, dtype=np.int64).reshape(-1, 8)
 
@@ -91,7 +82,7 @@ def _count_one(reference: str, hypothesis: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Interval:
-    """The rates between which a like test set would fall, `confidence` of the time."""
+    """The bounds within which the rate of a similar test set would lie, with the given confidence."""
 
     low: float
     high: float
@@ -102,8 +93,8 @@ def intervals(
 ) -> tuple[Interval, Interval]:
     """Percentile bootstrap over utterances: (of the WER, of the CER).
 
-    Utterances are drawn with replacement and not words, because errors cluster in utterances. A speaker's utterances
-    hang together too, so with few speakers the true intervals are wider.
+    Utterances are drawn with replacement, and not words, because errors cluster in utterances. They cluster in speakers
+    too, so with few speakers the true intervals are wider.
     """
     totals = np.stack([each[:, 0:3].sum(1), each[:, 3], each[:, 4:7].sum(1), each[:, 7]])  # (4, N)
     sums = _resampled_sums(totals, resamples, seed)  # (resamples, 4)
@@ -130,11 +121,11 @@ def _resampled_sums(totals: np.ndarray, resamples: int, seed: int) -> np.ndarray
 
 
 def worst(each: np.ndarray, most: int = 10) -> np.ndarray:
-    """The utterances that cost the most, as row numbers: most word errors first, then most character errors.
+    """Row numbers of the utterances with the most errors: most word errors first, then most character errors.
 
-    By number and not by rate, since a one-word utterance with one error has a rate of 100 % and tells nothing.
-    Utterances without an error are left out.
+    They are ordered by number and not by rate, because a one-word utterance with one error has a rate of 100 % and says
+    little. Utterances without an error are not in the result.
     """
     word_errors, char_errors = each[:, 0:3].sum(axis=1), each[:, 4:7].sum(axis=1)
-    order = np.lexsort((-char_errors, -word_errors))  # stable: equal ones stay in the corpus's order
+    order = np.lexsort((-char_errors, -word_errors))  # stable: equal ones keep the order of the corpus
     return order[(word_errors + char_errors)[order] > 0][:most]
