@@ -8,6 +8,7 @@ once for each part of the address; vectorised, because a plan draws for 281,241 
 """
 
 import hashlib
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,3 +36,21 @@ def uniform(seed: int, epoch: int, key_hash: NDArray[np.uint64], purpose: str, c
         utterance = _mix(np.asarray(key_hash, np.uint64) ^ _mix(np.asarray([base])))
         numbers = _mix(utterance[:, None] + np.arange(count, dtype=np.uint64) * _GOLDEN)
     return (numbers >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The random numbers that one utterance gets in one epoch for one purpose."""
+
+    purpose: str
+    seed: int
+    epoch: int
+    key_hash: int
+
+    def uniform(self, count: int) -> NDArray[np.float64]:
+        """(count,) numbers in [0, 1), the same in every call."""
+        return uniform(self.seed, self.epoch, np.array([self.key_hash], np.uint64), self.purpose, count)[0]
+
+    def generator(self) -> np.random.Generator:
+        """A generator for longer sequences, at its start in every call."""
+        return np.random.default_rng(seed_of(self.purpose, self.seed, self.epoch, self.key_hash))

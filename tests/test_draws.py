@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddp_asr.draws import seed_of, uniform
+from ddp_asr.draws import Draw, seed_of, uniform
 
 HASHES = np.random.default_rng(0).integers(0, 2**64, 20_000, np.uint64)
 
@@ -25,6 +25,14 @@ def test_a_number_is_its_utterances_own_whoever_it_is_drawn_with(keys, seed, epo
     alone = [uniform(seed, epoch, np.array([key], np.uint64), "noise", 3)[0] for key in keys]
     assert (together == alone).all()
     assert (uniform(seed, epoch, np.array(keys, np.uint64), "noise", 1) == together[:, :1]).all()
+
+
+def test_the_draw_of_one_utterance_is_its_row_of_all(key_hash=2**64 - 7):
+    draw = Draw("noise", 3, 5, key_hash)
+    hashes = np.array([1, key_hash], np.uint64)
+    assert draw.uniform(2).tolist() == draw.uniform(3)[:2].tolist() == uniform(3, 5, hashes, "noise", 2)[1].tolist()
+    expected = np.random.default_rng(seed_of("noise", 3, 5, key_hash)).random(4).tolist()
+    assert draw.generator().random(4).tolist() == draw.generator().random(4).tolist() == expected
 
 
 def test_numbers_are_spread_evenly():

@@ -41,8 +41,9 @@ from ddp_asr import SAMPLE_RATE_HZ
 from ddp_asr.config import Augment, Config, Data
 from ddp_asr.data.index import Index
 from ddp_asr.data.plan import Plan, share, speed_samples
-from ddp_asr.draws import seed_of, uniform
+from ddp_asr.draws import Draw
 from ddp_asr.errors import UserError
+from ddp_asr.features import waveform_augmentations
 from ddp_asr.text.characters import Vocabulary
 
 # draw(settings, seed, epoch, key_hash (B,), frames (B,), mel_bands, views) -> masks; see augment.py
@@ -241,6 +242,7 @@ class Recordings(Dataset[MicroBatch]):
         self.index, self.vocabulary, self.config = index, vocabulary, config
         self.draw_masks, self.training = draw_masks, training
         self._shards = _Shards(index.shards)
+        self._augmentations = waveform_augmentations(config.augment) if training else []
 
     def __getitem__(self, work: Work) -> MicroBatch:
         speed = np.ones(len(work.rows)) if work.speed is None else work.speed
@@ -248,18 +250,20 @@ class Recordings(Dataset[MicroBatch]):
         waveforms = _zeros(len(work.rows), int(samples.max()))
         good, bad = [], []
         for i, (row, out) in enumerate(zip(work.rows.tolist(), waveforms.numpy(), strict=True)):
+            waveform = out[: samples[i]]
             try:
-                self._decode(row, float(speed[i]), out[: samples[i]])
-                good.append(i)
+                self._decode(row, float(speed[i]), waveform)
             except (OSError, soundfile.SoundFileError, _Mismatch) as error:
                 bad.append((self.index.key(row), _reason(error)))
+                continue
+            good.append(i)
+            for op in self._augmentations:
+                draw = Draw(op.purpose, self.config.train.seed, work.epoch, int(self.index.key_hash[row]))
+                waveform[:] = op(waveform, draw)
         if bad:
             samples = samples[good]
             waveforms = waveforms[good, : samples.max(initial=0)]
-        rows = work.rows[good]
-        if self.training and self.config.augment.noise.share:
-            self._add_noise(work.epoch, rows, samples, waveforms.numpy())
-        return self._collate(work, rows, samples, waveforms, bad)
+        return self._collate(work, work.rows[good], samples, waveforms, bad)
 
     def _decode(self, row: int, speed: float, out: np.ndarray) -> None:
         """Fills `out`, which has the length after the change of speed."""
@@ -277,18 +281,6 @@ class Recordings(Dataset[MicroBatch]):
             # Rounding and the filter's delay leave soxr a sample more or less than the plan's arithmetic.
             changed = soxr.resample(waveform, SAMPLE_RATE_HZ * speed, SAMPLE_RATE_HZ)[: len(out)]
             out[: len(changed)] = changed
-
-    def _add_noise(self, epoch: int, rows: np.ndarray, samples: np.ndarray, waveforms: np.ndarray) -> None:
-        settings, seed = self.config.augment.noise, self.config.train.seed
-        key_hash = self.index.key_hash[rows]
-        chance, place = uniform(seed, epoch, key_hash, "noise", 2).T
-        snr_db = settings.snr_db_min + place * (settings.snr_db_max - settings.snr_db_min)
-        for i in np.flatnonzero(chance < settings.share).tolist():
-            speech = waveforms[i, : samples[i]].astype(np.float32)
-            loudness = np.sqrt(np.mean(speech**2, dtype=np.float64)) * 10 ** (-snr_db[i] / 20)
-            generator = np.random.default_rng(seed_of("noise", seed, epoch, int(key_hash[i])))
-            speech += generator.standard_normal(len(speech), np.float32) * np.float32(loudness)
-            waveforms[i, : samples[i]] = np.clip(np.rint(speech), -32768, 32767)
 
     def _collate(
         self, work: Work, rows: np.ndarray, samples: np.ndarray, waveforms: Tensor, bad: list[tuple[str, str]]

@@ -1,1 +1,46 @@
-"""From waveforms (B, S) to log-mel features (B, T, F), and the masks that hide parts of them in training."""
+"""From waveforms to what the encoder hears: waveform augmentations, log-mel features, SpecAugment's masks.
+
+    for op in waveform_augmentations(config.augment):                   # those that the settings turn on, in order
+        waveform = op(waveform, Draw(op.purpose, seed, epoch, key_hash))
+
+A new waveform augmentation is a module in this package with a class of `WaveformAugmentation`'s methods, a line in
+`registered` at the place where it is to run, and its settings; `tests/test_waveform_augmentations.py` runs over all.
+It keeps the length, because the plan counts samples; a change of speed changes it and so belongs to the plan.
+"""
+
+from typing import Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddp_asr import config
+from ddp_asr.draws import Draw
+
+
+class WaveformAugmentation(Protocol):
+    """Something that is done to the waveform of some training utterances."""
+
+    purpose: str
+    """What its random numbers are drawn for; no two augmentations share one, and renaming it changes every run."""
+
+    @classmethod
+    def from_settings(cls, settings: config.Augment) -> Self | None:
+        """None where the settings turn it off, as they do by default."""
+        ...
+
+    def __call__(self, waveform: NDArray[np.int16], draw: Draw) -> NDArray[np.int16]:
+        """int16 (S,) -> int16 (S,), a function of its arguments alone; the waveform given is left as it is."""
+        ...
+
+
+def registered() -> tuple[type[WaveformAugmentation], ...]:
+    """All of them, in the order in which they run."""
+    from ddp_asr.features.noise import WhiteNoise
+
+    return (WhiteNoise,)
+
+
+def waveform_augmentations(settings: config.Augment) -> list[WaveformAugmentation]:
+    """Those that the settings turn on, in the order in which they run."""
+    made = [kind.from_settings(settings) for kind in registered()]
+    return [op for op in made if op is not None]
