@@ -85,27 +85,27 @@ def loader(setup: Setup, epochs: int = 1) -> Iterator[MicroBatch]:
     from ddp_asr.data.loader import train_loader
     from ddp_asr.data.plan import Plan
     from ddp_asr.features.masks import draw
-    from ddp_asr.text.characters import Vocabulary
+    from ddp_asr.text import make_tokeniser
 
     config, index = setup.config, setup.index
     plan = Plan(index.samples, index.key_hash, settings=config.batch)
-    vocabulary = Vocabulary.from_config(config.vocabulary)
-    return train_loader(index, vocabulary, plan, draw, config, rank=0, world_size=1, epochs=epochs)
+    tokeniser = make_tokeniser(config.vocabulary)
+    return train_loader(index, tokeniser, plan, draw, config, rank=0, world_size=1, epochs=epochs)
 
 
 def pipeline(setup: Setup) -> Iterator[tuple[Any, ...]]:
     """Stock WebDataset as its documentation has it, with the same decoder, targets and padding."""
     import webdataset
 
-    from ddp_asr.text.characters import Vocabulary
+    from ddp_asr.text import make_tokeniser
 
-    vocabulary = Vocabulary.from_config(setup.config.vocabulary)
+    tokeniser = make_tokeniser(setup.config.vocabulary)
     shards = [str(path) for path in setup.index.shards] * setup.times
     dataset = (
         webdataset.WebDataset(shards, shardshuffle=False, empty_check=False)
         .shuffle(1000)
         .to_tuple("__key__", "flac", "txt")
-        .map(partial(_decode, vocabulary))
+        .map(partial(_decode, tokeniser))
         .batched(setup.batch_size, collation_fn=_collate)
     )
     data = setup.config.data
@@ -113,11 +113,11 @@ def pipeline(setup: Setup) -> Iterator[tuple[Any, ...]]:
     return iter(webdataset.WebLoader(dataset, batch_size=None, num_workers=data.workers, prefetch_factor=prefetch))
 
 
-def _decode(vocabulary: Any, sample: tuple[str, bytes, bytes]) -> tuple[str, np.ndarray, np.ndarray]:
+def _decode(tokeniser: Any, sample: tuple[str, bytes, bytes]) -> tuple[str, np.ndarray, np.ndarray]:
     import soundfile
 
     key, flac, text = sample
-    return key, soundfile.read(io.BytesIO(flac), dtype="int16")[0], vocabulary.encode(text.decode())
+    return key, soundfile.read(io.BytesIO(flac), dtype="int16")[0], tokeniser.encode(text.decode())
 
 
 def _collate(samples: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> tuple[Any, ...]:
@@ -207,12 +207,13 @@ def _setup(directories: Sequence[Path], workers: int, hours: float) -> Setup:
     from ddp_asr import config
     from ddp_asr.data.index import read_index
     from ddp_asr.data.plan import Plan
-    from ddp_asr.text.characters import Vocabulary, fit_targets
+    from ddp_asr.data.targets import fit_targets
+    from ddp_asr.text import make_tokeniser
 
     settings = config.Config(data=config.Data(workers=workers), batch=config.Batch(micro_batches=2))
     index = read_index(directories)
-    vocabulary = Vocabulary.from_config(settings.vocabulary)
-    targets = fit_targets(index, vocabulary, settings.features.frames, max_seconds=settings.batch.max_seconds)
+    tokeniser = make_tokeniser(settings.vocabulary)
+    targets = fit_targets(index, tokeniser, settings.features.frames, max_seconds=settings.batch.max_seconds)
     if len(targets.usable_rows) < len(index):
         raise UserError(f"the stock pipeline cannot leave out the utterances that do not fit: {targets.counts()}")
     times = max(1, round(hours / index.hours))

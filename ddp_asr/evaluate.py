@@ -99,7 +99,7 @@ def evaluate(arguments: argparse.Namespace, world: World) -> None:
     recogniser = world.run_on_all(lambda: build_recogniser(trained, world.device, arguments.precision))
     index = world.run_on_all(lambda: read_index(arguments.shards))
     config = _with_overrides(recogniser.config, arguments)
-    batches = eval_loader(index, recogniser.vocabulary, config, rank=world.rank, world_size=world.world_size)
+    batches = eval_loader(index, recogniser.tokeniser, config, rank=world.rank, world_size=world.world_size)
     world.set_phase(trained.step, "scoring")
     started = time.monotonic()
     results = recognise(recogniser, index, batches)

@@ -12,18 +12,18 @@ from hypothesis import strategies as st
 
 from ddp_asr import config
 from ddp_asr.decoding import DECODERS, make_decoder
-from ddp_asr.text.characters import Vocabulary
+from ddp_asr.text.characters import Characters
 
 SYMBOLS = " ab'"
 BLANK = len(SYMBOLS)
-VOCABULARY = Vocabulary(SYMBOLS)
+TOKENISER = Characters(SYMBOLS)
 FRAME_S = 0.5
 paths_of_a_batch = st.lists(st.lists(st.integers(0, BLANK), max_size=12), min_size=1, max_size=4)
 
 
 def decoder_of(kind, frame_s=FRAME_S):
     settings = config.config_from_dict({"decoder": {"kind": kind}}, "the test").decoder
-    return make_decoder(settings, VOCABULARY, frame_s)
+    return make_decoder(settings, TOKENISER, frame_s)
 
 
 def logits_of(paths: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -65,9 +65,11 @@ def test_it_names_what_is_left_out_and_why(shards):
     counts = read_corpus(settings(shards)).targets.counts()
     assert sum(counts.values()) == 4 and len(counts) == 4
     text = report(settings(shards), world_size=1)
-    assert "left out          4 utterances" in text
+    assert "left out          4 of 20 utterances (20.0%) are left out\n" in text
     for reason, count in counts.items():
         assert re.search(rf"^ +{count}  {re.escape(reason)}$", text, re.MULTILINE)
+    assert "'c' in 1 (such as 16)" in text
+    assert "WARNING: 20.0% of the utterances will not be trained: " in text and "--vocabulary.symbols" in text
 
 
 def test_where_all_is_trained_it_says_so(shards):

@@ -66,10 +66,10 @@ def alone(best, shards):
     for row in range(len(index)):
         waveform, _ = soundfile.read(shards.parent / "source" / f"{index.key(row)}.flac", dtype="int16")
         logits, frames = recogniser.logits(torch.from_numpy(waveform)[None], torch.tensor([len(waveform)]))
-        reference = recogniser.vocabulary.normalise(index.text(row))
+        reference = recogniser.tokeniser.normalise(index.text(row))
         loss = math.inf
         if index.key(row) not in (FOREIGN, CRAMMED):
-            targets = torch.from_numpy(recogniser.vocabulary.encode(reference))[None].to(logits.device)
+            targets = torch.from_numpy(recogniser.tokeniser.encode(reference))[None].to(logits.device)
             loss = float(ctc_loss(logits, frames, targets, torch.tensor([targets.shape[1]], device=logits.device)))
         hypothesis = recogniser.decoder(logits, frames)[0].text
         found[index.key(row)] = Recognised(row, index.key(row), reference, hypothesis, loss)
@@ -182,7 +182,7 @@ def test_every_rank_has_as_many_rounds_and_the_corpus_is_in_them_once(best, shar
     index = read_index([shards])
     rows, rounds = [], []
     for rank in range(4):
-        batches = eval_loader(index, recogniser.vocabulary, recogniser.config, rank=rank, world_size=4)
+        batches = eval_loader(index, recogniser.tokeniser, recogniser.config, rank=rank, world_size=4)
         asked = []
         results = recognise(recogniser, index, batches, lambda asked=asked: bool(asked.append(1)))
         rows += [utterance.row for utterance in results.utterances]
@@ -197,7 +197,7 @@ def test_a_stop_leaves_the_model_as_it_was(best, shards):
     recogniser = load_recogniser(best)
     index = read_index([shards])
     recogniser.model.train()
-    batches = eval_loader(index, recogniser.vocabulary, recogniser.config)
+    batches = eval_loader(index, recogniser.tokeniser, recogniser.config)
     modes = []
     assert recognise(recogniser, index, batches, lambda: not modes.append(recogniser.model.training)) is None
     assert modes == [False]  # asked once, in the middle

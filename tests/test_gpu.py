@@ -55,7 +55,7 @@ def learner_of(settings, precision="fp32"):
     set_matmul_precision(precision)
     corpus = read_corpus(settings)
     torch.manual_seed(0)
-    model = make_model(settings, corpus.vocabulary.size).to(DEVICE)
+    model = make_model(settings, corpus.tokeniser.size).to(DEVICE)
     learner = Learner(
         world=World(0, 1, 0, DEVICE),
         model=model,
@@ -72,7 +72,7 @@ def learner_of(settings, precision="fp32"):
 def batches_of(settings, corpus):
     """The micro-batches of a whole training, in order, on the device."""
     loader = train_loader(
-        corpus.index, corpus.vocabulary, corpus.plan, augment.draw, settings, rank=0, world_size=1, pin_memory=False
+        corpus.index, corpus.tokeniser, corpus.plan, augment.draw, settings, rank=0, world_size=1, pin_memory=False
     )
     return (batch.to(DEVICE) for batch in loader)
 

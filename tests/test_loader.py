@@ -25,10 +25,10 @@ from ddp_asr.data import index, loader
 from ddp_asr.data.plan import Plan, speed_samples
 from ddp_asr.errors import UserError
 from ddp_asr.features import masks as augment
-from ddp_asr.text.characters import Vocabulary
+from ddp_asr.text.characters import Characters
 from tests.conftest import REPOSITORY
 
-VOCABULARY = Vocabulary("' abcdefghijklmnopqrstuvwxyz")
+TOKENISER = Characters("' abcdefghijklmnopqrstuvwxyz")
 CONFIG = Config(
     data=Data(workers=0, prefetch=2),
     batch=Batch(max_seconds=6.0, micro_batches=3, buckets=4),
@@ -68,7 +68,7 @@ def train(whole, config, rank=0, world_size=1, **options):
         whole.samples, whole.key_hash, settings=config.batch, speeds=config.augment.speeds, seed=config.train.seed
     )
     return loader.train_loader(
-        whole, VOCABULARY, plan, augment.draw, config, rank=rank, world_size=world_size, **options
+        whole, TOKENISER, plan, augment.draw, config, rank=rank, world_size=world_size, **options
     )
 
 
@@ -94,7 +94,7 @@ def test_a_micro_batch_is_its_utterances_padded_with_zeros(whole):
         assert batch.samples[i] == len(expected) == whole.samples[row]
         assert (batch.waveforms[i, : len(expected)].numpy() == expected).all()
         assert not batch.waveforms[i, len(expected) :].any()
-        target = VOCABULARY.encode(whole.text(row))
+        target = TOKENISER.encode(whole.text(row))
         assert batch.targets[i, : batch.target_lengths[i]].tolist() == target.tolist()
         assert not batch.targets[i, batch.target_lengths[i] :].any()
         assert batch.keys[i] == whole.key(row)
@@ -141,7 +141,7 @@ def test_workers_live_through_all_epochs(whole):
 def test_speed_changes_length_and_pitch_by_the_plans_arithmetic(tmp_path):
     tone = (8_000 * np.sin(2 * np.pi * 1_000 * np.arange(16_001) / 16_000)).astype(np.int16)
     whole = index_of_flacs(tmp_path, [flac(tone)], [len(tone)])
-    recordings = loader.Recordings(whole, VOCABULARY, PLAIN, draw_masks=None, training=True)
+    recordings = loader.Recordings(whole, TOKENISER, PLAIN, draw_masks=None, training=True)
     for speed in (0.9, 1.1, 1.2345):
         batch = recordings[loader.Work(0, 0, 0, np.array([0]), np.array([speed]))]
         assert batch.samples.tolist() == [speed_samples(whole.samples, speed)[0]] == [round(16_001 / speed)]
@@ -208,7 +208,7 @@ DAMAGE = {
 def test_a_recording_that_no_longer_decodes_is_dropped_and_named(tmp_path, damage):
     flacs, (damaged, reason) = [flac(SPEECH), flac(SPEECH[:8_000]), flac(SPEECH)], DAMAGE[damage]
     whole = index_of_flacs(tmp_path, [damaged, *flacs], [9_000, 9_000, 8_000, 9_000])
-    recordings = loader.Recordings(whole, VOCABULARY, CONFIG, draw_masks=augment.draw, training=True)
+    recordings = loader.Recordings(whole, TOKENISER, CONFIG, draw_masks=augment.draw, training=True)
     batch = recordings[loader.Work(0, 0, 0, np.array([1, 0, 2]))]
     assert batch.keys == ["key-1", "key-2"] and batch.rows.tolist() == [1, 2] and batch.utterances == 2
     ((key, why),) = batch.bad
@@ -220,14 +220,14 @@ def test_a_recording_that_no_longer_decodes_is_dropped_and_named(tmp_path, damag
 
 def test_a_recording_that_ends_early_is_dropped_and_named(tmp_path, monkeypatch):
     whole = index_of_flacs(tmp_path, [flac(SPEECH)], [9_000])
-    recordings = loader.Recordings(whole, VOCABULARY, PLAIN, draw_masks=None, training=True)
+    recordings = loader.Recordings(whole, TOKENISER, PLAIN, draw_masks=None, training=True)
     monkeypatch.setattr(soundfile.SoundFile, "read", lambda self, out: out[:5])  # as libsndfile 1.0 does
     assert recordings[loader.Work(0, 0, 0, np.array([0]))].bad == [("key-0", "5 of 9000 samples decode")]
 
 
 def test_an_emptied_micro_batch_carries_silence_of_no_weight(tmp_path):
     whole = index_of_flacs(tmp_path, [b"nothing", b"neither"], [9_000, 9_000])
-    recordings = loader.Recordings(whole, VOCABULARY, CONFIG, draw_masks=augment.draw, training=True)
+    recordings = loader.Recordings(whole, TOKENISER, CONFIG, draw_masks=augment.draw, training=True)
     batch = recordings[loader.Work(0, 0, 0, np.array([0, 1]))]
     assert [key for key, _ in batch.bad] == ["key-0", "key-1"]
     assert (batch.weight.tolist(), batch.rows.tolist(), batch.keys) == ([0.0], [-1], [""])
@@ -240,11 +240,11 @@ def test_an_emptied_micro_batch_carries_silence_of_no_weight(tmp_path):
 def test_a_shard_cut_short_or_gone_in_mid_run_is_a_reason(tmp_path):
     whole = index_of_flacs(tmp_path, [flac(SPEECH)] * 2, [9_000] * 2)
     os.truncate(whole.shards[0], int(whole.offset[1]) + 10)
-    recordings = loader.Recordings(whole, VOCABULARY, PLAIN, draw_masks=None, training=True)
+    recordings = loader.Recordings(whole, TOKENISER, PLAIN, draw_masks=None, training=True)
     batch = recordings[loader.Work(0, 0, 0, np.array([0, 1]))]
     assert batch.keys == ["key-0"] and "ends at byte" in batch.bad[0][1]
     whole.shards[0].unlink()
-    gone = loader.Recordings(whole, VOCABULARY, PLAIN, draw_masks=None, training=True)
+    gone = loader.Recordings(whole, TOKENISER, PLAIN, draw_masks=None, training=True)
     assert "No such file" in gone[loader.Work(0, 0, 0, np.array([0]))].bad[0][1]
 
 
@@ -252,13 +252,12 @@ def test_a_shard_cut_short_or_gone_in_mid_run_is_a_reason(tmp_path):
 
 
 def test_an_evaluation_hears_everyone_once_in_batches_that_no_rank_changes(whole):
-    alone = [content(batch) for batch in loader.eval_loader(whole, VOCABULARY, CONFIG)]
+    alone = [content(batch) for batch in loader.eval_loader(whole, TOKENISER, CONFIG)]
     rows = [row for _, _, _, tensors, _ in alone for row in tensors[5]]
     assert sorted(rows) == list(range(len(whole)))
     for world_size in (2, 3, 16):
         ranks = [
-            loader.eval_loader(whole, VOCABULARY, CONFIG, rank=rank, world_size=world_size)
-            for rank in range(world_size)
+            loader.eval_loader(whole, TOKENISER, CONFIG, rank=rank, world_size=world_size) for rank in range(world_size)
         ]
         everyones = [list(mine) for mine in ranks]
         assert {len(mine) for mine in everyones} == {mine.rounds for mine in ranks} == {-(-len(alone) // world_size)}
@@ -268,7 +267,7 @@ def test_an_evaluation_hears_everyone_once_in_batches_that_no_rank_changes(whole
 
 def test_an_evaluation_changes_no_waveform_and_leaves_nobody_out(whole):
     too_long = dataclasses.replace(CONFIG, batch=Batch(max_seconds=1.0))
-    foreign = Vocabulary(" abc")  # most transcripts have characters that it cannot spell
+    foreign = Characters(" abc")  # most transcripts have characters that it cannot spell
     batches = list(loader.eval_loader(whole, foreign, too_long))
     assert sorted(row for batch in batches for row in batch.rows.tolist()) == list(range(len(whole)))
     for batch in batches:
@@ -321,7 +320,7 @@ def test_an_error_of_ours_in_a_worker_keeps_its_traceback(whole):
 def test_an_index_of_another_plan_is_refused(whole):
     plan = Plan(whole.samples, whole.key_hash, settings=CONFIG.batch)
     with pytest.raises(ValueError, match="does not belong"):
-        loader.train_loader(whole.take([0]), VOCABULARY, plan, None, CONFIG, rank=0, world_size=1)
+        loader.train_loader(whole.take([0]), TOKENISER, plan, None, CONFIG, rank=0, world_size=1)
 
 
 def test_more_processes_than_micro_batches_are_refused_at_once(whole):

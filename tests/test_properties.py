@@ -102,7 +102,7 @@ def step_of(tiny_corpus, *options, kind=None, index_of=lambda index: index):
     config = load_config(Path(path), overrides)
     corpus = read_corpus(config)
     torch.manual_seed(0)
-    model = make_model(config, corpus.vocabulary.size)
+    model = make_model(config, corpus.tokeniser.size)
     learner = Learner(
         world=World(0, 1, 0, torch.device("cpu")),
         model=model,
@@ -114,7 +114,7 @@ def step_of(tiny_corpus, *options, kind=None, index_of=lambda index: index):
         seed=0,
     )
     loader = train_loader(
-        index_of(corpus.index), corpus.vocabulary, corpus.plan, augment.draw, config, rank=0, world_size=1
+        index_of(corpus.index), corpus.tokeniser, corpus.plan, augment.draw, config, rank=0, world_size=1
     )
     steps = [[next(loader) for _ in range(4)] for _ in range(corpus.plan.steps_per_epoch)]
     return learner, next(step for step in steps if len({len(batch.rows) for batch in step}) > 1)

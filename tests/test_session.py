@@ -86,6 +86,8 @@ def test_left_out_utterances_are_listed(tiny_corpus, tmp_path):
     listed = tiny.read_lines(tmp_path / "run" / "left_out.jsonl")
     assert listed and all("character" in each["reason"] for each in listed)
     assert f"{26 - len(listed)} utterances, {len(listed)} left out" in output
+    assert f'"\'" in {len(listed)} (such as {listed[0]["key"]})' in output
+    assert "WARNING: " in output and "--vocabulary.symbols" in output
 
 
 def test_speech_is_cached_once_for_all_ranks(tiny_corpus, tmp_path):

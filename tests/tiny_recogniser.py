@@ -10,7 +10,7 @@ from ddp_asr import config
 from ddp_asr.model import make_model
 from ddp_asr.runs import checkpoint
 from ddp_asr.settings import to_dict
-from ddp_asr.text.characters import Vocabulary
+from ddp_asr.text import make_tokeniser
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "features": {"mel_bands": 16, "n_fft": 512},
@@ -22,8 +22,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def tiny_state(seed: int = 10, **sections: dict) -> dict:
     """What training would save of a model that has learnt nothing and is sure of it."""
     settings = config.config_from_dict({**SETTINGS, **sections}, "the test")
+    tokeniser = make_tokeniser(settings.vocabulary)
     torch.manual_seed(seed)
-    model = make_model(settings, Vocabulary.from_config(settings.vocabulary).size)
+    model = make_model(settings, tokeniser.size)
     with torch.no_grad():
         # Random weights alone write the same symbol in every frame: loud ones write a text.
         for name, parameter in model.named_parameters():
@@ -33,6 +34,7 @@ def tiny_state(seed: int = 10, **sections: dict) -> dict:
         "model": dict(model.state_dict()),
         "averages": None,
         "config": to_dict(settings),
+        "tokeniser": tokeniser.state(),
         "step": 7,
         "epoch": 2,
     }

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ddp_asr import SAMPLE_RATE_HZ, config
+from ddp_asr import config
 from ddp_asr.data.index import Index, read_index
 from ddp_asr.data.plan import Plan
-from ddp_asr.text.characters import Targets, Vocabulary, fit_targets
+from ddp_asr.data.targets import Targets, explain_left_out, fit_targets
+from ddp_asr.errors import UserError
+from ddp_asr.text import Tokeniser, make_tokeniser
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,13 @@ class Corpus:
     targets: Targets  # aligned with `whole`
     index: Index  # the usable rows
     target_lengths: NDArray[np.int32]  # aligned with `index`
-    vocabulary: Vocabulary
+    tokeniser: Tokeniser
     plan: Plan  # its rows count within `index`
 
     @property
     def hours(self) -> float:
         """Usable audio."""
-        return float(self.index.samples.sum()) / SAMPLE_RATE_HZ / 3600
+        return self.index.hours
 
 
 def read_corpus(settings: config.Config) -> Corpus:
@@ -39,21 +41,25 @@ def read_corpus(settings: config.Config) -> Corpus:
         UserError: missing shards, or too few usable utterances for `batch.micro_batches`.
     """
     whole = read_index(settings.data.train)
-    vocabulary = Vocabulary.from_config(settings.vocabulary)
+    tokeniser = make_tokeniser(settings.vocabulary)
     targets = fit_targets(
         whole,
-        vocabulary,
+        tokeniser,
         lambda samples: settings.encoder.output_frames(settings.features.frames(samples)),
         speeds=settings.augment.speeds,
         max_seconds=settings.batch.max_seconds,
     )
     rows = targets.usable_rows
     index = whole.take(rows)
-    plan = Plan(
-        index.samples,
-        index.key_hash,
-        settings=settings.batch,
-        speeds=settings.augment.speeds,
-        seed=settings.train.seed,
-    )
-    return Corpus(whole, targets, index, targets.length[rows], vocabulary, plan)
+    try:
+        plan = Plan(
+            index.samples,
+            index.key_hash,
+            settings=settings.batch,
+            speeds=settings.augment.speeds,
+            seed=settings.train.seed,
+        )
+    except UserError as error:  # most often too few utterances, so say where the others went
+        left_out = "".join(f"; {line.strip()}" for line in explain_left_out(targets))
+        raise UserError(f"{error}{left_out}") from None
+    return Corpus(whole, targets, index, targets.length[rows], tokeniser, plan)

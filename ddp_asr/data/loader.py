@@ -44,7 +44,7 @@ from ddp_asr.data.plan import Plan, share, speed_samples
 from ddp_asr.draws import Draw
 from ddp_asr.errors import UserError
 from ddp_asr.features import waveform_augmentations
-from ddp_asr.text.characters import Vocabulary
+from ddp_asr.text import Tokeniser
 
 # draw(settings, seed, epoch, key_hash (B,), frames (B,), mel_bands, views) -> masks; see augment.py
 DrawMasks = Callable[[Augment, int, int, np.ndarray, np.ndarray, int, int], dict[str, np.ndarray] | None]
@@ -116,7 +116,7 @@ def _change(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
 
 def train_loader(
     index: Index,
-    vocabulary: Vocabulary,
+    tokeniser: Tokeniser,
     plan: Plan,
     draw_masks: DrawMasks | None,
     config: Config,
@@ -133,7 +133,7 @@ def train_loader(
     """
     if len(index) != len(plan):
         raise ValueError(f"an index of {len(index)} rows does not belong to a plan of {len(plan)}")
-    recordings = Recordings(index, vocabulary, config, draw_masks=draw_masks, training=True)
+    recordings = Recordings(index, tokeniser, config, draw_masks=draw_masks, training=True)
     last = config.train.epochs if epochs is None else epochs
     work = _TrainWork(plan, share(plan.micro_batches, rank, world_size), start, last)
     return _load(recordings, work, config.data, pin_memory)
@@ -141,7 +141,7 @@ def train_loader(
 
 def eval_loader(
     index: Index,
-    vocabulary: Vocabulary,
+    tokeniser: Tokeniser,
     config: Config,
     *,
     rank: int = 0,
@@ -149,7 +149,7 @@ def eval_loader(
     pin_memory: bool | None = None,
 ) -> EvalLoader:
     """Every utterance once over all ranks, unchanged; see `EvalLoader`."""
-    recordings = Recordings(index, vocabulary, config, draw_masks=None, training=False)
+    recordings = Recordings(index, tokeniser, config, draw_masks=None, training=False)
     batches = _eval_batches(index, config.batch.max_seconds)
     return EvalLoader(recordings, batches, config.data, rank, world_size, pin_memory)
 
@@ -237,9 +237,9 @@ class Recordings(Dataset[MicroBatch]):
     """`recordings[work]` is the micro-batch; holds the index's arrays, and no Python object an utterance."""
 
     def __init__(
-        self, index: Index, vocabulary: Vocabulary, config: Config, *, draw_masks: DrawMasks | None, training: bool
+        self, index: Index, tokeniser: Tokeniser, config: Config, *, draw_masks: DrawMasks | None, training: bool
     ) -> None:
-        self.index, self.vocabulary, self.config = index, vocabulary, config
+        self.index, self.tokeniser, self.config = index, tokeniser, config
         self.draw_masks, self.training = draw_masks, training
         self._shards = _Shards(index.shards)
         self._augmentations = waveform_augmentations(config.augment) if training else []
@@ -288,7 +288,7 @@ class Recordings(Dataset[MicroBatch]):
         utterances, audio_samples = len(rows), int(samples.sum())
         keys = [self.index.key(row) for row in rows]
         # Only an evaluation meets characters outside the alphabet: no recogniser can spell them, and WER counts them.
-        targets = [self.vocabulary.encode(self.index.text(row), skip_foreign=not self.training) for row in rows]
+        targets = [self.tokeniser.encode(self.index.text(row), skip_foreign=not self.training) for row in rows]
         key_hash = self.index.key_hash[rows]
         if not utterances:
             rows, samples, keys, key_hash = np.array([-1]), np.array([_SILENCE_SAMPLES]), [""], np.zeros(1, np.uint64)

@@ -2,30 +2,32 @@
 
     plan = Plan(samples, key_hash, settings=config.batch, speeds=config.augment.speeds, seed=config.train.seed)
     plan.steps_per_epoch                       # the same in all epochs
-    epoch = plan.epoch(3)                      # found at once, never replayed
+    epoch = plan.epoch(3)                      # computed directly; earlier epochs are not replayed
     for step in range(plan.steps_per_epoch):
         for k in share(plan.micro_batches, rank, world_size):
             rows = epoch.micro_batch(step, k)  # rows of the index
 
-Every utterance is in exactly one micro-batch of an epoch, every step has exactly K of them and none is empty, for any
-number of processes: no rank appears in a plan, and a rank takes its `share` afterwards. (seed, epoch, step) is the
-whole state.
+Every utterance is in exactly one micro-batch of an epoch. Every step has exactly K micro-batches and none is empty, for
+any number of processes: a plan does not depend on the rank, and each rank takes its `share` of a step afterwards.
+(seed, epoch, step) is the whole state.
 
-**Buckets.** Utterances are sorted by length and cut into buckets of equal audio; small sets get fewer, so that a bucket
-holds three full steps on average and its micro-batches stay full. A bucket of N utterances with longest L is dealt
-evenly into M = K * ceil(N / (K * c)) micro-batches, c = floor(max_seconds / L), so that none costs more than
-`batch.max_seconds` (utterances x longest) and the K of a step have like lengths: no rank waits for another. Lengths are
-those at the slowest speed, so which speeds an epoch draws changes neither buckets nor the number of steps.
+**Buckets.** Utterances are sorted by length and cut into buckets of equal audio. Small sets get fewer buckets, so that
+a bucket holds three full steps on average and its micro-batches stay full. A bucket of N utterances with longest L is
+split evenly into M = K * ceil(N / (K * c)) micro-batches, c = floor(max_seconds / L). So no micro-batch costs more than
+`batch.max_seconds` (utterances x longest), and the K of a step have similar lengths, so that ranks wait little for each
+other. Lengths are those at the slowest speed, so the speeds that an epoch draws change neither buckets nor the number
+of steps.
 
-That needs N >= K, which always holds: a bucket of three full steps has at least 3 K - 1 utterances, and a single
+This needs N >= K, which always holds: a bucket of three full steps has at least 3 K - 1 utterances, and a single
 bucket has all of them. **Where c = 1** (two of the longest do not fit together) each utterance is a micro-batch of its
-own, so N must be a multiple of K: such a bucket takes what it lacks, fewer than K, from the next shorter one, from the
-longest bucket to the shortest. If the shortest one still lacks some, that is a `UserError`; it cannot happen where
-`batch.max_seconds` is at least twice the longest utterance, because then c >= 2 and any N >= K will do.
+own, so N must be a multiple of K. Such a bucket takes the utterances it lacks, fewer than K, from the next shorter
+bucket; this goes from the longest bucket to the shortest. If the shortest bucket still lacks some, that is a
+`UserError`. It cannot happen where `batch.max_seconds` is at least twice the longest utterance, because then c >= 2 and
+any N >= K will do.
 
 An epoch shuffles within each bucket, cuts micro-batches, makes steps of K neighbours and shuffles the steps. Order and
-speeds depend on the *set* of utterances and not on the order of the index, so corpora may be sharded again or
-named in another order without changing a run.
+speeds depend on the *set* of utterances and not on the order of the index, so the same corpora sharded again, or named
+in another order, give the same run.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ _FULL_STEPS_A_BUCKET = 3
 
 @dataclass(frozen=True)
 class Bucket:
-    """Utterances `start:end` in the order of length, dealt into `micro_batches` (a multiple of K)."""
+    """Utterances `start:end` in the order of length, split into `micro_batches` (a multiple of K)."""
 
     start: int
     end: int
@@ -63,7 +65,7 @@ class EpochPlan:
 
     rows: np.ndarray  # int64 (N,): rows of the index
     bounds: np.ndarray  # int64 (steps * K + 1,)
-    speed: np.ndarray  # float64 (N,), aligned with rows: exact, because it decides lengths
+    speed: np.ndarray  # float64 (N,), aligned with rows; not float32, because lengths follow from it
     samples: np.ndarray  # int64 (N,), aligned with rows: lengths at that speed
     micro_batches: int  # K
 
@@ -87,14 +89,14 @@ class EpochPlan:
         return 1.0 - float(self.samples.sum()) / float(self.cost.sum())
 
     def balance(self, world_size: int) -> float:
-        """Mean over steps of (mean cost of a rank / cost of the slowest rank): 1 when no rank ever waits."""
+        """Mean over steps of (mean cost of a rank / cost of the slowest rank): 1 where no rank has to wait."""
         ranks = [share(self.micro_batches, rank, world_size) for rank in range(world_size)]
         cost = np.stack([self.cost[:, list(ks)].sum(axis=1) for ks in ranks], axis=1)  # (steps, W)
         return float((cost.mean(axis=1) / cost.max(axis=1)).mean())
 
 
 class Plan:
-    """All epochs of a training on usable utterances (see the module). Rows count within the arrays given here."""
+    """All epochs of a training on usable utterances (see the module). Rows are those of the arrays given here."""
 
     def __init__(
         self,
@@ -108,7 +110,7 @@ class Plan:
         self.settings, self.speeds, self.seed = settings, tuple(map(float, speeds)), seed
         self.micro_batches = settings.micro_batches
         _check(settings, self.speeds)
-        # The canonical order, by length and then by key hash; positions in it, not rows, are what is shuffled.
+        # One order for the set, by length and then by key hash. Positions in it are shuffled, not rows.
         slowest = speed_samples(np.asarray(samples, np.int64), min(self.speeds))
         self._row = np.lexsort((key_hash, slowest))
         self._samples, self._key_hash = np.asarray(samples, np.int64)[self._row], np.asarray(key_hash)[self._row]
@@ -137,7 +139,7 @@ class Plan:
         )
 
     def corners(self, target_length: np.ndarray) -> dict[str, np.ndarray]:
-        """Rows of the largest micro-batches that any epoch can bring, for a rehearsal (at the slowest speed).
+        """Rows of the largest micro-batches that any epoch can contain (at the slowest speed), for the rehearsal.
 
         `target_length` (N,) is aligned with the arrays the plan was made from.
         """
@@ -164,7 +166,7 @@ class Plan:
 
 
 def share(micro_batches: int, rank: int, world_size: int) -> range:
-    """Numbers of the micro-batches of a step that a rank runs: neighbours, K // W of them or one more."""
+    """Numbers of the micro-batches of a step that a rank runs: consecutive, K // W of them or one more."""
     if world_size > micro_batches:
         raise UserError(
             f"{world_size} processes cannot share out {micro_batches} micro-batches a step: start at most "
@@ -174,12 +176,12 @@ def share(micro_batches: int, rank: int, world_size: int) -> range:
 
 
 def speed_samples(samples: np.ndarray, speed: float | np.ndarray) -> np.ndarray:
-    """Samples left of `samples` after a change of speed, int64: the one arithmetic of plan and loader."""
+    """Samples after a change of speed, int64; plan and loader both use this, so that they agree."""
     return np.maximum(np.rint(np.asarray(samples) / speed).astype(np.int64), np.minimum(samples, 1))
 
 
 def fits(samples: np.ndarray, max_seconds: float, speeds: Sequence[float] = (1.0,)) -> np.ndarray:
-    """Which utterances fit into a micro-batch at every speed, bool (N,); a plan takes only those."""
+    """Which utterances fit into a micro-batch at every speed, bool (N,); a plan accepts only those."""
     return speed_samples(samples, min(speeds)) <= max_seconds * SAMPLE_RATE_HZ
 
 
@@ -205,8 +207,8 @@ def _bucket(samples: np.ndarray, settings: config.Batch) -> list[Bucket]:
     """Feasible buckets, ascending, over lengths at the slowest speed, ascending (see the module)."""
     k, max_samples = settings.micro_batches, int(settings.max_seconds * SAMPLE_RATE_HZ)
     if len(samples) < k:
-        remedy = f"set batch.micro_batches={len(samples)} or less" if len(samples) else "see what was left out and why"
-        raise UserError(f"{len(samples)} usable utterances cannot fill the {k} micro-batches of a step: {remedy}")
+        remedy = f": set batch.micro_batches={len(samples)} or less" if len(samples) else ""
+        raise UserError(f"{len(samples)} usable utterances cannot fill the {k} micro-batches of a step{remedy}")
     if samples[-1] > max_samples:
         raise ValueError(f"an utterance of {samples[-1]} samples exceeds {max_samples}: leave it out first (`fits`)")
     cuts = _cuts(samples, settings)
@@ -229,7 +231,7 @@ def _refuse(samples: np.ndarray, settings: config.Batch) -> None:
     suffices = float(np.ceil(2 * samples[-1] / SAMPLE_RATE_HZ * 10) / 10)
     raise UserError(
         f"batch.max_seconds {settings.max_seconds:g} holds only one of the longest utterances "
-        f"({samples[-1] / SAMPLE_RATE_HZ:.1f} s), and {len(samples)} utterances do not come out even over the "
+        f"({samples[-1] / SAMPLE_RATE_HZ:.1f} s), and {len(samples)} utterances cannot be divided evenly among the "
         f"{settings.micro_batches} micro-batches of a step: set batch.max_seconds={suffices:g} or lower micro_batches"
     )
 

@@ -1,6 +1,6 @@
 """Greedy decoding: the most probable symbol of each frame, and the time at which the words lie.
 
-    logits (B, T', V), frames (B,)  --argmax a frame-->  path (B, T')  --collapse-->  symbols  --vocabulary-->  text
+    logits (B, T', V), frames (B,)  --argmax a frame-->  path (B, T')  --collapse-->  symbols  --tokeniser-->  text
 
 CTC's rule: equal neighbours are one symbol, then blanks go. Words are parted by single spaces with none at the ends,
 because a space, a blank and a space again would otherwise count as a wrong character.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ddp_asr import config
 from ddp_asr.decoding.protocol import Hypothesis, Word
-from ddp_asr.text.characters import Vocabulary
+from ddp_asr.text import Tokeniser
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Greedy:
     """The decoder; its score is the log-probability of the best path, not of all paths that spell the text."""
 
     settings: config.Greedy
-    vocabulary: Vocabulary
+    tokeniser: Tokeniser
     frame_s: float  # from one frame of the logits to the next
 
     def __call__(self, logits: Tensor, frames: Tensor) -> list[Hypothesis]:
@@ -39,8 +39,8 @@ class Greedy:
         ]
 
     def _hypothesis(self, path: np.ndarray, score: float) -> Hypothesis:
-        symbols, start, end = collapse(path, self.vocabulary.blank)
-        texts = [self.vocabulary.decode(np.array([symbol])) for symbol in symbols]
+        symbols, start, end = collapse(path, self.tokeniser.blank)
+        texts = [self.tokeniser.decode(np.array([symbol])) for symbol in symbols]
         words = _words(texts, start * self.frame_s, end * self.frame_s)
         return Hypothesis(" ".join(word.text for word in words), words, score)
 

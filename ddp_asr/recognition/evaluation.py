@@ -105,7 +105,7 @@ def recognise(
 
 def recognise_batch(recogniser: Recogniser, index: Index, batch: MicroBatch) -> list[Recognised]:
     """What is recognised in each utterance of a micro-batch; none for the silent stand-in of an empty one."""
-    vocabulary = recogniser.vocabulary
+    tokeniser = recogniser.tokeniser
     logits, frames = recogniser.logits(batch.waveforms, batch.samples)
     hypotheses = recogniser.decoder(logits, frames)
     targets, target_lengths = batch.targets.to(logits.device), batch.target_lengths.to(logits.device)
@@ -115,8 +115,8 @@ def recognise_batch(recogniser: Recogniser, index: Index, batch: MicroBatch) -> 
         batch.rows.tolist(), batch.keys, hypotheses, losses, batch.weight.tolist(), strict=True
     ):
         if weight:
-            reference = vocabulary.normalise(index.text(row))
-            spelt = bool(reference) and bool((vocabulary.classes(reference) >= 0).all())
+            reference = tokeniser.normalise(index.text(row))
+            spelt = bool(reference) and not tokeniser.count([reference]).foreign[0]
             found.append(Recognised(row, key, reference, hypothesis.text, loss if spelt else math.inf))
     return found
 

@@ -22,7 +22,7 @@ from ddp_asr.errors import UserError
 from ddp_asr.features.log_mel import LogMel
 from ddp_asr.model import AcousticModel, make_model
 from ddp_asr.runs.checkpoint import DamagedCheckpoint, newest_good, read
-from ddp_asr.text.characters import Vocabulary
+from ddp_asr.text import Tokeniser, tokeniser_from_state
 from ddp_asr.training.precision import autocast, resolve, set_matmul_precision
 
 
@@ -31,7 +31,7 @@ class Recogniser:
     """A model with its features before it and its decoder after it."""
 
     config: Config
-    vocabulary: Vocabulary
+    tokeniser: Tokeniser
     log_mel: LogMel
     model: AcousticModel
     decoder: Decoder
@@ -55,6 +55,7 @@ class Trained:
     step: int
     epoch: int
     config: dict[str, Any]
+    tokeniser: dict[str, Any]  # its state
     weights: dict[str, Tensor]
 
 
@@ -96,7 +97,7 @@ def _trained(path: Path, state: dict[str, Any]) -> Trained:
         weights = dict(state["model"])
         if state["averages"] is not None:
             weights.update(state["averages"])  # what training evaluated, too
-        return Trained(str(path), int(state["step"]), int(state["epoch"]), state["config"], weights)
+        return Trained(str(path), int(state["step"]), int(state["epoch"]), state["config"], state["tokeniser"], weights)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} is no checkpoint of a training run ({error!r}): name one that python -m ddp_asr.train wrote"
@@ -106,8 +107,8 @@ def _trained(path: Path, state: dict[str, Any]) -> Trained:
 def build_recogniser(trained: Trained, device: torch.device, precision: str = "fp32") -> Recogniser:
     """The recogniser of a checkpoint."""
     config = config_from_dict(trained.config, f"the checkpoint {trained.path}")
-    vocabulary = Vocabulary.from_config(config.vocabulary)
-    model = make_model(config, vocabulary.size)
+    tokeniser = tokeniser_from_state(trained.tokeniser)
+    model = make_model(config, tokeniser.size)
     try:
         model.load_state_dict(trained.weights)
     except RuntimeError as error:
@@ -118,16 +119,16 @@ def build_recogniser(trained: Trained, device: torch.device, precision: str = "f
         ) from None
     precision = resolve(precision, device)
     set_matmul_precision(precision)
-    return make_recogniser(config, vocabulary, LogMel(config.features).to(device), model.to(device).eval(), precision)
+    return make_recogniser(config, tokeniser, LogMel(config.features).to(device), model.to(device).eval(), precision)
 
 
 def make_recogniser(
-    config: Config, vocabulary: Vocabulary, log_mel: LogMel, model: AcousticModel, precision: str
+    config: Config, tokeniser: Tokeniser, log_mel: LogMel, model: AcousticModel, precision: str
 ) -> Recogniser:
     """The recogniser around a model; it decodes as the settings say."""
     device = next(model.parameters()).device
-    decoder = make_decoder(config.decoder, vocabulary, config.frame_s)
-    return Recogniser(config, vocabulary, log_mel, model, decoder, device, precision)
+    decoder = make_decoder(config.decoder, tokeniser, config.frame_s)
+    return Recogniser(config, tokeniser, log_mel, model, decoder, device, precision)
 
 
 def load_recogniser(checkpoint: str | Path, precision: str = "fp32") -> Recogniser:

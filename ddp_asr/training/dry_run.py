@@ -10,6 +10,7 @@ from ddp_asr.config import Config
 from ddp_asr.data.corpus import Corpus, read_corpus
 from ddp_asr.data.index import read_index
 from ddp_asr.data.plan import share, speed_samples
+from ddp_asr.data.targets import explain_left_out
 from ddp_asr.model import AcousticModel, count_parameters, make_model
 from ddp_asr.settings import describe
 
@@ -22,7 +23,7 @@ def report(config: Config, world_size: int) -> str:
     """The report as text; raises the UserErrors that the run itself would raise before its first step."""
     share(config.batch.micro_batches, 0, world_size)
     corpus = read_corpus(config)
-    model = make_model(config, corpus.vocabulary.size)
+    model = make_model(config, corpus.tokeniser.size)
     sections = [
         _run_lines(config, corpus, count_parameters(model)),
         _plan_lines(config, corpus, world_size),
@@ -38,7 +39,7 @@ def _run_lines(config: Config, corpus: Corpus, parameters: int) -> list[str]:
     tested = f"{len(test):,} utterances, {test.samples.sum() / SAMPLE_RATE_HZ / 3600:.2f} h" if test else "none"
     return [
         f"run               {Path(config.run.dir) / config.run.name}",
-        f"model             {parameters:,} parameters, {corpus.vocabulary.size} classes",
+        f"model             {parameters:,} parameters, {corpus.tokeniser.size} classes",
         f"training data     {len(corpus.index):,} utterances, {corpus.hours:.2f} h",
         f"test data         {tested}",
     ]
@@ -98,8 +99,5 @@ def activation_bytes_per_second(config: Config, model: AcousticModel) -> float:
 
 
 def _left_out_lines(corpus: Corpus) -> list[str]:
-    counts = corpus.targets.counts()
-    if not counts:
-        return ["left out          nothing"]
-    lines = [f"left out          {sum(counts.values()):,} utterances (a run lists them in left_out.jsonl)"]
-    return lines + [f"  {count:8,}  {reason}" for reason, count in counts.items()]
+    headline, *lines = explain_left_out(corpus.targets) or ["nothing"]
+    return [f"left out          {headline}", *lines]

@@ -30,6 +30,7 @@ from ddp_asr.data.corpus import Corpus, read_corpus
 from ddp_asr.data.index import Index, read_index
 from ddp_asr.data.loader import MicroBatch, Recordings, Work, cache_shards, eval_loader, on_device, train_loader
 from ddp_asr.data.plan import share
+from ddp_asr.data.targets import explain_left_out
 from ddp_asr.errors import UserError
 from ddp_asr.features import masks as augment
 from ddp_asr.features.log_mel import LogMel
@@ -44,7 +45,7 @@ from ddp_asr.runs.checkout import git_checkout
 from ddp_asr.runs.directory import RunDirectory, json_lines, read_lines, read_status
 from ddp_asr.runs.lease import Lease
 from ddp_asr.settings import describe, differences, to_dict
-from ddp_asr.text.characters import Vocabulary
+from ddp_asr.text import Tokeniser, tokeniser_from_state
 from ddp_asr.training.learner import Learner
 from ddp_asr.training.loop import Evaluation, Hooks, Outcome, Progress, Schedule, Trainer
 from ddp_asr.training.optim import WeightAverage, make_optimizer
@@ -148,7 +149,7 @@ class Session:
         fix_gradient_buckets(corpus, learner)
         batches = train_loader(
             corpus.index,
-            corpus.vocabulary,
+            corpus.tokeniser,
             corpus.plan,
             augment.draw,
             config,
@@ -250,9 +251,9 @@ class Session:
         config, device = self.config, self.world.device
         # Weights are drawn on the CPU, so that they are the same wherever the run begins.
         torch.manual_seed(config.train.seed)
-        model = make_model(config, corpus.vocabulary.size)
+        model = make_model(config, corpus.tokeniser.size)
         if state is None and config.train.init_from:
-            load_weights(model, Path(config.train.init_from), corpus.vocabulary)
+            load_weights(model, Path(config.train.init_from), corpus.tokeniser)
         model = model.to(device)
         average = WeightAverage(model.parameters(), config.optim.ema_decay) if config.optim.ema_decay else None
         learner = Learner(
@@ -282,7 +283,7 @@ class Session:
     ) -> None:
         """Rank 0: what stands in the run directory before the first step."""
         assert self.files is not None and self.lease is not None
-        self.fingerprint = corpus.whole.fingerprint()
+        self.fingerprint, self.tokeniser_state = corpus.whole.fingerprint(), corpus.tokeniser.state()
         own = state is not None and found is not None and self._is_own(found)
         self.comet_key = comet.experiment_key(self.path, known=state["comet_key"] if state and own else None)
         self.former = {}  # from here on this attempt changes the run
@@ -304,6 +305,8 @@ class Session:
             f"{config.train.epochs} epochs, {self.world.world_size} process(es) on {self.world.device.type}, "
             f"{config.train.precision}" + (f", going on from step {self.progress.step}" if state else "")
         )
+        for line in explain_left_out(corpus.targets):
+            self.message(line)
 
     def _draw_spectrogram(self, corpus: Corpus, learner: Learner) -> None:
         """Rank 0, once a run: what SpecAugment does to the first utterance of the plan."""
@@ -311,7 +314,7 @@ class Session:
         if (self.path / "spectrogram.png").exists():
             return
         rows = corpus.plan.epoch(0).rows[:1]
-        recordings = Recordings(corpus.index, corpus.vocabulary, self.config, draw_masks=augment.draw, training=True)
+        recordings = Recordings(corpus.index, corpus.tokeniser, self.config, draw_masks=augment.draw, training=True)
         batch = recordings[Work(epoch=0, step=0, micro_batch=0, rows=rows)].to(self.world.device)
         before, _ = learner.log_mel(batch.waveforms, batch.samples)
         after = augment.apply(before, batch.masks, self.config.objective.views)[0] if batch.masks else before
@@ -335,7 +338,7 @@ class Session:
 
     def _hooks(self, learner: Learner, corpus: Corpus, test: Index | None, on_step: Callable[[], None]) -> Hooks:
         recogniser = make_recogniser(
-            self.config, corpus.vocabulary, learner.log_mel, learner.plain_model, self.config.train.precision
+            self.config, corpus.tokeniser, learner.log_mel, learner.plain_model, self.config.train.precision
         )
 
         def log(line: dict[str, Any]) -> None:
@@ -365,7 +368,7 @@ class Session:
                 "step": self.progress.step,
                 "epoch": self.progress.step // self.steps_per_epoch,
                 "config": to_dict(self.config),
-                "vocabulary": self.config.vocabulary.symbols,
+                "tokeniser": self.tokeniser_state,
                 "fingerprint": self.fingerprint,
                 "comet_key": self.comet_key,
                 "versions": {
@@ -402,7 +405,7 @@ class Session:
         if test is None:
             return Evaluation(score=None)
         batches = eval_loader(
-            test, recogniser.vocabulary, self.config, rank=self.world.rank, world_size=self.world.world_size
+            test, recogniser.tokeniser, self.config, rank=self.world.rank, world_size=self.world.world_size
         )
         with learner.averaged_weights():
             results = recognise(recogniser, test, batches, should_stop)
@@ -546,13 +549,16 @@ def make_schedule(config: Config, steps_per_epoch: int) -> Schedule:
     )
 
 
-def load_weights(model: AcousticModel, path: Path, vocabulary: Vocabulary) -> None:
+def load_weights(model: AcousticModel, path: Path, tokeniser: Tokeniser) -> None:
     """Starts from the weights (the moving average, where there is one) of another run's checkpoint."""
     state = checkpoint.read(path)
-    if state.get("vocabulary") != vocabulary.symbols:
+    if not {"tokeniser", "model", "averages"} <= state.keys():
+        raise UserError(f"train.init_from = {path} is no checkpoint of ddp_asr.train: choose one under runs/NAME")
+    theirs = tokeniser_from_state(state["tokeniser"])
+    if list(theirs.symbols) != list(tokeniser.symbols):
         raise UserError(
-            f"train.init_from = {path} writes the symbols {state.get('vocabulary')!r} and this run has "
-            f"{vocabulary.symbols!r}: set --vocabulary.symbols to the former"
+            f"train.init_from = {path} writes the symbols {theirs.symbols!r} and this run has "
+            f"{tokeniser.symbols!r}: set --vocabulary.symbols to the former"
         )
     try:
         model.load_state_dict({**state["model"], **(state["averages"] or {})})
