@@ -260,7 +260,7 @@ def test_utterances_that_no_longer_decode_are_named_and_not_scored(best, tmp_pat
 
 
 def damage(index, row: int) -> None:
-    with index.shards[index.shard[row]].open("r+b") as file:
+    with open(index.shards[index.shard[row]], "r+b") as file:
         file.seek(int(index.offset[row]))
         file.write(b"\0" * int(index.bytes[row]))
 

@@ -46,8 +46,9 @@ NEVER["training.loop"] = UNKNOWN_TO_THE_LOOP | {
 }  # what the loss is made of is the learner's
 # Not even through what they import: launchers use these on login nodes that have no torch, and `plan` is arithmetic.
 WITHOUT_TORCH = [
-    *("errors", "settings", "config", "draws", "data.plan", "data.index", "data.targets", "data.corpus"),
-    *("text.characters", "text.score", "features", "runs.lease", "runs.directory", "ranks.watchdog"),
+    *("errors", "settings", "config", "draws", "data.plan", "data.index", "data.storage", "data.targets"),
+    *("data.corpus", "text.characters", "text.score", "features"),
+    *("runs.lease", "runs.directory", "ranks.watchdog"),
 ]
 TORCH = {"torch", "torchaudio", "webdataset"}  # webdataset imports torch
 ONLY_IN = {

@@ -9,9 +9,6 @@ import multiprocessing
 import os
 import re
 import signal
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import pyarrow
@@ -21,12 +18,11 @@ import torch
 
 from ddp_asr import shard
 from ddp_asr.config import Augment, Batch, Config, Data, Noise, Train
-from ddp_asr.data import index, loader
+from ddp_asr.data import index, loader, storage
 from ddp_asr.data.plan import Plan, speed_samples
 from ddp_asr.errors import UserError
 from ddp_asr.features import masks as augment
 from ddp_asr.text.characters import Characters
-from tests.conftest import REPOSITORY
 
 TOKENISER = Characters("' abcdefghijklmnopqrstuvwxyz")
 CONFIG = Config(
@@ -179,17 +175,16 @@ def index_of_flacs(directory, flacs, samples):
     path.write_bytes(b"".join(flacs))
     sizes = np.array([len(one) for one in flacs], np.int64)
     keys = [f"key-{number}" for number in range(len(flacs))]
-    strings = {name: pyarrow.array(keys) for name in ("keys", "speakers")}
     return index.Index(
-        shards=(path,),
+        shards=(str(path),),
         checksums=(hashlib.sha256(path.read_bytes()).hexdigest(),),
         shard=np.zeros(len(flacs), np.int32),
         offset=np.cumsum(sizes) - sizes,
         bytes=sizes,
         samples=np.array(samples, np.int64),
+        keys=pyarrow.array(keys),
         texts=pyarrow.array(["a b"] * len(flacs)),
         key_hash=np.arange(len(flacs), dtype=np.uint64),
-        **strings,
     )
 
 
@@ -243,7 +238,7 @@ def test_a_shard_cut_short_or_gone_in_mid_run_is_a_reason(tmp_path):
     recordings = loader.Recordings(whole, TOKENISER, PLAIN, draw_masks=None, training=True)
     batch = recordings[loader.Work(0, 0, 0, np.array([0, 1]))]
     assert batch.keys == ["key-0"] and "ends at byte" in batch.bad[0][1]
-    whole.shards[0].unlink()
+    os.unlink(whole.shards[0])
     gone = loader.Recordings(whole, TOKENISER, PLAIN, draw_masks=None, training=True)
     assert "No such file" in gone[loader.Work(0, 0, 0, np.array([0]))].bad[0][1]
 
@@ -371,64 +366,7 @@ def test_pinned_micro_batches_arrive_on_the_device_as_they_were(whole):
         assert batch.waveforms.is_cuda and content(batch) == content(expected)
 
 
-# node-local copies
-
-
-def test_shards_are_copied_once_and_read_the_same(whole, tmp_path):
-    cached = loader.cache_shards(whole, tmp_path / "cache")
-    assert all(path.parent == tmp_path / "cache" for path in cached.shards)
-    stamps = [path.stat().st_mtime_ns for path in cached.shards]
-    again = loader.cache_shards(whole, tmp_path / "cache")
-    assert again.shards == cached.shards and stamps == [path.stat().st_mtime_ns for path in again.shards]
-    assert not list((tmp_path / "cache").glob("*.part"))
+def test_node_local_copies_are_read_the_same(whole, tmp_path):
+    cached = storage.cache_shards(whole, tmp_path)
+    assert cached.shards != whole.shards
     assert [content(b) for b in train(cached, CONFIG)] == [content(b) for b in train(whole, CONFIG)]
-
-
-@pytest.mark.slow
-def test_ranks_that_copy_at_once_copy_each_shard_once(shards, tmp_path):
-    program = textwrap.dedent("""
-        import sys
-        from ddp_asr.data import loader
-        from ddp_asr.data.index import read_index
-        copies = []
-        copy = loader._copy
-        loader._copy = lambda source, target: copies.append(source.name) or copy(source, target)
-        sys.stdin.readline()
-        cached = loader.cache_shards(read_index([sys.argv[1]]), sys.argv[2])
-        assert all(path.exists() for path in cached.shards)
-        print(*copies)
-    """)
-    command = [sys.executable, "-c", program, str(shards), str(tmp_path / "cache")]
-    pipe = subprocess.PIPE
-    ranks = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=REPOSITORY) for _ in range(3)]
-    for rank in ranks:
-        rank.stdin.write("go\n")
-        rank.stdin.flush()
-    copied = [name for rank in ranks for name in rank.communicate(timeout=120)[0].split()]
-    assert [rank.returncode for rank in ranks] == [0, 0, 0]
-    assert sorted(copied) == sorted(path.name for path in shards.glob("shard-*.tar")) and len(copied) > 1
-
-
-def test_a_copy_broken_off_is_made_again(whole, tmp_path):
-    (first, *_) = loader.cache_shards(whole, tmp_path).shards
-    expected = first.read_bytes()
-    os.truncate(first, 100)
-    first.with_suffix(".part").write_bytes(b"left by a dead writer")
-    loader.cache_shards(whole, tmp_path)
-    assert first.read_bytes() == expected
-
-
-def test_a_shard_that_does_not_match_its_checksum_is_named(tmp_path):
-    whole = index_of_flacs(tmp_path, [flac(SPEECH)], [9_000])
-    damaged = bytearray(whole.shards[0].read_bytes())
-    damaged[500] ^= 1
-    whole.shards[0].write_bytes(damaged)
-    with pytest.raises(UserError, match=r"shard-000000.tar does not match its checksum.*delete .* shard it again"):
-        loader.cache_shards(whole, tmp_path / "cache")
-    assert not list((tmp_path / "cache").glob("*.tar")) and not list((tmp_path / "cache").glob("*.part"))
-
-
-def test_a_cache_that_cannot_be_written_says_what_it_needs(whole, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"data.cache_dir .*file: .*MB.*or leave data.cache_dir empty"):
-        loader.cache_shards(whole, tmp_path / "file")

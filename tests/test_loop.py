@@ -1,6 +1,7 @@
 """The loop: what a step survives, what it names, and where it ends a run on every rank."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,11 +144,11 @@ def damaged(tiny_corpus, directory, keys):
 
     copy = tiny.copy_of(tiny_corpus, directory)
     index = read_index([copy.train])
-    data = bytearray(index.shards[0].read_bytes())
+    data = bytearray(Path(index.shards[0]).read_bytes())
     for row in range(len(index)):
         if index.key(row) in keys:
             data[index.offset[row] : index.offset[row] + 64] = bytes(64)
-    index.shards[0].write_bytes(data)
+    Path(index.shards[0]).write_bytes(data)
     return copy
 
 

@@ -231,11 +231,11 @@ def test_an_emptied_micro_batch_weighs_nothing(tiny_corpus, double, tmp_path):
     _, (*_, first) = step_of(tiny_corpus)
 
     def damaged(index: Index) -> Index:
-        data = bytearray(index.shards[0].read_bytes())
+        data = bytearray(Path(index.shards[0]).read_bytes())
         for row in first.rows.tolist():
             data[index.offset[row] : index.offset[row] + 100] = bytes(100)
         (tmp_path / "shard-000000.tar").write_bytes(data)
-        return replace(index, shards=(tmp_path / "shard-000000.tar",))
+        return replace(index, shards=(str(tmp_path / "shard-000000.tar"),))
 
     learner, batches = step_of(tiny_corpus, index_of=damaged)
     assert batches[-1].utterances == 0 and len(batches[-1].bad) == first.utterances

@@ -48,7 +48,7 @@ def whole(split, tmp_path_factory):
 def waveform(directory, row=0):
     """The decoded audio of a row: (samples int16, rate)."""
     index = read_index([directory])
-    shard_bytes = index.shards[index.shard[row]].read_bytes()
+    shard_bytes = Path(index.shards[index.shard[row]]).read_bytes()
     flac = shard_bytes[index.offset[row] : index.offset[row] + index.bytes[row]]
     return soundfile.read(io.BytesIO(flac), dtype="int16")
 
@@ -114,7 +114,7 @@ def test_mono_16_khz_flac_passes_through_untouched(split, whole):
     index = read_index([whole])
     for row in range(len(index)):
         path = split / index.key(row)[:3] / "7" / f"{index.key(row)}.flac"
-        tar = index.shards[index.shard[row]].read_bytes()
+        tar = Path(index.shards[index.shard[row]]).read_bytes()
         assert tar[index.offset[row] : index.offset[row] + index.bytes[row]] == path.read_bytes()
         assert index.samples[row] == 4800
 
@@ -598,7 +598,7 @@ def test_a_good_directory_is_verified(copy, capsys):
 @pytest.mark.parametrize("where", ["audio", "text", "header"])
 def test_a_changed_byte_is_found(copy, where):
     index = read_index([copy])
-    path = index.shards[1]
+    path = Path(index.shards[1])
     row = int(np.flatnonzero(index.shard == 1)[0])
     tar = bytearray(path.read_bytes())
     position = {"audio": index.offset[row] + 3000, "text": tar.index(b"SPEAKER"), "header": 3}[where]
@@ -612,9 +612,9 @@ def test_a_changed_byte_is_found(copy, where):
 def test_what_does_not_belong_to_its_row_is_found_behind_a_right_checksum(copy, where):
     index = read_index([copy])
     dataset = json.loads((copy / "dataset.json").read_text())
-    tar = bytearray(index.shards[0].read_bytes())
+    tar = bytearray(Path(index.shards[0]).read_bytes())
     tar[index.offset[0] + 3000 if where == "audio" else tar.index(b"SPEAKER")] ^= 1
-    index.shards[0].write_bytes(tar)
+    Path(index.shards[0]).write_bytes(tar)
     dataset["shards"][0]["sha256"] = hashlib.sha256(tar).hexdigest()
     (copy / "dataset.json").write_text(json.dumps(dataset))
     expected = {"audio": "undecodable or truncated audio", "text": "another transcript"}[where]

@@ -1,19 +1,19 @@
-"""The table of a shard directory, a row an utterance: who plans reads it, never audio; who loads needs no tar header.
+"""The table of a shard directory, one row an utterance: enough to plan without audio and to read without tar headers.
 
     index = read_index(["shards/train-clean-100", "shards/mine"])      # several corpora, mixed
     index.samples                                                      # int64 (N,): lengths at 16 kHz
-    with open(index.shards[index.shard[row]], "rb") as shard:          # the FLAC of one row is a byte range
-        shard.seek(index.offset[row]); flac = shard.read(index.bytes[row])
+    store.read(index.shards[index.shard[row]], index.offset[row], index.bytes[row])      # the FLAC of one row
 
-On disk it is `index.parquet` beside `shard-000000.tar` ..., and `dataset.json`, written last, which makes the
-directory complete: format version, counts, hours, checksums, what was dropped and why. In memory it is flat arrays:
-a list of 281,241 Python objects would be copied into every loader process, page by page, as reference counts change.
+On disk it is `index.parquet` beside `shard-000000.tar` ..., and `dataset.json`, written last, so that a directory with
+it is complete: format version, counts, hours, checksums, what was dropped and why. In memory it is flat arrays, which
+take a tenth of what a Python object an utterance would.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from ddp_asr import SAMPLE_RATE_HZ
+from ddp_asr.data.storage import Store, open_store, scheme_of
 from ddp_asr.errors import UserError
 
 FORMAT = "ddp_asr shards"
@@ -48,8 +49,8 @@ _LIBRISPEECH_SPLIT = re.compile(r"(dev|test)-(clean|other)|train-(clean-100|clea
 class Index:
     """N utterances of one or more shard directories; every array is (N,)."""
 
-    shards: tuple[Path, ...]
-    """Every shard file of every directory."""
+    shards: tuple[str, ...]
+    """The URL of every shard file of every directory, a path for local ones."""
     checksums: tuple[str, ...]
     """SHA-256 of every shard file, in hexadecimal."""
     shard: np.ndarray
@@ -62,9 +63,8 @@ class Index:
     """int64: length of the audio, at 16 kHz."""
     keys: pyarrow.Array
     texts: pyarrow.Array
-    speakers: pyarrow.Array
     key_hash: np.ndarray
-    """uint64: the utterance's identity for every random draw, independent of its row."""
+    """uint64: identifies the utterance in every random draw, whatever its row."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -87,7 +87,7 @@ class Index:
         numbers = np.asarray(rows)
         numbers = np.flatnonzero(numbers) if numbers.dtype == bool else numbers.astype(np.int64)
         flat = {name: getattr(self, name)[numbers] for name in ("shard", "offset", "bytes", "samples", "key_hash")}
-        strings = {name: getattr(self, name).take(pyarrow.array(numbers)) for name in ("keys", "texts", "speakers")}
+        strings = {name: getattr(self, name).take(pyarrow.array(numbers)) for name in ("keys", "texts")}
         return Index(shards=self.shards, checksums=self.checksums, **flat, **strings)
 
     def fingerprint(self) -> str:
@@ -98,11 +98,6 @@ class Index:
         for row in zip(*(column.to_pylist() for column in columns), strict=True):
             digest.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         return digest.hexdigest()
-
-
-def key_hash(key: str) -> int:
-    """The identity of one key; see `key_hashes`."""
-    return int(key_hashes([key])[0])
 
 
 def key_hashes(keys: Sequence[str]) -> np.ndarray:
@@ -119,16 +114,19 @@ def read_index(directories: Sequence[str | Path]) -> Index:
     """
     if not directories:
         raise UserError("no shard directory given: name at least one, such as shards/train-clean-100")
+    names = [os.fspath(directory) for directory in directories]
     tables: list[pyarrow.Table] = []
-    shards: list[Path] = []
+    shards: list[str] = []
     checksums: list[str] = []
-    for directory in map(Path, directories):
+    for directory in names:
+        store = open_store(directory)
         dataset = read_dataset_json(directory)
-        tables.append(_read_table(directory, dataset, first_shard=len(shards)))
-        shards += [_whole_shard(directory, shard) for shard in dataset["shards"]]
-        checksums += [shard["sha256"] for shard in dataset["shards"]]
+        tables.append(_read_table(store, directory, dataset, first_shard=len(shards)))
+        for shard in dataset["shards"]:
+            shards.append(_complete_shard(store, directory, shard))
+            checksums.append(shard["sha256"])
     table = pyarrow.concat_tables(tables)
-    _refuse_duplicates(directories, tables, table)
+    _refuse_duplicates(names, tables, table)
     keys = _flat(table, "key")
     return Index(
         shards=tuple(shards),
@@ -139,21 +137,21 @@ def read_index(directories: Sequence[str | Path]) -> Index:
         samples=_flat(table, "samples").to_numpy(),
         keys=keys,
         texts=_flat(table, "text"),
-        speakers=_flat(table, "speaker"),
         key_hash=key_hashes(keys.to_pylist()),
     )
 
 
 def read_dataset_json(directory: str | Path) -> dict[str, Any]:
-    """What `dataset.json` says; its absence means that sharding has not been finished."""
-    directory = Path(directory)
-    split = directory.name if _LIBRISPEECH_SPLIT.fullmatch(directory.name) else "SOURCE"
+    """What `dataset.json` says; where there is none, sharding has not finished."""
+    directory = os.fspath(directory)
+    name = directory.rstrip("/").rpartition("/")[2]
+    split = name if _LIBRISPEECH_SPLIT.fullmatch(name) else "SOURCE"
     remedy = f"python -m ddp_asr.shard {split} --out {directory}"
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such shard directory; this command makes it: {remedy}")
     try:
-        dataset = json.loads((directory / "dataset.json").read_bytes())
-    except FileNotFoundError:
+        dataset = json.loads(_read_whole(open_store(directory), _join(directory, "dataset.json")))
+    except (FileNotFoundError, NotADirectoryError):
+        if scheme_of(directory) == "" and not os.path.isdir(directory):
+            raise UserError(f"{directory}: no such shard directory; this command makes it: {remedy}") from None
         raise UserError(f"{directory}: no dataset.json in it, so its shards are not finished; run: {remedy}") from None
     except (OSError, ValueError) as error:
         message = f"{directory}/dataset.json cannot be read ({error}); delete {directory} and run: {remedy}"
@@ -173,11 +171,19 @@ def write_index(path: Path, columns: dict[str, Sequence[Any]]) -> None:
     pyarrow.parquet.write_table(pyarrow.table(columns, schema=COLUMNS), path)
 
 
-def _read_table(directory: Path, dataset: dict[str, Any], first_shard: int) -> pyarrow.Table:
+def _join(directory: str, name: str) -> str:
+    return f"{directory.rstrip('/')}/{name}"
+
+
+def _read_whole(store: Store, name: str) -> bytes:
+    return store.read(name, 0, store.size(name))
+
+
+def _read_table(store: Store, directory: str, dataset: dict[str, Any], first_shard: int) -> pyarrow.Table:
     """The directory's rows, their shards numbered from `first_shard`."""
-    path = directory / "index.parquet"
+    path = _join(directory, "index.parquet")
     try:
-        content = path.read_bytes()  # read once, so that what is checked is what is used
+        content = _read_whole(store, path)  # read once, so that what is checked is what is used
         # Our Parquet file has no checksum inside, so a flipped bit could change a transcript and raise nothing. The
         # check costs 0.06 s for the 64 MB of 281,241 rows.
         found, expected = hashlib.sha256(content).hexdigest(), str(dataset.get("index_sha256"))
@@ -199,22 +205,24 @@ def _read_table(directory: Path, dataset: dict[str, Any], first_shard: int) -> p
     return table.set_column(COLUMNS.get_field_index("shard"), COLUMNS.field("shard"), numbers)
 
 
-def _whole_shard(directory: Path, shard: dict[str, Any]) -> Path:
-    """The shard's path, if the file is there in its full size (checksums take minutes: `shard --verify`)."""
-    path = directory / shard["name"]
-    size = path.stat().st_size if path.is_file() else None
+def _complete_shard(store: Store, directory: str, shard: dict[str, Any]) -> str:
+    """The shard's URL, if it is there in its full size; its content is compared by `shard --verify`, in minutes."""
+    url = _join(directory, shard["name"])
+    try:
+        size = store.size(url)
+    except FileNotFoundError:
+        raise UserError(f"{url} is missing; delete {directory} and shard it again") from None
     if size != shard["bytes"]:
-        found = "is missing" if size is None else f"has {size} bytes instead of {shard['bytes']}"
-        raise UserError(f"{path} {found}; delete {directory} and shard it again")
-    return path
+        raise UserError(f"{url} has {size} bytes instead of {shard['bytes']}; delete {directory} and shard it again")
+    return url
 
 
-def _refuse_duplicates(directories: Sequence[str | Path], tables: list[pyarrow.Table], table: pyarrow.Table) -> None:
+def _refuse_duplicates(directories: Sequence[str], tables: list[pyarrow.Table], table: pyarrow.Table) -> None:
     counts = pyarrow.compute.value_counts(table["key"])
     repeated = counts.filter(pyarrow.compute.greater(counts.field("counts"), 1))
     if len(repeated):
         key = repeated.field("values")[0].as_py()
-        holders = [str(d) for d, t in zip(directories, tables, strict=True) if key in t["key"].to_pylist()]
+        holders = [d for d, t in zip(directories, tables, strict=True) if key in t["key"].to_pylist()]
         raise UserError(
             f"{len(repeated)} utterances are there more than once, such as {key!r} in {' and '.join(holders)}: "
             "every key may be trained once an epoch; name each shard directory once and leave out overlapping ones"

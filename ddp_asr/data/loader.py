@@ -3,7 +3,7 @@
     train_loader: Plan --this rank's Work, across all epochs--> workers --MicroBatch, in order--> on_device --> trainer
     eval_loader:  lengths --batches of neighbours, round-robin over ranks--> workers --> one MicroBatch or None a round
 
-    cache_shards --node-local copies--> Index;  Recordings[Work] --pread, soundfile, soxr, noise, masks--> MicroBatch
+    Recordings[Work] --Store, soundfile, soxr, noise, masks--> MicroBatch
 
 The position (epoch, step) is the whole state: `train_loader` starts anywhere at once, and its workers live through all
 epochs. What a utterance becomes depends on (seed, epoch, key) and never on worker, rank or attempt.
@@ -16,18 +16,13 @@ them carries one silent stand-in of weight 0, so that every rank still runs it.
 
 from __future__ import annotations
 
-import dataclasses
-import fcntl
-import hashlib
 import io
-import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +36,7 @@ from ddp_asr import SAMPLE_RATE_HZ
 from ddp_asr.config import Augment, Config, Data
 from ddp_asr.data.index import Index
 from ddp_asr.data.plan import Plan, share, speed_samples
+from ddp_asr.data.storage import Shards
 from ddp_asr.draws import Draw
 from ddp_asr.errors import UserError
 from ddp_asr.features import waveform_augmentations
@@ -52,8 +48,6 @@ Batches = Generator["MicroBatch", None, None]  # closing it ends its workers
 
 _STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT}
 _SILENCE_SAMPLES = SAMPLE_RATE_HZ // 2  # of the stand-in; enough for a frame at any sensible setting
-_OPEN_SHARDS = 256  # file descriptors a process keeps
-_COPY_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -241,7 +235,7 @@ class Recordings(Dataset[MicroBatch]):
     ) -> None:
         self.index, self.tokeniser, self.config = index, tokeniser, config
         self.draw_masks, self.training = draw_masks, training
-        self._shards = _Shards(index.shards)
+        self._shards = Shards(index.shards)
         self._augmentations = waveform_augmentations(config.augment) if training else []
 
     def __getitem__(self, work: Work) -> MicroBatch:
@@ -342,34 +336,6 @@ def _reason(error: Exception) -> str:
     return str(error)
 
 
-class _Shards:
-    """Byte ranges of shard files; descriptors stay open, and each process opens its own."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
-        self._descriptors: dict[int, int] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_paths": self._paths, "_descriptors": {}}
-
-    def read(self, shard: int, offset: int, size: int) -> bytes:
-        data = os.pread(self._descriptor(shard), size, offset)
-        if len(data) != size:
-            raise _Mismatch(f"{self._paths[shard]} ends at byte {offset + len(data)}, inside this recording")
-        return data
-
-    def _descriptor(self, shard: int) -> int:
-        if shard not in self._descriptors:
-            if len(self._descriptors) >= _OPEN_SHARDS:
-                os.close(self._descriptors.pop(next(iter(self._descriptors))))  # the one opened first
-            self._descriptors[shard] = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
-        return self._descriptors[shard]
-
-    def __del__(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-
-
 # worker processes
 
 
@@ -460,65 +426,3 @@ def _death(workers: Sequence[Any]) -> str | None:
         "SIGBUS": "/dev/shm is full: enlarge it (docker run --shm-size=8g), or lower data.workers or data.prefetch",
     }.get(how, "data.workers=0 decodes in the rank itself and shows where")
     return f"a loader process died ({how}): {remedy}"
-
-
-# node-local copies
-
-
-def cache_shards(index: Index, cache_dir: str | Path) -> Index:
-    """The index with every shard copied to a node-local directory, once for all ranks and runs of the node.
-
-    A copy is named by its checksum, checked against it while it is written, and renamed into place. All ranks of a
-    node call this at once: on its first way round each copies what nobody else is copying, on the second it waits.
-    """
-    directory = Path(cache_dir)
-    copies = [
-        directory / f"{checksum[:16]}-{path.name}" for path, checksum in zip(index.shards, index.checksums, strict=True)
-    ]
-    used = np.unique(index.shard).tolist()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for patient in (False, True):
-            for shard in used:
-                _copy_once(index.shards[shard], copies[shard], index.checksums[shard], patient=patient)
-    except OSError as error:
-        needed_mb = sum(index.shards[shard].stat().st_size for shard in used) / 1e6
-        raise UserError(
-            f"data.cache_dir {directory}: {error.strerror or error}; it must be writable and hold the shards' "
-            f"{needed_mb:.0f} MB: make room, name another directory, or leave data.cache_dir empty"
-        ) from None
-    return dataclasses.replace(index, shards=tuple(copies))
-
-
-def _copy_once(source: Path, copy: Path, checksum: str, *, patient: bool) -> None:
-    with open(copy.with_suffix(".lock"), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if patient else fcntl.LOCK_NB))
-        except BlockingIOError:
-            return
-        if copy.exists() and copy.stat().st_size == source.stat().st_size:
-            return
-        aside = copy.with_suffix(".part")  # one writer, by the lock; a dead one's is written over
-        try:
-            found = _copy(source, aside)
-            if found == checksum:
-                os.replace(aside, copy)
-                return
-        finally:
-            aside.unlink(missing_ok=True)
-    raise UserError(
-        f"{source} does not match its checksum (SHA-256 {found[:16]}..., expected {checksum[:16]}...): it is damaged; "
-        f"delete {source.parent} and shard it again"
-    )
-
-
-def _copy(source: Path, target: Path) -> str:
-    """Copies to the disk and returns the SHA-256 of what was copied."""
-    digest = hashlib.sha256()
-    with open(source, "rb") as reading, open(target, "wb") as writing:
-        while block := reading.read(_COPY_BYTES):
-            digest.update(block)
-            writing.write(block)
-        writing.flush()
-        os.fsync(writing.fileno())
-    return digest.hexdigest()

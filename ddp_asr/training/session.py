@@ -28,8 +28,9 @@ from ddp_asr import __version__
 from ddp_asr.config import Config, config_from_dict
 from ddp_asr.data.corpus import Corpus, read_corpus
 from ddp_asr.data.index import Index, read_index
-from ddp_asr.data.loader import MicroBatch, Recordings, Work, cache_shards, eval_loader, on_device, train_loader
+from ddp_asr.data.loader import MicroBatch, Recordings, Work, eval_loader, on_device, train_loader
 from ddp_asr.data.plan import share
+from ddp_asr.data.storage import cache_shards
 from ddp_asr.data.targets import explain_left_out
 from ddp_asr.errors import UserError
 from ddp_asr.features import masks as augment
