@@ -1,12 +1,12 @@
-"""How much of a CPU second the loader spends on anything but decoding, beside stock WebDataset and the floor.
+"""What the loader costs beyond decoding: with 0, 1, 2 ... threads, beside the decoder alone and stock WebDataset.
 
-    floor     the same FLAC bytes, in memory --soundfile--> int16, nothing else, in as many processes
-    loader    ddp_asr: index -> plan -> DataLoader workers -> collated micro-batches in this process
-    pipeline  webdataset: WebDataset -> shuffle -> soundfile -> padded batches of the loader's mean size
+    floor       the same FLAC bytes, in memory --soundfile--> int16, nothing else, in one thread
+    threads N   ddp_asr: index -> plan -> N threads -> collated micro-batches; 0: in the main thread
+    pipeline    webdataset: WebDataset -> shuffle -> soundfile -> padded batches of the loader's mean size, 2 processes
 
-All three decode the same utterances in each round, in as many processes (two threads of one core slow each other), one
-after the other, so that a busy machine slows them alike. CPU seconds are those of this process and its children.
-Afterwards some epochs more watch the memory of this process and its workers.
+All of them decode the same utterances in each round, one after the other, so that a busy machine slows them alike; each
+is divided by the floor of its own round, and medians are shown. CPU seconds are those of this process and its children.
+Afterwards some more epochs watch the memory of this process.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import multiprocessing
-import os
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,10 +38,12 @@ if TYPE_CHECKING:
     from ddp_asr.data.index import Index
     from ddp_asr.data.loader import MicroBatch
 
+PIPELINE_PROCESSES = 2
+
 
 @dataclass(frozen=True)
 class Setup:
-    """What all three run on."""
+    """What all of them run on."""
 
     index: Index
     config: Config
@@ -55,42 +56,34 @@ class Setup:
 
 
 def floor(setup: Setup) -> Callable[[], None]:
-    """Reads every FLAC into memory; what is returned, and measured, decodes them in `data.workers` processes."""
+    """Reads every FLAC into memory; what is returned, and measured, decodes them."""
     import soundfile
 
-    index, flacs = setup.index, []
-    for number, path in enumerate(index.shards):
-        with open(path, "rb") as shard:
-            for row in (index.shard == number).nonzero()[0]:
-                shard.seek(index.offset[row])
-                flacs.append(shard.read(index.bytes[row]))
+    from ddp_asr.data.storage import Shards
 
-    def decode(part: Sequence[bytes]) -> None:
-        for flac in part:
-            soundfile.read(io.BytesIO(flac), dtype="int16")
+    index, shards = setup.index, Shards(setup.index.shards)
+    flacs = [
+        shards.read(int(index.shard[row]), int(index.offset[row]), int(index.bytes[row])) for row in range(len(index))
+    ]
 
     def decode_all() -> None:
-        fork, processes = multiprocessing.get_context("fork"), max(1, setup.config.data.workers)
-        children = [fork.Process(target=decode, args=(flacs[part::processes],)) for part in range(processes)]
-        for child in children:
-            child.start()
-        for child in children:
-            child.join()
+        for flac in flacs:
+            soundfile.read(io.BytesIO(flac), dtype="int16")
 
     return decode_all
 
 
-def loader(setup: Setup, epochs: int = 1) -> Iterator[MicroBatch]:
+def loader(setup: Setup, threads: int, epochs: int = 1) -> Iterator[MicroBatch]:
     """The trainer's own path, masks included."""
     from ddp_asr.data.loader import train_loader
     from ddp_asr.data.plan import Plan
-    from ddp_asr.features.masks import draw
     from ddp_asr.text import make_tokeniser
 
     config, index = setup.config, setup.index
-    plan = Plan(index.samples, index.key_hash, settings=config.batch)
+    config = replace(config, data=replace(config.data, threads=threads))
+    plan = Plan(index.samples, index.key_hash, settings=config.batch, speeds=config.augment.speeds)
     tokeniser = make_tokeniser(config.vocabulary)
-    return train_loader(index, tokeniser, plan, draw, config, rank=0, world_size=1, epochs=epochs)
+    return train_loader(index, tokeniser, plan, config, rank=0, world_size=1, epochs=epochs)
 
 
 def pipeline(setup: Setup) -> Iterator[tuple[Any, ...]]:
@@ -100,17 +93,14 @@ def pipeline(setup: Setup) -> Iterator[tuple[Any, ...]]:
     from ddp_asr.text import make_tokeniser
 
     tokeniser = make_tokeniser(setup.config.vocabulary)
-    shards = [str(path) for path in setup.index.shards] * setup.times
     dataset = (
-        webdataset.WebDataset(shards, shardshuffle=False, empty_check=False)
+        webdataset.WebDataset(list(setup.index.shards) * setup.times, shardshuffle=False, empty_check=False)
         .shuffle(1000)
         .to_tuple("__key__", "flac", "txt")
         .map(partial(_decode, tokeniser))
         .batched(setup.batch_size, collation_fn=_collate)
     )
-    data = setup.config.data
-    prefetch = data.prefetch if data.workers else None
-    return iter(webdataset.WebLoader(dataset, batch_size=None, num_workers=data.workers, prefetch_factor=prefetch))
+    return iter(webdataset.WebLoader(dataset, batch_size=None, num_workers=PIPELINE_PROCESSES, prefetch_factor=4))
 
 
 def _decode(tokeniser: Any, sample: tuple[str, bytes, bytes]) -> tuple[str, np.ndarray, np.ndarray]:
@@ -141,49 +131,43 @@ def drain(batches: Iterator[Any]) -> None:
         pass
 
 
+def measure(setup: Setup, rounds: int, threads: Sequence[int]) -> dict[str, list[tuple[float, float]]]:
+    """(audio-seconds per CPU-second, audio-seconds per second) of every round of each of them."""
+    ways: dict[str, Callable[[], None]] = {"floor": floor(setup)}
+    for number in threads:
+        ways[f"threads {number}"] = partial(_drain_loader, setup, number)
+    ways["pipeline"] = lambda: drain(pipeline(setup))
+    speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, run in ways.items():
+            cpu_before, before = cpu_s(), time.perf_counter()
+            run()
+            if number:  # the first round fills the page cache and imports what is imported late
+                cpu, wall = cpu_s() - cpu_before, time.perf_counter() - before
+                speeds[name].append((setup.seconds / cpu, setup.seconds / wall))
+    return speeds
+
+
+def _drain_loader(setup: Setup, threads: int) -> None:
+    drain(loader(setup, threads))
+
+
 def cpu_s() -> float:
     """CPU seconds of this process and of all its children that have ended."""
     usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def measure(setup: Setup, rounds: int) -> dict[str, list[float]]:
-    """Audio-seconds per CPU-second of every round of each of the three."""
-    ways = {
-        "floor": floor(setup),
-        "loader": lambda: drain(loader(setup)),
-        "pipeline": lambda: drain(pipeline(setup)),
-    }
-    speeds: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
-        for name, run in ways.items():
-            before = cpu_s()
-            run()
-            if number:  # the first round fills the page cache and imports what is imported late
-                speeds[name].append(setup.seconds / (cpu_s() - before))
-    return speeds
-
-
-def memory_mb(setup: Setup, epochs: int) -> list[float]:
-    """Memory of this process and its workers after each epoch, shared pages counted once."""
+def memory_mb(setup: Setup, threads: int, epochs: int) -> list[float]:
+    """Memory of this process after each epoch."""
     memory: list[float] = []
-    for batch in loader(setup, epochs + 1):
+    for batch in loader(setup, threads, epochs + 1):
         if batch.epoch == len(memory) + 1:  # the first of the next epoch
-            memory.append(_family_mb())
+            lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+            memory.append(int(next(line for line in lines if line.startswith("Pss:")).split()[1]) / 1024)
             if len(memory) == epochs:
                 break
     return memory
-
-
-def _family_mb() -> float:
-    """Proportional set size of this process and its children, in MB."""
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    return sum(_pss_kb(pid) for pid in ["self", *children]) / 1024
-
-
-def _pss_kb(pid: str) -> int:
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("Pss:")).split()[1])
 
 
 # the command
@@ -200,42 +184,49 @@ def _synthesised(directory: Path) -> Path:
     return shards
 
 
-def _setup(directories: Sequence[Path], workers: int, hours: float) -> Setup:
-    """The usable utterances, as many times over as make up the hours: short sets measure the start of processes."""
+def _setup(arguments: argparse.Namespace) -> Setup:
+    """The usable utterances, as many times over as make up the hours, because a short set measures the start."""
     import numpy as np
 
     from ddp_asr import config
     from ddp_asr.data.index import read_index
     from ddp_asr.data.plan import Plan
-    from ddp_asr.data.targets import fit_targets
+    from ddp_asr.data.targets import explain_left_out, fit_targets
     from ddp_asr.text import make_tokeniser
 
-    settings = config.Config(data=config.Data(workers=workers), batch=config.Batch(micro_batches=2))
-    index = read_index(directories)
+    settings = config.load_config(None, arguments.settings)
+    settings = replace(settings, batch=replace(settings.batch, micro_batches=2))
+    index = read_index(arguments.shards)
     tokeniser = make_tokeniser(settings.vocabulary)
     targets = fit_targets(index, tokeniser, settings.features.frames, max_seconds=settings.batch.max_seconds)
     if len(targets.usable_rows) < len(index):
-        raise UserError(f"the stock pipeline cannot leave out the utterances that do not fit: {targets.counts()}")
-    times = max(1, round(hours / index.hours))
+        left_out = "; ".join(line.strip() for line in explain_left_out(targets))
+        raise UserError(f"the stock pipeline cannot leave out utterances, and these settings would: {left_out}")
+    times = max(1, round(arguments.hours / index.hours))
     index = index.take(np.tile(np.arange(len(index)), times))
-    plan = Plan(index.samples, index.key_hash, settings=settings.batch)
+    plan = Plan(index.samples, index.key_hash, settings=settings.batch, speeds=settings.augment.speeds)
     return Setup(index, settings, times, round(len(index) / (plan.steps_per_epoch * plan.micro_batches)))
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.loader",
-        description="Audio-seconds per CPU-second, from shards to micro-batches: ddp_asr, stock webdataset, the floor.",
-        epilog="examples:\n  python -m benchmarks.loader\n  python -m benchmarks.loader shards/dev-clean --rounds 9",
+        description="Speed from shards to micro-batches, by number of threads, beside the decoder and WebDataset.",
+        epilog="Settings of a run, such as --augment.speeds=0.9,1,1.1, are taken too.\n\nexamples:\n"
+        "  python -m benchmarks.loader\n  python -m benchmarks.loader shards/dev-clean --rounds 9 --threads 0 1 2 4",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("shards", nargs="*", type=Path, help="shard directories (default: synthesised, in a minute)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="measured rounds (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="loader processes (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="numbers to try (default: 0 1 2)"
+    )
     parser.add_argument("--hours", type=float, default=8.0, metavar="H", help="audio a round (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=5, metavar="N", help="epochs that memory is watched over")
     parser.add_argument("--json", action="store_true", help="print one object instead of the table")
-    return parser.parse_args(argv)
+    arguments, settings = parser.parse_known_args(argv)
+    arguments.settings = settings
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -243,17 +234,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ExitStack() as stack:
         if not arguments.shards:
             arguments.shards = [_synthesised(Path(stack.enter_context(tempfile.TemporaryDirectory())))]
-        setup = _setup(arguments.shards, arguments.workers, arguments.hours)
-        speeds = measure(setup, arguments.rounds)
-        memory = memory_mb(setup, arguments.epochs)
-    # Each round's own ratio, because what slows the machine slows the round's three alike.
-    shares = {
-        name: statistics.median(own / of_floor for own, of_floor in zip(speeds[name], speeds["floor"], strict=True))
-        for name in speeds
-    }
+        setup = _setup(arguments)
+        speeds = measure(setup, arguments.rounds, arguments.threads)
+        memory = memory_mb(setup, max(arguments.threads), arguments.epochs)
     result: dict[str, Any] = {
-        "audio_s_per_cpu_s": {name: statistics.median(speeds[name]) for name in speeds},
-        "share_of_floor": shares,
+        "speeds": {name: _medians(speeds[name], speeds["floor"]) for name in speeds},
         "memory_mb": memory,
         "utterances": len(setup.index),
         "audio_s": setup.seconds,
@@ -264,12 +249,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         f"{len(setup.index):,} utterances, {setup.seconds / 3600:.1f} h a round, medians of {arguments.rounds} rounds"
     )
-    for name, speed in result["audio_s_per_cpu_s"].items():
-        print(f"  {name:9} {speed:7,.0f} audio-seconds per CPU-second   {shares[name]:5.2f} of the floor")
-    print(
-        "  memory of this process and its workers, after each epoch: " + ", ".join(f"{mb:.0f}" for mb in memory) + " MB"
-    )
+    print("               audio-seconds per CPU-second   audio-seconds per second")
+    for name, speed in result["speeds"].items():
+        of_cpu, of_wall = speed["per_cpu_s"], speed["per_s"]
+        print(
+            f"  {name:12} {of_cpu:9,.0f}   {speed['per_cpu_s_of_floor']:5.2f} of the floor  "
+            f"{of_wall:9,.0f}   {speed['per_s_of_floor']:5.2f} of the floor"
+        )
+    print("  memory of this process after each epoch: " + ", ".join(f"{mb:.0f}" for mb in memory) + " MB")
     return 0
+
+
+def _medians(own: list[tuple[float, float]], floors: list[tuple[float, float]]) -> dict[str, float]:
+    found = {}
+    for place, name in enumerate(("per_cpu_s", "per_s")):
+        found[name] = statistics.median(speed[place] for speed in own)
+        ratios = [speed[place] / of_floor[place] for speed, of_floor in zip(own, floors, strict=True)]
+        found[f"{name}_of_floor"] = statistics.median(ratios)
+    return found
 
 
 if __name__ == "__main__":

@@ -52,14 +52,17 @@ class Data:
     cache_dir: str = setting(
         "", "local directory to copy the shards to, once for all ranks of a node; empty: read them where they are"
     )
-    workers: int = setting(
+    threads: int = setting(
         2,
-        "loader processes for each rank; 0: the rank itself decodes",
+        "threads of each rank that decode audio; 0: the rank's main thread decodes",
         at_least=0,
-        also_called=("num_workers", "dataloader_num_workers", "n_workers"),
+        also_called=("workers", "num_workers", "dataloader_num_workers", "n_workers"),
     )
     prefetch: int = setting(
-        4, "micro-batches that each loader process keeps ready", at_least=1, also_called=("prefetch_factor",)
+        8,
+        "micro-batches that the threads of a rank together decode ahead, and at least one for each thread",
+        at_least=1,
+        also_called=("prefetch_factor",),
     )
     max_bad_samples: int = setting(10, "the run stops after more utterances than this fail to decode", at_least=0)
 

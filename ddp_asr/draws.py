@@ -2,7 +2,7 @@
 
     uniform(seed=0, epoch=3, key_hash=index.key_hash, purpose="speed")           # (B, 1) numbers in [0, 1)
 
-No generator, no state: an utterance gets the same masks, speed and noise whichever rank, worker or attempt reads it.
+There is no state: an utterance gets the same masks, speed and noise whichever rank, thread or attempt reads it.
 The mix is SplitMix64's finaliser (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", 2014), applied
 once for each part of the address; vectorised, because a plan draws for 281,241 utterances at once.
 """

@@ -57,12 +57,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max-seconds", type=float, help="audio in a batch (default: the training's batch.max_seconds)"
     )
-    parser.add_argument("--workers", type=int, help="loader processes a rank (default: the training's data.workers)")
+    parser.add_argument("--threads", type=int, help="threads a rank that decode (default: the training's data.threads)")
     parser.add_argument("--worst", type=int, default=5, help="worst utterances to show (default: %(default)s)")
     arguments = parser.parse_args(argv)
     if arguments.max_seconds is not None and not 0 < arguments.max_seconds < math.inf:
         raise UserError(f"--max-seconds must be above 0, not {arguments.max_seconds}")
-    for name in ("workers", "worst"):
+    for name in ("threads", "worst"):
         if (getattr(arguments, name) or 0) < 0:
             raise UserError(f"--{name} must be 0 or more, not {getattr(arguments, name)}")
     return arguments
@@ -126,8 +126,8 @@ def _prepare(arguments: argparse.Namespace) -> Trained:
 
 def _with_overrides(config: Config, arguments: argparse.Namespace) -> Config:
     data, batch = config.data, config.batch
-    if arguments.workers is not None:
-        data = replace(data, workers=arguments.workers)
+    if arguments.threads is not None:
+        data = replace(data, threads=arguments.threads)
     if arguments.max_seconds is not None:
         batch = replace(batch, max_seconds=arguments.max_seconds)
     return replace(config, data=data, batch=batch)

@@ -54,7 +54,7 @@ class Request:
     nodes: str = setting("1", "nodes, or a range such as 1-4: the run goes on with what there is")
     gpus_per_node: int = setting(0, "GPUs a node, each with a rank of its own", at_least=0)
     tasks_per_node: int = setting(0, "ranks a node; 0: one for each GPU, or one where there are none", at_least=0)
-    cpus_per_task: int = setting(0, "CPU cores a rank, its loader processes included", at_least=0)
+    cpus_per_task: int = setting(0, "CPU cores a rank, its loader threads included", at_least=0)
     mem: str = setting("", "memory a node, such as 200G")
     time: str = setting("", "time limit, such as 8:00:00; the run checkpoints and requeues itself before it")
     partition: str = setting("", "partition")

@@ -36,7 +36,7 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [
         ["0", "-1"],
     ),
     (
-        "data.workers data.max_bad_samples augment.frequency_masks augment.frequency_mask_bands augment.time_masks "
+        "data.threads data.max_bad_samples augment.frequency_masks augment.frequency_mask_bands augment.time_masks "
         "encoder.residual_blocks optim.weight_decay train.seed train.eval_every_steps train.save_every_steps "
         "train.save_every_min train.stop_at_step train.max_nonfinite_steps tracking.samples",
         ["0", "1"],
@@ -118,8 +118,9 @@ def test_settings_at_odds_with_each_other_name_both():
         ("data.batch_size", "batch.max_seconds"),
         ("trainer.max_epochs", "train.epochs"),
         ("train.num_epochs", "train.epochs"),
-        ("data.num_workers", "data.workers"),
-        ("train.num_workers", "data.workers"),
+        ("data.workers", "data.threads"),
+        ("data.num_workers", "data.threads"),
+        ("train.num_workers", "data.threads"),
         ("optim.warmup", "optim.warmup_share"),
         ("train.warmup_steps", "optim.warmup_share"),
         ("train.grad_clip", "optim.clip_norm"),
@@ -166,7 +167,7 @@ def test_names_of_other_programs_are_none_of_ours():
     [
         ("--epochs=3", "'--epochs=3' is no setting: write --section.key=value, for instance --train.epochs=3"),
         ("--lr=1e-3", "for instance --optim.learning_rate=1e-3"),
-        ("--resum=never", "'--resum=never' is no setting: write --section.key=value, for instance --data.workers=2"),
+        ("--resum=never", "'--resum=never' is no setting: write --section.key=value, for instance --data.threads=2"),
     ],
 )
 def test_a_setting_without_its_section_is_answered_with_it(override, said):

@@ -51,7 +51,7 @@ def shards(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def best(tmp_path_factory):
-    state = tiny_state(batch={"max_seconds": 8.0}, data={"workers": 0})
+    state = tiny_state(batch={"max_seconds": 8.0}, data={"threads": 0})
     return write_checkpoint(tmp_path_factory.mktemp("run") / "best.pt", state)
 
 
@@ -117,9 +117,9 @@ def test_out_has_every_utterance_once_with_its_counts(best, shards, alone, tmp_p
     assert list(tmp_path.iterdir()) == [tmp_path / "hyps.jsonl"]
 
 
-def test_batch_size_and_workers_change_nothing(best, shards, capsys):
+def test_batch_size_and_threads_change_nothing(best, shards, capsys):
     reference = numbers(result(capsys, best, shards))
-    for options in (["--max-seconds", "3.1"], ["--max-seconds", "1000", "--workers", "1"]):
+    for options in (["--max-seconds", "3.1"], ["--max-seconds", "1000", "--threads", "1"]):
         other = numbers(result(capsys, best, shards, *options))
         assert other.pop("loss") == pytest.approx(reference["loss"], rel=1e-5)
         assert other == {name: value for name, value in reference.items() if name != "loss"}
@@ -205,7 +205,7 @@ def test_a_stop_leaves_the_model_as_it_was(best, shards):
 
 
 def test_the_moving_average_is_evaluated_where_there_is_one(best, shards, tmp_path, capsys):
-    other = tiny_state(seed=8, batch={"max_seconds": 8.0}, data={"workers": 0})
+    other = tiny_state(seed=8, batch={"max_seconds": 8.0}, data={"threads": 0})
     averaged = {**checkpoint.read(best), "averages": other["model"]}
     facts = result(capsys, write_checkpoint(tmp_path / "averaged.pt", averaged), shards)
     expected = result(capsys, write_checkpoint(tmp_path / "other.pt", other), shards)
@@ -268,8 +268,8 @@ def damage(index, row: int) -> None:
 def test_arguments_that_make_no_sense(best, shards, tmp_path):
     with pytest.raises(UserError, match="--max-seconds must be above 0"):
         evaluate.main([str(best), str(shards), "--max-seconds", "0"])
-    with pytest.raises(UserError, match="--workers must be 0 or more"):
-        evaluate.main([str(best), str(shards), "--workers", "-1"])
+    with pytest.raises(UserError, match="--threads must be 0 or more"):
+        evaluate.main([str(best), str(shards), "--threads", "-1"])
     with pytest.raises(UserError, match=r"--out .* cannot be written: No such file or directory"):
         evaluate.main([str(best), str(shards), "--out", str(tmp_path / "no" / "where.jsonl")])
 

@@ -13,7 +13,6 @@ from ddp_asr import config
 from ddp_asr.config import load_config
 from ddp_asr.data.corpus import read_corpus
 from ddp_asr.data.loader import train_loader
-from ddp_asr.features import masks as augment
 from ddp_asr.features.log_mel import LogMel
 from ddp_asr.model import make_model
 from ddp_asr.objective import Objective
@@ -71,9 +70,7 @@ def learner_of(settings, precision="fp32"):
 
 def batches_of(settings, corpus):
     """The micro-batches of a whole training, in order, on the device."""
-    loader = train_loader(
-        corpus.index, corpus.tokeniser, corpus.plan, augment.draw, settings, rank=0, world_size=1, pin_memory=False
-    )
+    loader = train_loader(corpus.index, corpus.tokeniser, corpus.plan, settings, rank=0, world_size=1, pin_memory=False)
     return (batch.to(DEVICE) for batch in loader)
 
 

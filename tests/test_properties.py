@@ -13,7 +13,6 @@ from ddp_asr.data.corpus import read_corpus
 from ddp_asr.data.index import Index
 from ddp_asr.data.loader import train_loader
 from ddp_asr.encoders import ENCODERS
-from ddp_asr.features import masks as augment
 from ddp_asr.features.log_mel import LogMel
 from ddp_asr.model import make_model
 from ddp_asr.objective import Objective
@@ -113,9 +112,7 @@ def step_of(tiny_corpus, *options, kind=None, index_of=lambda index: index):
         precision="fp32",
         seed=0,
     )
-    loader = train_loader(
-        index_of(corpus.index), corpus.tokeniser, corpus.plan, augment.draw, config, rank=0, world_size=1
-    )
+    loader = train_loader(index_of(corpus.index), corpus.tokeniser, corpus.plan, config, rank=0, world_size=1)
     steps = [[next(loader) for _ in range(4)] for _ in range(corpus.plan.steps_per_epoch)]
     return learner, next(step for step in steps if len({len(batch.rows) for batch in step}) > 1)
 

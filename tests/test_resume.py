@@ -361,7 +361,7 @@ def test_a_run_records_its_first_checkpoint_once_it_is_on_the_disk(tiny_corpus, 
 
 
 def test_settings_that_do_not_shape_the_result_may_change(undisturbed, tiny_corpus, stopped):
-    others = ("--data.workers=1", "--distributed.stop_grace_s=3", "--train.keep_last=1", "--tracking.samples=1")
+    others = ("--data.threads=1", "--distributed.stop_grace_s=3", "--train.keep_last=1", "--tracking.samples=1")
     tiny.train(tiny_corpus.arguments(stopped.parent, "run", *others))
     tiny.assert_same_run(stopped, undisturbed(1))
     assert [path.name for path in (stopped / "checkpoints").iterdir()] == ["step-00000012.pt"]

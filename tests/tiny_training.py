@@ -41,7 +41,7 @@ from tests.tiny_speech import shard
 # Everything random is on: masks, speeds, noise, dropout and a moving average. K = 4, 4 steps an epoch, 12 in all.
 CONFIG = """
 vocabulary: {symbols: " ab'"}
-data: {workers: 0}
+data: {threads: 0}
 batch: {max_seconds: 2.2, micro_batches: 4}
 features: {mel_bands: 16, n_fft: 512}
 augment: {frequency_mask_bands: 4, time_mask_share: 0.1, speeds: [0.9, 1.0, 1.1], noise: {share: 0.5}}
@@ -376,6 +376,23 @@ def infinite_loss(steps: Sequence[int], rank: int) -> None:
         return found * torch.where(torch.arange(len(found)) == 0, float("inf"), 1.0) if step in steps else found
 
     Learner.losses = losses  # type: ignore[method-assign]
+
+
+def failing_loader() -> None:
+    """In rank 0, the first micro-batch of the second step raises a UserError in the thread that makes it."""
+    from ddp_asr.data.loader import Recordings
+    from ddp_asr.errors import UserError
+
+    if os.environ["RANK"] != "0":
+        return
+    before = Recordings.micro_batch
+
+    def micro_batch(self, work):
+        if threading.current_thread() is not threading.main_thread() and (work.step, work.micro_batch) == (1, 0):
+            raise UserError("the shards are gone")
+        return before(self, work)
+
+    Recordings.micro_batch = micro_batch  # type: ignore[method-assign]
 
 
 # ---- what a run left behind ----------------------------------------------------------------------------------------

@@ -1,28 +1,33 @@
-"""From a plan to collated micro-batches: worker processes read byte ranges of the shards and decode them to int16.
+"""From a plan to collated micro-batches: threads read byte ranges of the shards and decode them to int16.
 
-    train_loader: Plan --this rank's Work, across all epochs--> workers --MicroBatch, in order--> on_device --> trainer
-    eval_loader:  lengths --batches of neighbours, round-robin over ranks--> workers --> one MicroBatch or None a round
+    train_loader: Plan --this rank's Work, across all epochs--> threads --MicroBatch, in order--> on_device --> loop
+    eval_loader:  lengths --batches of similar lengths, round-robin over ranks--> threads --> MicroBatch or None a round
 
-    Recordings[Work] --Store, soundfile, soxr, noise, masks--> MicroBatch
+    Recordings: Work --Store, soundfile, soxr, waveform augmentations, masks--> MicroBatch
 
-The position (epoch, step) is the whole state: `train_loader` starts anywhere at once, and its workers live through all
-epochs. What a utterance becomes depends on (seed, epoch, key) and never on worker, rank or attempt.
+The position (epoch, step) is the whole state: `train_loader` starts at any position at once, and its threads live
+through all epochs. What becomes of an utterance depends on (seed, epoch, key) and never on thread, rank or attempt.
 
-Workers ignore the signals that ask a run to stop: torchrun signals the whole process group, and a rank must still get
-the rest of its step from them. A worker that dies (most often for memory) is one clear error. A recording that no
-longer decodes to what the index says is dropped from its micro-batch, and named there; a micro-batch that loses all of
-them carries one silent stand-in of weight 0, so that every rank still runs it.
+`data.threads` threads of the rank decode, and the rank itself where that is 0. They are enough because reading,
+decoding, resampling and numpy release Python's lock (GIL): two threads decode nearly twice as fast as one. Memory is
+bounded: at most `data.prefetch` micro-batches (but one a thread) are decoded ahead of the one that is handed out.
+
+A recording that no longer decodes to what the index says is left out of its micro-batch and named in `MicroBatch.bad`.
+A micro-batch that loses all its recordings carries one silent utterance of weight 0, so that every rank still runs it.
+Any other error of a thread is raised where its micro-batch would have been handed out.
 """
 
 from __future__ import annotations
 
-import io
-import signal
+import os
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
-from multiprocessing.connection import wait
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -30,24 +35,21 @@ import soundfile
 import soxr
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from ddp_asr import SAMPLE_RATE_HZ
-from ddp_asr.config import Augment, Config, Data
+from ddp_asr.config import Config, Data
 from ddp_asr.data.index import Index
 from ddp_asr.data.plan import Plan, share, speed_samples
 from ddp_asr.data.storage import Shards
 from ddp_asr.draws import Draw
-from ddp_asr.errors import UserError
-from ddp_asr.features import waveform_augmentations
+from ddp_asr.features import masks, waveform_augmentations
 from ddp_asr.text import Tokeniser
 
-# draw(settings, seed, epoch, key_hash (B,), frames (B,), mel_bands, views) -> masks; see augment.py
-DrawMasks = Callable[[Augment, int, int, np.ndarray, np.ndarray, int, int], dict[str, np.ndarray] | None]
-Batches = Generator["MicroBatch", None, None]  # closing it ends its workers
+Batches = Generator["MicroBatch", None, None]  # closing it ends its threads
+Tasks = SimpleQueue["tuple[Work, Future[MicroBatch]] | None"]  # None ends the thread that takes it
 
-_STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT}
-_SILENCE_SAMPLES = SAMPLE_RATE_HZ // 2  # of the stand-in; enough for a frame at any sensible setting
+_SILENCE_SAMPLES = SAMPLE_RATE_HZ // 2  # of the silent utterance; gives a frame at any sensible setting
+_CLOSE_S = 2.0  # how long closing waits for threads that are in the middle of a micro-batch
 
 
 @dataclass(frozen=True)
@@ -63,22 +65,22 @@ class Work:
 
 @dataclass
 class MicroBatch:
-    """B utterances, zero-padded on the right. The stand-in of an emptied micro-batch is row -1 with key ''."""
+    """B utterances, zero-padded on the right. The silent utterance of an emptied micro-batch is row -1 with key ''."""
 
     waveforms: Tensor  # int16 (B, S)
     samples: Tensor  # int64 (B,)
     targets: Tensor  # int64 (B, U)
     target_lengths: Tensor  # int64 (B,)
-    weight: Tensor  # float32 (B,): 1; 0 for the stand-in
+    weight: Tensor  # float32 (B,): 1; 0 for the silent utterance
     rows: Tensor  # int64 (B,): rows of the index
-    masks: dict[str, Tensor] | None  # what augment.draw drew
+    masks: dict[str, Tensor] | None  # what features.masks.draw drew
     keys: list[str]
-    bad: list[tuple[str, str]]  # (key, reason) of those dropped because they no longer decode
+    bad: list[tuple[str, str]]  # (key, reason) of those left out because they no longer decode
     epoch: int
     step: int
     micro_batch: int
-    utterances: int  # without the stand-in; known without asking the device
-    audio_samples: int  # without padding and stand-in
+    utterances: int  # without the silent one; a number of the host, so that reading it needs no synchronisation
+    audio_samples: int  # without padding and the silent utterance
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MicroBatch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -87,22 +89,14 @@ class MicroBatch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
-        return MicroBatch(**_change(vars(self), Tensor, change))
+        """A copy with every tensor changed, those in the dictionary of masks too."""
 
-    # Between processes only the waveforms go through shared memory: every other tensor would cost a file descriptor
-    # and a socket's round trip, which for a handful of numbers is more than copying them.
-    def __getstate__(self) -> dict[str, Any]:
-        return {**_change(vars(self), Tensor, lambda tensor: tensor.numpy(force=True)), "waveforms": self.waveforms}
+        def changed(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: changed(part) for name, part in value.items()}
+            return change(value) if isinstance(value, Tensor) else value
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(_change(state, np.ndarray, torch.from_numpy))
-
-
-def _change(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
-    """`value` with everything of a kind in it changed, in dictionaries too."""
-    if isinstance(value, dict):
-        return {name: _change(part, kind, change) for name, part in value.items()}
-    return change(value) if isinstance(value, kind) else value
+        return MicroBatch(**{name: changed(value) for name, value in vars(self).items()})
 
 
 # what the training loop sees
@@ -112,7 +106,6 @@ def train_loader(
     index: Index,
     tokeniser: Tokeniser,
     plan: Plan,
-    draw_masks: DrawMasks | None,
     config: Config,
     *,
     rank: int,
@@ -123,13 +116,13 @@ def train_loader(
 ) -> Batches:
     """A rank's micro-batches in the order (epoch, step, k), from `start` = (epoch, step) to the end of the last epoch.
 
-    `index` holds exactly the rows the plan was made from. Closing the iterator ends its workers.
+    `index` holds exactly the rows the plan was made from. Closing the iterator ends its threads.
     """
     if len(index) != len(plan):
         raise ValueError(f"an index of {len(index)} rows does not belong to a plan of {len(plan)}")
-    recordings = Recordings(index, tokeniser, config, draw_masks=draw_masks, training=True)
+    recordings = Recordings(index, tokeniser, config, training=True)
     last = config.train.epochs if epochs is None else epochs
-    work = _TrainWork(plan, share(plan.micro_batches, rank, world_size), start, last)
+    work = _train_work(plan, share(plan.micro_batches, rank, world_size), start, last)
     return _load(recordings, work, config.data, pin_memory)
 
 
@@ -143,7 +136,7 @@ def eval_loader(
     pin_memory: bool | None = None,
 ) -> EvalLoader:
     """Every utterance once over all ranks, unchanged; see `EvalLoader`."""
-    recordings = Recordings(index, tokeniser, config, draw_masks=None, training=False)
+    recordings = Recordings(index, tokeniser, config, training=False)
     batches = _eval_batches(index, config.batch.max_seconds)
     return EvalLoader(recordings, batches, config.data, rank, world_size, pin_memory)
 
@@ -151,8 +144,8 @@ def eval_loader(
 class EvalLoader:
     """Yields exactly `rounds` items on every rank: a MicroBatch, or None where a rank has none in the last round.
 
-    What is in a micro-batch depends on neither rank nor world size; round r gives rank i micro-batch r * W + i. Longest
-    first, so that memory that does not suffice is seen at once and the last round is a short one.
+    What is in a micro-batch depends on neither rank nor world size; round r gives rank i micro-batch r * W + i. The
+    longest come first, so that a lack of memory shows at once and the last round is a short one.
     """
 
     def __init__(
@@ -194,27 +187,19 @@ def on_device(batches: Batches, device: torch.device) -> Batches:
             yield ahead
 
 
-@dataclass(frozen=True)
-class _TrainWork:
-    """A rank's share of all epochs from a position on, drawn in the main process, an epoch's plan at a time."""
-
-    plan: Plan
-    micro_batches: range
-    start: tuple[int, int]
-    epochs: int
-
-    def __iter__(self) -> Iterator[Work]:
-        first_epoch, first_step = self.start
-        for epoch in range(first_epoch, self.epochs):
-            planned = self.plan.epoch(epoch)
-            for step in range(first_step if epoch == first_epoch else 0, self.plan.steps_per_epoch):
-                for k in self.micro_batches:
-                    span = planned.span(step, k)
-                    yield Work(epoch, step, k, planned.rows[span], planned.speed[span])
+def _train_work(plan: Plan, micro_batches: range, start: tuple[int, int], epochs: int) -> Iterator[Work]:
+    """A rank's share of all epochs from a position on, planned an epoch at a time."""
+    first_epoch, first_step = start
+    for epoch in range(first_epoch, epochs):
+        planned = plan.epoch(epoch)
+        for step in range(first_step if epoch == first_epoch else 0, plan.steps_per_epoch):
+            for k in micro_batches:
+                span = planned.span(step, k)
+                yield Work(epoch, step, k, planned.rows[span], planned.speed[span])
 
 
 def _eval_batches(index: Index, max_seconds: float) -> list[np.ndarray]:
-    """Rows of neighbours in length, longest first; one longer than `max_seconds` is a batch of its own."""
+    """Rows of similar length, the longest first; one longer than `max_seconds` is a batch of its own."""
     order = np.lexsort((index.key_hash, index.samples))[::-1]
     lengths, batches, start = index.samples[order], [], 0
     while start < len(order):
@@ -227,24 +212,21 @@ def _eval_batches(index: Index, max_seconds: float) -> list[np.ndarray]:
 # from rows to a micro-batch
 
 
-class Recordings(Dataset[MicroBatch]):
-    """`recordings[work]` is the micro-batch; holds the index's arrays, and no Python object an utterance."""
+class Recordings:
+    """Makes the micro-batch of a Work, from any number of threads at once."""
 
-    def __init__(
-        self, index: Index, tokeniser: Tokeniser, config: Config, *, draw_masks: DrawMasks | None, training: bool
-    ) -> None:
-        self.index, self.tokeniser, self.config = index, tokeniser, config
-        self.draw_masks, self.training = draw_masks, training
+    def __init__(self, index: Index, tokeniser: Tokeniser, config: Config, *, training: bool) -> None:
+        self.index, self.tokeniser, self.config, self.training = index, tokeniser, config, training
         self._shards = Shards(index.shards)
         self._augmentations = waveform_augmentations(config.augment) if training else []
 
-    def __getitem__(self, work: Work) -> MicroBatch:
+    def micro_batch(self, work: Work) -> MicroBatch:
         speed = np.ones(len(work.rows)) if work.speed is None else work.speed
         samples = speed_samples(self.index.samples[work.rows], speed)
-        waveforms = _zeros(len(work.rows), int(samples.max()))
+        waveforms = np.zeros((len(work.rows), int(samples.max())), np.int16)
         good, bad = [], []
-        for i, (row, out) in enumerate(zip(work.rows.tolist(), waveforms.numpy(), strict=True)):
-            waveform = out[: samples[i]]
+        for i, row in enumerate(work.rows.tolist()):
+            waveform = waveforms[i, : samples[i]]
             try:
                 self._decode(row, float(speed[i]), waveform)
             except (OSError, soundfile.SoundFileError, _Mismatch) as error:
@@ -263,7 +245,7 @@ class Recordings(Dataset[MicroBatch]):
         """Fills `out`, which has the length after the change of speed."""
         flac = self._shards.read(int(self.index.shard[row]), int(self.index.offset[row]), int(self.index.bytes[row]))
         samples = int(self.index.samples[row])
-        with soundfile.SoundFile(io.BytesIO(flac)) as recording:
+        with _open_flac(flac) as recording:
             found = (recording.samplerate, recording.channels, recording.frames)
             if found != (SAMPLE_RATE_HZ, 1, samples):
                 raise _Mismatch(f"(rate, channels, samples) is {found}, not {(SAMPLE_RATE_HZ, 1, samples)}")
@@ -272,33 +254,33 @@ class Recordings(Dataset[MicroBatch]):
         if decoded != samples:  # older versions of libsndfile end early where newer ones raise
             raise _Mismatch(f"{decoded} of {samples} samples decode")
         if speed != 1.0:
-            # Rounding and the filter's delay leave soxr a sample more or less than the plan's arithmetic.
+            # Rounding and the filter's delay give soxr a sample more or less than `speed_samples`.
             changed = soxr.resample(waveform, SAMPLE_RATE_HZ * speed, SAMPLE_RATE_HZ)[: len(out)]
             out[: len(changed)] = changed
 
     def _collate(
-        self, work: Work, rows: np.ndarray, samples: np.ndarray, waveforms: Tensor, bad: list[tuple[str, str]]
+        self, work: Work, rows: np.ndarray, samples: np.ndarray, waveforms: np.ndarray, bad: list[tuple[str, str]]
     ) -> MicroBatch:
         utterances, audio_samples = len(rows), int(samples.sum())
         keys = [self.index.key(row) for row in rows]
-        # Only an evaluation meets characters outside the alphabet: no recogniser can spell them, and WER counts them.
+        # Only an evaluation has transcripts with characters that the tokeniser cannot write; they count in its WER.
         targets = [self.tokeniser.encode(self.index.text(row), skip_foreign=not self.training) for row in rows]
         key_hash = self.index.key_hash[rows]
         if not utterances:
             rows, samples, keys, key_hash = np.array([-1]), np.array([_SILENCE_SAMPLES]), [""], np.zeros(1, np.uint64)
-            waveforms, targets = _zeros(1, _SILENCE_SAMPLES), [np.zeros(1, np.int64)]
+            waveforms, targets = np.zeros((1, _SILENCE_SAMPLES), np.int16), [np.zeros(1, np.int64)]
         target_lengths = np.array([len(target) for target in targets], np.int64)
         padded = np.zeros((len(targets), max(1, int(target_lengths.max()))), np.int64)
         for target, into in zip(targets, padded, strict=True):
             into[: len(target)] = target
         return MicroBatch(
-            waveforms=waveforms,
+            waveforms=torch.from_numpy(waveforms),
             samples=torch.from_numpy(samples),
             targets=torch.from_numpy(padded),
             target_lengths=torch.from_numpy(target_lengths),
             weight=torch.full((len(rows),), float(utterances > 0)),
             rows=torch.from_numpy(rows),
-            masks=self._masks(work.epoch, key_hash, samples),
+            masks=self._masks(work.epoch, key_hash, samples) if self.training else None,
             keys=keys,
             bad=bad,
             epoch=work.epoch,
@@ -308,21 +290,26 @@ class Recordings(Dataset[MicroBatch]):
             audio_samples=audio_samples,
         )
 
-    def _masks(self, epoch: int, key_hash: np.ndarray, samples: np.ndarray) -> dict[str, Tensor] | None:
-        if self.draw_masks is None:
-            return None
+    def _masks(self, epoch: int, key_hash: np.ndarray, samples: np.ndarray) -> dict[str, Tensor]:
         config = self.config
         frames, bands, views = config.features.frames(samples), config.features.mel_bands, config.objective.views
-        drawn = self.draw_masks(config.augment, config.train.seed, epoch, key_hash, frames, bands, views)
-        return None if drawn is None else _change(drawn, np.ndarray, torch.from_numpy)
+        drawn = masks.draw(config.augment, config.train.seed, epoch, key_hash, frames, bands, views)
+        return {name: torch.from_numpy(mask) for name, mask in drawn.items()}
 
 
-def _zeros(utterances: int, longest: int) -> Tensor:
-    """int16 (B, S); in a worker, in memory that it shares with the rank, which saves a copy."""
-    if torch.utils.data.get_worker_info() is None:
-        return torch.zeros((utterances, longest), dtype=torch.int16)
-    shared = torch.UntypedStorage._new_shared(2 * utterances * longest)  # zeroed; as torch's own collation does
-    return torch.empty(0, dtype=torch.int16).set_(shared).view(utterances, longest)
+def _open_flac(flac: bytes) -> soundfile.SoundFile:
+    """The recording in `flac`, as a file in memory that libsndfile reads by itself.
+
+    `SoundFile(io.BytesIO(flac))` would call back into Python for every few kilobytes, and each time wait until the main
+    thread releases Python's lock: beside a busy main thread that decodes several times slower.
+    """
+    descriptor = os.memfd_create("flac", os.MFD_CLOEXEC)
+    try:
+        os.pwrite(descriptor, flac, 0)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return soundfile.SoundFile(descriptor)  # closes the descriptor, also where it raises
 
 
 class _Mismatch(Exception):
@@ -330,99 +317,76 @@ class _Mismatch(Exception):
 
 
 def _reason(error: Exception) -> str:
-    """One line, without the address that soundfile puts where a file's name would stand."""
+    """One line, without the name that soundfile gives the file."""
     if isinstance(error, soundfile.LibsndfileError):  # which often has no text, for a broken frame for instance
         return " ".join(f"does not decode: {error.error_string or 'damaged'}".split())
     return str(error)
 
 
-# worker processes
+# threads
 
 
 def _load(recordings: Recordings, work: Iterable[Work], settings: Data, pin_memory: bool | None) -> Batches:
-    """The micro-batch of each work, in order, made by `settings.workers` processes or right here if that is 0."""
+    """The micro-batch of each work, in order, made by `settings.threads` threads or right here if that is 0."""
     pin = torch.cuda.is_available() if pin_memory is None else pin_memory
-    if settings.workers == 0:
-        for one in work:
-            batch = recordings[one]
-            yield batch.pin_memory() if pin else batch
+    if settings.threads:
+        yield from _load_in_threads(recordings, iter(work), settings, torch.cuda.current_device() if pin else None)
         return
-    loader = DataLoader(
-        recordings,
-        sampler=work,
-        batch_size=None,
-        collate_fn=_as_it_is,
-        num_workers=settings.workers,
-        multiprocessing_context="fork",  # Python 3.14's default would import torch anew in each, and unblock signals
-        prefetch_factor=settings.prefetch,
-        pin_memory=pin,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # its base seed would otherwise be drawn from the run's own random state
-    )
-    with _undisturbed():
-        batches: Any = iter(loader)
+    for one in work:
+        batch = recordings.micro_batch(one)
+        yield batch.pin_memory() if pin else batch
+
+
+def _load_in_threads(recordings: Recordings, works: Iterator[Work], settings: Data, pin_for: int | None) -> Batches:
+    tasks: Tasks = SimpleQueue()
+    ahead: deque[Future[MicroBatch]] = deque()  # in order: what is made, being made or waiting for a thread
+    threads = [
+        # daemons, because one that is stuck in a read must not keep the process from ending
+        threading.Thread(target=_make, args=(recordings, tasks, pin_for), name=f"loader-{number}", daemon=True)
+        for number in range(settings.threads)
+    ]
+    for thread in threads:
+        thread.start()
+
+    def fill() -> None:
+        while len(ahead) < max(settings.prefetch, settings.threads) and (work := next(works, None)) is not None:
+            ahead.append(Future())
+            tasks.put((work, ahead[-1]))
+
     try:
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except (RuntimeError, OSError, EOFError) as error:  # the latter two from sockets of a dead worker
-                if death := _death(batches._workers):
-                    raise UserError(death) from error
-                raise
+        fill()
+        while ahead:
+            batch = ahead.popleft().result()
+            fill()
             yield batch
     finally:
-        batches._shutdown_workers()
-        for process in batches._workers:
-            if process.is_alive():  # stuck in a read: it ignores SIGTERM, and the interpreter would wait for it
-                process.kill()
+        for future in ahead:
+            future.cancel()
+        for _ in threads:
+            tasks.put(None)
+        deadline_s = time.monotonic() + _CLOSE_S
+        for thread in threads:
+            thread.join(max(0.0, deadline_s - time.monotonic()))
 
 
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Workers are started with stop signals blocked: until they can ignore them, one would kill them.
+def _make(recordings: Recordings, tasks: Tasks, pin_for: int | None) -> None:
+    """One thread: makes micro-batches, and hands on their errors, until it is given None."""
+    if pin_for is not None:
+        torch.cuda.set_device(pin_for)  # a thread starts with GPU 0, and pinning for it would allocate memory there
+        torch.set_num_threads(1)  # else the copy into pinned memory takes all cores
+    while True:
+        task = tasks.get()
+        if task is None:
+            return
+        _make_one(recordings, *task, pin=pin_for is not None)
+        del task  # its future holds the micro-batch, which must not stay while this thread waits for the next task
 
-    Torch's SIGCHLD handler is taken back: it raises wherever the main thread happens to be, in the middle of a backward
-    too. Without it a worker's death is seen within five seconds where its micro-batch is waited for.
-    """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGCHLD)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+
+def _make_one(recordings: Recordings, work: Work, future: Future[MicroBatch], *, pin: bool) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
     try:
-        yield
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGCHLD, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start_worker(number: int) -> None:
-    if threading.current_thread() is threading.main_thread():
-        signal.set_wakeup_fd(-1)  # the parent's, inherited by the fork
-    for stop in _STOP_SIGNALS:
-        signal.signal(stop, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
-    torch.set_num_threads(1)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def _death(workers: Sequence[Any]) -> str | None:
-    """What to tell the user if a worker has died."""
-    # A dying process closes its sockets first, which is what was noticed, and has an exit status later.
-    ended = wait([process.sentinel for process in workers], timeout=1.0)
-    for process in workers:
-        if process.sentinel in ended:
-            process.join()
-    codes = [process.exitcode for process in workers if process.exitcode]
-    if not codes:
-        return None
-    how = signal.Signals(-codes[0]).name if codes[0] < 0 else f"exit status {codes[0]}"
-    remedy = {
-        "SIGKILL": "most often the kernel, for want of memory: lower data.workers, data.prefetch or batch.max_seconds",
-        "SIGBUS": "/dev/shm is full: enlarge it (docker run --shm-size=8g), or lower data.workers or data.prefetch",
-    }.get(how, "data.workers=0 decodes in the rank itself and shows where")
-    return f"a loader process died ({how}): {remedy}"
+        batch = recordings.micro_batch(work)
+        future.set_result(batch.pin_memory() if pin else batch)
+    except BaseException as error:
+        future.set_exception(error)

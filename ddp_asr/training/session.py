@@ -152,7 +152,6 @@ class Session:
             corpus.index,
             corpus.tokeniser,
             corpus.plan,
-            augment.draw,
             config,
             rank=world.rank,
             world_size=world.world_size,
@@ -161,7 +160,7 @@ class Session:
         hooks = self._hooks(learner, corpus, test, on_step)
         trainer = Trainer(world, learner, schedule, hooks, self.stop)
         mine = share(config.batch.micro_batches, world.rank, world.world_size)
-        # Closed at once after an error, too: loader workers ignore SIGTERM, so the interpreter would wait for them.
+        # Closed after an error, too, which ends the threads of the loader.
         with contextlib.closing(self._writer), contextlib.closing(on_device(batches, world.device)) as sent:
             return trainer.run(sent, mine, self.progress)
 
@@ -315,8 +314,9 @@ class Session:
         if (self.path / "spectrogram.png").exists():
             return
         rows = corpus.plan.epoch(0).rows[:1]
-        recordings = Recordings(corpus.index, corpus.tokeniser, self.config, draw_masks=augment.draw, training=True)
-        batch = recordings[Work(epoch=0, step=0, micro_batch=0, rows=rows)].to(self.world.device)
+        recordings = Recordings(corpus.index, corpus.tokeniser, self.config, training=True)
+        work = Work(epoch=0, step=0, micro_batch=0, rows=rows)
+        batch = recordings.micro_batch(work).to(self.world.device)
         before, _ = learner.log_mel(batch.waveforms, batch.samples)
         after = augment.apply(before, batch.masks, self.config.objective.views)[0] if batch.masks else before
         pictures = (before[0].cpu().numpy(), after[0].cpu().numpy())
