@@ -164,6 +164,6 @@ def test_the_largest_micro_batches_are_those_that_a_run_rehearses(shards):
     config = settings(shards)
     corpus = read_corpus(config)
     text = report(config, world_size=1)
-    for name, rows in corpus.plan.corners(corpus.target_lengths).items():
+    for name, rows in corpus.plan.largest_micro_batches(corpus.target_lengths).items():
         longest_s = corpus.index.samples[rows].max() / SAMPLE_RATE_HZ
         assert re.search(rf"^  {name} +{len(rows)} x {longest_s:.1f} s, about \d", text, re.MULTILINE)

@@ -106,20 +106,20 @@ def test_an_epoch_found_at_once_is_the_one_replayed(arguments, number):
 
 
 @given(plans())
-def test_no_epoch_brings_more_than_the_corners(arguments):
+def test_no_epoch_has_a_larger_micro_batch_than_the_largest(arguments):
     plan = made(arguments)
     if plan is None:
         return
     targets = arguments["samples"] % 97 + 1
-    corners = plan.corners(targets)
+    largest = plan.largest_micro_batches(targets)
     slowest = speed_samples(arguments["samples"], min(arguments["speeds"]))
     epoch = plan.epoch(0)
     batches = np.split(epoch.rows, epoch.bounds[1:-1])
-    assert slowest[corners["the longest utterance"]].max() == slowest.max()
-    assert len(corners["the most utterances"]) == max(map(len, batches))
-    most_audio = corners["the most audio"]
+    assert slowest[largest["the longest utterance"]].max() == slowest.max()
+    assert len(largest["the most utterances"]) == max(map(len, batches))
+    most_audio = largest["the most audio"]
     assert len(most_audio) * slowest[most_audio].max() >= epoch.cost.max()
-    most_targets = corners["the most targets"]
+    most_targets = largest["the most targets"]
     assert len(most_targets) * targets[most_targets].max() >= max(len(rows) * targets[rows].max() for rows in batches)
 
 

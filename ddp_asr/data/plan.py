@@ -138,7 +138,7 @@ class Plan:
             self._row[taken], bounds, speed, speed_samples(self._samples[taken], speed), self.micro_batches
         )
 
-    def corners(self, target_length: np.ndarray) -> dict[str, np.ndarray]:
+    def largest_micro_batches(self, target_length: np.ndarray) -> dict[str, np.ndarray]:
         """Rows of the largest micro-batches that any epoch can contain (at the slowest speed), for the rehearsal.
 
         `target_length` (N,) is aligned with the arrays the plan was made from.

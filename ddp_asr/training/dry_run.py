@@ -65,7 +65,7 @@ def _memory_lines(config: Config, corpus: Corpus, model: AcousticModel) -> list[
     lines = []
     a_second = activation_bytes_per_second(config, model)
     fixed = count_parameters(model) * _FLOAT_BYTES * _OPTIMISER_COPIES
-    for name, rows in corpus.plan.corners(corpus.target_lengths).items():
+    for name, rows in corpus.plan.largest_micro_batches(corpus.target_lengths).items():
         samples = speed_samples(corpus.index.samples[rows], min(corpus.plan.speeds))
         longest_s = float(samples.max()) / SAMPLE_RATE_HZ
         total = fixed + a_second * longest_s * len(rows)

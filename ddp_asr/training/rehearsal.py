@@ -33,7 +33,7 @@ def rehearse(corpus: Corpus, learner: Learner) -> list[str]:
     """
     ran, seen = [], set()
     with _leaving_no_trace(learner):
-        for name, rows in corpus.plan.corners(corpus.target_lengths).items():
+        for name, rows in corpus.plan.largest_micro_batches(corpus.target_lengths).items():
             batch = _stand_in(corpus, rows)
             shape = (batch.waveforms.shape, batch.targets.shape)
             if shape in seen:
