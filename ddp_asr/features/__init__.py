@@ -8,7 +8,9 @@ A new waveform augmentation is a module in this package with a class of `Wavefor
 It keeps the length, because the plan counts samples; a change of speed changes it and so belongs to the plan.
 """
 
-from typing import Protocol, Self
+from __future__ import annotations
+
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +26,7 @@ class WaveformAugmentation(Protocol):
     """What its random numbers are drawn for; no two augmentations share one, and renaming it changes every run."""
 
     @classmethod
-    def from_settings(cls, settings: config.Augment) -> Self | None:
+    def from_settings(cls, settings: config.Augment) -> WaveformAugmentation | None:
         """None where the settings turn it off, as they do by default."""
         ...
 

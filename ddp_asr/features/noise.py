@@ -1,7 +1,8 @@
 """White noise under some of the utterances, as loud as a drawn signal-to-noise ratio says."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ class WhiteNoise:
     purpose = "noise"
 
     @classmethod
-    def from_settings(cls, settings: config.Augment) -> Self | None:
+    def from_settings(cls, settings: config.Augment) -> WhiteNoise | None:
         noise = settings.noise
         return cls(noise.share, noise.snr_db_min, noise.snr_db_max) if noise.share else None
 

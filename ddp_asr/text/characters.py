@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -48,11 +48,11 @@ class Characters:
         self._class_of[_code_points(symbols)] = np.arange(len(symbols))
 
     @classmethod
-    def from_settings(cls, settings: config.Characters) -> Self:
+    def from_settings(cls, settings: config.Characters) -> Characters:
         return cls(settings.symbols, settings.lowercase, settings.drop)
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Self:
+    def from_state(cls, state: dict[str, Any]) -> Characters:
         return cls(state["symbols"], state["lowercase"], state["drop"])
 
     def state(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -40,12 +40,12 @@ class Tokeniser(Protocol):
         ...
 
     @classmethod
-    def from_settings(cls, settings: Any) -> Self:
+    def from_settings(cls, settings: Any) -> Tokeniser:
         """Of the kind's own settings, the section `vocabulary`."""
         ...
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Self: ...
+    def from_state(cls, state: dict[str, Any]) -> Tokeniser: ...
 
     def state(self) -> dict[str, Any]:
         """All that makes this tokeniser, as plain containers, with its kind under `kind`."""
