@@ -1,17 +1,16 @@
-"""Looks at nodes before a long run is spent on them: `python -m launch.doctor --nodes 4 --gpus-per-node 8`, a minute.
+"""Tests nodes before a long run is started on them: `python -m launch.doctor --nodes 4 --gpus-per-node 8`, a minute.
 
-    Slurm's nodes  ->  a job, examination.Examination on every rank  ->  the nodes' reports  ->  findings.judge
-                   ->  a table, one sentence for each thing wrong, exit status 1 if there is any
+    a Slurm job      ->  probe.Probe on every node  ->  JSON lines in the job's logs  ->  Evidence
+    --cluster local  ->  the same probe in this process                               ->  Evidence
+    Evidence         ->  wrong(): a sentence for each thing wrong  ->  a table, the sentences, exit status 1 if any
 
-Nothing here waits for a node that cannot answer: a job that cannot start for want of nodes is taken back and Slurm's
-reason told, and one that has started has `--timeout` seconds. The job is cancelled when it is not needed any more, by
-Ctrl-C as well.
+A job that cannot start because nodes are missing is cancelled, and one that has started has `--timeout` seconds; nodes
+that have not answered by then are named. Ctrl-C cancels the job as well.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import math
@@ -19,47 +18,39 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ddp_asr.config import Config, load_config
 from ddp_asr.errors import UserError, run_entry_point
-from launch import cluster, findings, job, probes
-from launch.cluster import JobState, Node, Request, Submission
-from launch.examination import Desk, Examination
-from launch.findings import AllReduce, Evidence, Finding, Report
-from launch.probes import Target
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from ddp_asr.files import read_json_lines
+from launch import cluster, job
+from launch.cluster import Node, Request
+from launch.probe import UNKNOWN_NAME, Directory, Probe, Report
 
 RUN_BYTES = 2 * 10**9  # four checkpoints of the default model with its moments are 1.1 GB
 TMP_BYTES = 5 * 10**8
-SHARED_MEMORY_BYTES = 64 << 20  # a rank: what its loader processes hand over, and NCCL
-LOOK_EVERY_S = 0.5
+SHARED_MEMORY_BYTES = 64 << 20  # a rank, for NCCL
 ASK_SLURM_EVERY_S = 2.0
 BLOCKED_FOR_S = 6.0  # before it is believed: nodes change their state while a job starts
-LAST_WORDS_S = 5.0
-END_WITHIN_S = 20.0
-# Reasons for which Slurm holds a job back until somebody changes the job or the cluster.
-_HOPELESS = re.compile(
-    "Partition(Config|NodeLimit|TimeLimit|Down|Inactive)|BadConstraints|Invalid(Account|QOS)|PerJob|JobHeld|held"
-)
+LOGS_WITHIN_S = 5.0  # after the job's end, on a network file system
+_OUT_OF_USE = ("down", "drain", "fail", "error", "unknown", "inval", "maint")
 
 EXAMPLES = """\
 examples:
   python -m launch.doctor --nodes 4 --gpus-per-node 8
   python -m launch.doctor --cluster infiniband8 --nodes 4 --config configs/librispeech_960.yaml
-  python -m launch.doctor --nodes 2 --tasks-per-node 2 --partition main --path shards/train-clean-100 --json
+  python -m launch.doctor --nodes 2 --tasks-per-node 2 --partition main --data.train=shards/train-clean-100 --json
   python -m launch.doctor --cluster local --tasks-per-node 2
 
-Run it with the settings and the options of the run that you are going to submit. It ends with 0 when nothing is wrong,
-with 1 otherwise, with 2 when Slurm refuses the job.
+Run it with the settings and the options of the run that you are going to submit. The exit status is 0 when nothing is
+wrong, 1 when something is, 2 when an option is wrong or Slurm refuses the job.
 """
 
 
@@ -67,48 +58,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, settings = _parse(sys.argv[1:] if argv is None else argv)
     config = load_config(options.config, settings)
     request = cluster.request_from(options)
-    if options.time is None:
-        request = dataclasses.replace(request, time=str(math.ceil(options.timeout / 60) + 2))
-    runs = Path(config.run.dir).absolute()
-    named = options.config is not None or any(text.startswith("--data.") for text in settings)
-    with _folder(runs) as folder, _tokens(options.path, folder) as others:
-        targets = [*_targets(config, runs, folder, request, shards=named), *others]
-        consultation = examine(request, folder, targets, options.timeout)
-        found = findings.judge(consultation)
-        if not any(finding.wrong for finding in found):
-            shutil.rmtree(folder, ignore_errors=True)
-    print(_as_json(consultation, found) if options.json else _as_text(consultation, found), flush=True)
-    return int(any(finding.wrong for finding in found))
+    shards = options.config is not None or any(text.startswith("--data.") for text in settings)
+    targets = tuple(directories(config, request, shards=shards))
+    probe = Probe(targets, request.gpus_per_node, request.ranks_per_node, options.timeout)
+    if request.executor == "slurm":
+        limit = options.time or str(math.ceil(options.timeout / 60) + 2)
+        evidence = on_slurm(probe, dataclasses.replace(request, time=limit), Path(config.run.dir).absolute())
+    else:
+        evidence = on_this_machine(probe, request)
+    sentences = list(wrong(evidence))
+    if evidence.logs and not sentences:
+        shutil.rmtree(evidence.logs, ignore_errors=True)
+    if options.json:
+        found = {"ok": not sentences, "wrong": sentences, **dataclasses.asdict(evidence)}
+        print(json.dumps(found, indent=1), flush=True)
+    else:
+        _show(evidence, sentences)
+    return int(bool(sentences))
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="python -m launch.doctor",
-        description="Runs a job of about a minute that says of each node what would break or slow a long one:\n"
+        description="Runs a job of about a minute that tests on each node what would stop or slow down a long one:\n"
         "names, links, the rendezvous port, GPUs, disks, run directory, shards, and an all-reduce over all ranks.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        usage="%(prog)s [--config FILE] [--path DIR] [--timeout S] [--json] [job options] [--section.key=value ...]",
+        usage="%(prog)s [--config FILE] [--timeout S] [--json] [job options] [--section.key=value ...]",
     )
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="settings of the run: its directory, its shards, its cache"
-    )
-    parser.add_argument(
-        "--path",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="another directory that every node must see: shards, or one to write to; may be repeated",
     )
     parser.add_argument(
         "--timeout",
         type=_seconds,
         default=180.0,
         metavar="S",
-        help="seconds to wait for the nodes once the job has started (default: 180); half a minute is the least "
-        "that makes sense",
+        help="seconds that the nodes have once the job has started (default: 180; below 60 slow nodes may fail)",
     )
     parser.add_argument("--json", action="store_true", help="print all that was found as JSON")
     cluster.add_options(parser)
@@ -125,364 +112,273 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-# ---- what is looked at ---------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _folder(runs: Path) -> Iterator[Path]:
-    """A new folder for the job below the runs; one whose job was never sent is removed."""
-    folder = runs / ".doctor" / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-    try:
-        (folder / "desk").mkdir(parents=True)
-        (folder / "token").write_text(secrets.token_hex(32))
-    except OSError as error:
-        raise UserError(
-            f"cannot write {error.filename or folder} ({error.strerror}): the job's files and its nodes' reports lie "
-            "there; choose a directory that you may write and all nodes share, with --run.dir=DIR"
-        ) from None
-    try:
-        yield folder
-    except (UserError, KeyboardInterrupt):
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    finally:
-        with contextlib.suppress(OSError):  # others may be in there
-            folder.parent.rmdir()
-
-
-def _targets(config: Config, runs: Path, folder: Path, request: Request, *, shards: bool) -> list[Target]:
+def directories(config: Config, request: Request, *, shards: bool) -> list[Directory]:
     """What the nodes look at, by the run's settings."""
-    token = folder / "token"
-    evidence = str(token.relative_to(runs))
-    found = [
-        Target(str(runs), "the run directory", evidence, probes.digest_of(token), write=True, needed_bytes=RUN_BYTES)
-    ]
+    found = [Directory(str(Path(config.run.dir).absolute()), "the run directory", RUN_BYTES, write=True)]
     paths = dict.fromkeys(Path(path).absolute() for path in (*config.data.train, *config.data.test)) if shards else {}
-    found += [_shards(path) for path in paths]
+    found += [Directory(str(path), "the shards", shards=True) for path in paths]
     if shards and config.data.cache_dir:
-        needed = sum(size for path in paths for size in probes.shard_bytes(path).values())
-        cache = str(Path(config.data.cache_dir).absolute())
-        found.append(Target(cache, "the shards' copies", write=True, needed_bytes=needed))
-    found.append(Target("/tmp", "temporary files", needed_bytes=TMP_BYTES))
-    found.append(Target("/dev/shm", "shared memory", needed_bytes=SHARED_MEMORY_BYTES * request.ranks_per_node))
+        needed = sum(file.stat().st_size for path in paths for file in path.glob("*.tar"))
+        found.append(Directory(str(Path(config.data.cache_dir).absolute()), "the cache of shards", needed, write=True))
+    found.append(Directory("/tmp", "temporary files", TMP_BYTES))
+    found.append(Directory("/dev/shm", "shared memory", SHARED_MEMORY_BYTES * request.ranks_per_node))
     return found
 
 
-def _shards(path: Path) -> Target:
-    """Shards need not be visible here; then the nodes are compared with each other."""
+# ---- the evidence --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Evidence:
+    """All that is known about the nodes."""
+
+    request: Request
+    directories: Sequence[Directory]
+    hosts: Sequence[str] = ()  # the nodes; empty: the job did not start
+    reports: Mapping[str, Report] = field(default_factory=dict)  # by node
+    all_reduce: Mapping[str, dict[str, Any]] = field(default_factory=dict)  # by node, see probe.all_reduce
+    logs: str = ""  # their directory
+    ended: str = ""  # why the job ended early, or was not waited for any longer
+    complaints: Sequence[str] = ()  # of srun, in the logs
+    slurm_nodes: Sequence[Node] = ()
+
+    def read(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Takes the lines of a probe."""
+        lines = list(lines)
+        self.reports = {line["report"]["node"]: line["report"] for line in lines if "report" in line}
+        self.all_reduce = {line["all_reduce"]["node"]: line["all_reduce"] for line in lines if "all_reduce" in line}
+        self.hosts = self.hosts or sorted(self.reports)
+
+
+def on_this_machine(probe: Probe, request: Request) -> Evidence:
+    with socket.socket() as unused:
+        unused.bind(("", 0))
+        port = unused.getsockname()[1]
+    evidence = Evidence(request, probe.directories)
+    evidence.read(probe.lines([socket.gethostname()], 0, port, "doctor"))
+    return evidence
+
+
+def on_slurm(probe: Probe, request: Request, runs: Path) -> Evidence:
+    """Submits the job, waits for its end, or cancels it, and reads what its nodes have printed."""
+    folder = runs / f".doctor-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     try:
-        digest = probes.digest_of(path / "dataset.json")
-    except OSError:
-        digest = ""
-    return Target(str(path), "the shards", "dataset.json", digest, read=True)
-
-
-@contextlib.contextmanager
-def _tokens(paths: Sequence[Path], folder: Path) -> Iterator[list[Target]]:
-    """Targets of the directories given by hand; in those that hold no shards lies a file for as long as this lasts."""
-    found, tokens = [], []
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot create {folder} ({error.strerror}), which is for the job's files and logs: choose a directory "
+            "that you may write and all nodes share, with --run.dir=DIR"
+        ) from None
+    evidence = Evidence(request, probe.directories, logs=str(folder))
+    one_task = dataclasses.replace(
+        request, tasks_per_node=1, cpus_per_task=request.ranks_per_node * request.cpus_per_task
+    )
     try:
-        for path in (given.absolute() for given in paths):
-            if (path / "dataset.json").exists():
-                found.append(_shards(path))
-                continue
-            token = path / f".doctor-{folder.name}"
-            try:
-                shutil.copy(folder / "token", token)
-            except OSError as error:
-                raise UserError(
-                    f"cannot write {token} ({error.strerror}): --path takes directories of shards, and such as you "
-                    "may write to"
-                ) from None
-            tokens.append(token)
-            found.append(Target(str(path), "the directory", token.name, probes.digest_of(token), write=True))
-        yield found
-    finally:
-        for token in tokens:
-            token.unlink(missing_ok=True)
+        (job_id,) = cluster.submit([probe], folder, one_task, name="doctor", code=job.freeze_code(folder)).job_ids
+        try:
+            print(f"job {job_id}; logs: {folder}", file=sys.stderr, flush=True)
+            evidence.ended = _wait(job_id, evidence, probe.timeout_s)
+        finally:
+            if cluster.job_states([job_id])[job_id].living:
+                cluster.run(["scancel", job_id])
+        _read_logs(folder, evidence)
+        evidence.slurm_nodes = cluster.nodes()
+    except (UserError, KeyboardInterrupt):
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return evidence
 
 
-# ---- the job -------------------------------------------------------------------------------------------------------
-
-
-def examine(request: Request, folder: Path, targets: Sequence[Target], timeout_s: float) -> Evidence:
-    """Sends the job, waits for it, and gathers what there is to judge; the job is gone afterwards."""
-    desk = Desk(folder / "desk")
-    examination = Examination(desk.folder, tuple(targets), timeout_s)
-    submission = cluster.submit([examination], folder, request, name="doctor", code=job.freeze_code(folder))
-    patient = _Job(submission, request, desk)
-    try:
-        patient.tell(f"job {patient.id}; its logs: {folder}")
-        ended = patient.wait(timeout_s)
-        return patient.evidence(targets, ended)
-    finally:
-        patient.leave()
-
-
-class _Job:
-    """The doctor's job while it is waited for."""
-
-    def __init__(self, submission: Submission, request: Request, desk: Desk) -> None:
-        self.submission, self.request, self.desk = submission, request, desk
-        self.id = submission.job_ids[0]
-        self._slurm = request.executor == "slurm"
-        self._told = ""
-        self._hosts: list[str] = []
-        self._started_s: float | None = None
-        self._blocked_since_s: float | None = None
-
-    def tell(self, text: str) -> None:
-        """A line on stderr, each once in a row; stdout is for the result."""
-        if text != self._told:
-            print(text, file=sys.stderr, flush=True)
-            self._told = text
-
-    def wait(self, timeout_s: float) -> str:
-        """Returns when the nodes have said all that they are going to, or why nobody waits any longer."""
-        while not self._complete():
-            if why := self._why_stop(self.state(), timeout_s):
+def _wait(job_id: str, evidence: Evidence, timeout_s: float) -> str:
+    """Returns when the job has ended: empty if it ended well, else how; or why it is of no use to wait any longer."""
+    told, deadline_s, blocked_since_s = "", math.inf, math.inf
+    while (state := cluster.job_states([job_id])[job_id]).living and state.state != "COMPLETING":
+        now_s, message = time.monotonic(), told
+        known = cluster.scontrol_job(job_id) or {}
+        if state.state == "RUNNING":
+            evidence.hosts = evidence.hosts or _expanded(known.get("NodeList", ""))
+            deadline_s = min(deadline_s, now_s + timeout_s)
+            message = f"job {job_id} runs on {', '.join(evidence.hosts)}"
+        elif state.state == "PENDING" and evidence.hosts:
+            return f"Slurm has requeued the job ({state.reason or 'a node failed'})"
+        elif state.state == "PENDING":
+            message = f"job {job_id} is waiting ({state.reason}); Ctrl-C cancels it"
+            why = too_few_nodes(evidence.request, cluster.nodes(known.get("Partition", "")))
+            blocked_since_s = min(blocked_since_s, now_s) if why else math.inf
+            if now_s - blocked_since_s >= BLOCKED_FOR_S:
                 return why
-            self._pause()
-        return ""
-
-    def _why_stop(self, state: JobState, timeout_s: float) -> str:
-        """Why waiting on is of no use; empty: it may be."""
-        if not state.living:
-            return self._ended(state)
-        if state.state == "PENDING":
-            return self._why_not_started(state)
-        if self._started_s is None and state.state == "RUNNING":
-            self._started_s = time.monotonic()
-            self.tell(f"job {self.id} runs on {findings.listed(self.hosts())}")
-        if self._started_s is not None and time.monotonic() - self._started_s > timeout_s:
-            return f"not every node had said all within {timeout_s:g} s (--timeout)"
-        return ""
-
-    def _why_not_started(self, state: JobState) -> str:
-        if self._started_s is not None:
-            return f"Slurm has taken the job back and would start it anew ({state.reason or 'a node failed'})"
-        if state.reason:
-            self.tell(f"job {self.id} waits ({state.reason}); Ctrl-C takes it back")
-        why = self._blocked(state)
-        self._blocked_since_s = (self._blocked_since_s or time.monotonic()) if why else None
-        believed = self._blocked_since_s is not None and time.monotonic() - self._blocked_since_s >= BLOCKED_FOR_S
-        return why if believed else ""
-
-    def _pause(self) -> None:
-        """Looks at the desk more often than it asks Slurm."""
-        until_s = time.monotonic() + (ASK_SLURM_EVERY_S if self._slurm else LOOK_EVERY_S)
-        while time.monotonic() < until_s and not self._complete():
-            time.sleep(LOOK_EVERY_S)
-
-    def _complete(self) -> bool:
-        decision = self.desk.decision()
-        return decision is not None and (decision != "" or self._reduced())
-
-    def _reduced(self) -> bool:
-        result = self.desk.all_reduce()
-        return result.measured is not None or 0 in result.errors
-
-    def _ended(self, state: JobState) -> str:
-        """The last reports may still be on their way through a network file system."""
-        deadline_s = time.monotonic() + LAST_WORDS_S
-        while not self._complete() and time.monotonic() < deadline_s:
-            time.sleep(LOOK_EVERY_S)
-        return "" if self._complete() else f"the job ended ({state.state}) before its nodes had said all"
-
-    def _blocked(self, state: JobState) -> str:
-        """Why the job will not start by waiting; empty: it may."""
-        if _HOPELESS.search(state.reason):
-            return f"Slurm holds the job back for good ({state.reason}): compare it with 'scontrol show partition'"
-        request = self.request
-        return findings.blocked(self.nodes(), request, _expanded(request.nodelist), _expanded(request.exclude))
-
-    def state(self) -> JobState:
-        """The job's state, also where there is no Slurm."""
-        if self._slurm:
-            return cluster.job_states([self.id])[self.id]
-        return JobState("RUNNING" if self.request.executor == "local" and _lives(int(self.id)) else "COMPLETED")
-
-    def nodes(self) -> list[Node]:
-        """The nodes of the job's partition."""
-        if not self._slurm:
-            return []
-        known = cluster.scontrol_job(self.id) or {}
-        return cluster.nodes(known.get("Partition", self.request.partition))
-
-    def hosts(self) -> list[str]:
-        """The nodes that the job was given; empty: it never started."""
-        if not self._slurm:
-            return [socket.gethostname()]
-        given = (cluster.scontrol_job(self.id) or {}).get("NodeList", "(null)")
-        # A job that is taken back has none any more, and which they were is what one wants to know.
-        self._hosts = _expanded(given) if given != "(null)" else self._hosts
-        return self._hosts
-
-    def evidence(self, targets: Sequence[Target], ended: str) -> Evidence:
-        """All that is known now."""
-        reports = self.desk.reports()
-        return Evidence(
-            hosts=self.hosts() or sorted(reports),
-            reports=reports,
-            request=self.request,
-            targets=targets,
-            job_id=self.id,
-            folder=str(self.submission.folder),
-            port=job.rendezvous_port(self.id, 1),
-            all_reduce=self.desk.all_reduce(),
-            expect_all_reduce=self.desk.decision() == "",
-            nodes=self.nodes(),
-            ended=ended,
-            complaints=complaints(self.submission.folder) if ended else [],
-        )
-
-    def leave(self) -> None:
-        """Ends the job where it has not ended by itself, and waits until it is gone: nothing may write any more."""
-        if self._complete():
-            self._gone_within(END_WITHIN_S / 2)
-        # What a task does with SIGINT, which a local job is ended by, depends on the shell that all this runs in.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-            if self._gone_within(0.0):
-                return
-            self._cancel(number)
-            self._gone_within(END_WITHIN_S)
-
-    def _gone_within(self, limit_s: float) -> bool:
-        deadline_s = time.monotonic() + limit_s
-        # COMPLETING may last until a node that is cut off answers again.
-        while (state := self.state()).living and state.state != "COMPLETING":
-            if time.monotonic() >= deadline_s:
-                return False
-            time.sleep(LOOK_EVERY_S)
-        return True
-
-    def _cancel(self, number: int) -> None:
-        if self._slurm:
-            cluster.run(["scancel", self.id])
-        else:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(self.id), number)
-
-
-def _lives(pid: int) -> bool:
-    """Whether a child of this process still runs."""
-    try:
-        return os.waitpid(pid, os.WNOHANG) == (0, 0)
-    except ChildProcessError:
-        return False
+        if now_s > deadline_s:
+            return f"the job did not end within {timeout_s:g} s (--timeout)"
+        if message != told:
+            print(told := message, file=sys.stderr, flush=True)
+        time.sleep(ASK_SLURM_EVERY_S)
+    if not evidence.hosts:
+        evidence.hosts = _expanded((cluster.scontrol_job(job_id) or {}).get("NodeList", ""))
+    return "" if state.state in ("COMPLETED", "COMPLETING") else f"the job ended as {state.state}"
 
 
 def _expanded(hosts: str) -> list[str]:
-    """node[1-3] as Slurm means it."""
-    return cluster.run(["scontrol", "show", "hostnames", hosts]).split() if hosts else []
+    """The names in node[1-3]; of a job without nodes Slurm says (null)."""
+    return cluster.run(["scontrol", "show", "hostnames", hosts]).split() if hosts not in ("", "(null)") else []
 
 
-def complaints(folder: Path) -> list[str]:
-    """What Slurm's own programs have written into the job's logs."""
-    found: dict[str, None] = {}
-    for log in sorted(folder.glob("*_log.*")):
-        with contextlib.suppress(OSError):
-            text = log.read_text(encoding="utf8", errors="replace")
-            found |= dict.fromkeys(re.findall(r"^srun: error: (.*\S)", text, re.MULTILINE))
-    victims = re.compile(r": tasks? [\d,-]+: ")  # "node2: task 1: Killed": tasks that ended with the step
-    return [complaint for complaint in found if not victims.search(complaint)][:3]
+def too_few_nodes(request: Request, nodes: Sequence[Node]) -> str:
+    """Why a pending job waits until somebody repairs a node; empty: it only waits for its turn."""
+    broken = [node for node in nodes if out_of_use(node)]
+    usable = len(nodes) - len(broken)
+    if not broken or usable >= int(request.nodes.partition("-")[0]):
+        return ""
+    standing = "; ".join(f"{node.name} {_standing(node)}" for node in broken)
+    return f"the job cannot start: it asks for {request.nodes} node(s), and {usable} can be used: {standing}"
+
+
+def out_of_use(node: Node) -> bool:
+    """Whether Slurm starts nothing there; `*`: the node does not answer it."""
+    return node.state.lower().startswith(_OUT_OF_USE) or node.state.endswith("*")
+
+
+def _standing(node: Node) -> str:
+    return f"is {node.state} for Slurm" + (f" ({node.reason})" if node.reason else "")
+
+
+def _read_logs(folder: Path, evidence: Evidence) -> None:
+    deadline_s = time.monotonic() + LOGS_WITHIN_S
+    while True:
+        os.utime(folder)  # an NFS client then asks its server which files there are
+        logs = sorted(folder.glob("*.out"))
+        evidence.read(line for log in logs for line in read_json_lines(log))
+        if set(evidence.hosts) <= set(evidence.all_reduce) or time.monotonic() > deadline_s:
+            break
+        time.sleep(0.5)
+    evidence.complaints = complaints("\n".join(log.read_text(errors="replace") for log in logs))
+
+
+def complaints(log: str) -> list[str]:
+    """What srun complains of, without tasks that only ended with the others ("node2: task 1: Killed")."""
+    found = dict.fromkeys(re.findall(r"^srun: error: (.*\S)", log, re.MULTILINE))
+    return [complaint for complaint in found if not re.search(r": tasks? [\d,-]+: ", complaint)]
+
+
+# ---- what is wrong -------------------------------------------------------------------------------------------------
+
+
+def wrong(evidence: Evidence) -> Iterator[str]:
+    """A sentence for each thing wrong: where, what, and what to do."""
+    reports = [evidence.reports[host] for host in evidence.hosts if host in evidence.reports]
+    logs = f"see the logs in {evidence.logs}"
+    if not evidence.hosts:
+        yield "; ".join([evidence.ended or f"the job ended without a report: {logs}", *evidence.complaints])
+    yield from _silent_nodes(evidence, reports)
+    yield from _links(reports)
+    for sentence, nodes in _grouped((sentence, report["node"]) for report in reports for sentence in report["wrong"]):
+        yield f"on {nodes}, {sentence}"
+    for path in (directory.path for directory in evidence.directories if directory.shards):
+        copies = _grouped((report["directories"][path].get("dataset", ""), report["node"]) for report in reports)
+        if len(places := [nodes for _, nodes in copies]) > 1:
+            yield f"{path} on {places[0]} differs from that on {'; '.join(places[1:])}: all nodes need the same shards"
+    if len(reports) < len(evidence.hosts) or any(any(r["links"].values()) or not r["listening"] for r in reports):
+        return  # there was no all-reduce
+    measured, errors = _measured(evidence), {node: found["error"] for node, found in evidence.all_reduce.items()}
+    for error, nodes in _grouped((error, node) for node, error in errors.items()):
+        yield f"the all-reduce failed on {nodes} ({error}): {logs}"
+    if evidence.hosts and not measured and not any(errors.values()):
+        yield f"the all-reduce gave no result ({evidence.ended or 'the job ended'}): {logs}"
+    ranks = measured["ranks"] if measured and evidence.request.gpus_per_node else []
+    if blind := dict.fromkeys(rank["host"] for rank in ranks if not rank["device"].startswith("cuda")):
+        yield f"torch finds no GPU on {', '.join(blind)}: it needs a build for CUDA that fits the driver"
+
+
+def _measured(evidence: Evidence) -> dict[str, Any] | None:
+    return next((found["measured"] for found in evidence.all_reduce.values() if found["measured"]), None)
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """(what, "node1, node2") of the pairs (what, node) whose `what` is not empty."""
+    nodes = defaultdict(list)
+    for what, node in pairs:
+        nodes[what].append(node)
+    return ((what, ", ".join(dict.fromkeys(found))) for what, found in nodes.items() if what)
+
+
+def _silent_nodes(evidence: Evidence, reports: Sequence[Report]) -> Iterator[str]:
+    """Nodes without a report. One that is lost ends the tasks of the others, so only those with evidence are named."""
+    silent = [host for host in evidence.hosts if host not in evidence.reports]
+    known = {host: list(_known_about(host, evidence, reports)) for host in silent}
+    for host in filter(known.get, silent):
+        yield (
+            f"{host} did not answer ({'; '.join(known[host])}): check its link and its slurmd, or leave it out with "
+            f"--exclude {host}"
+        )
+    if silent and not any(known.values()):
+        why = "; ".join([evidence.ended or "the job ended", *evidence.complaints])
+        yield (
+            f"{', '.join(silent)} did not answer ({why}): see the logs in {evidence.logs}, and whether all nodes share "
+            f"that directory and can start {sys.executable}"
+        )
+
+
+def _known_about(host: str, evidence: Evidence, reports: Sequence[Report]) -> Iterator[str]:
+    """Why a node did not answer."""
+    yield from (text for text in evidence.complaints if re.search(rf"\b{re.escape(host)}\b", text))
+    yield from (f"it {_standing(node)}" for node in evidence.slurm_nodes if node.name == host and out_of_use(node))
+    # Where a connection is refused the link is good.
+    errors = [(report["links"][host], report["node"]) for report in reports if host in report["links"]]
+    yield from (f"{error} from {nodes}" for error, nodes in _grouped(errors) if error != "connection refused")
+
+
+def _links(reports: Sequence[Report]) -> Iterator[str]:
+    """Failed links, by the node that most of them have in common: a cable that is cut is one sentence."""
+    listening = [report["node"] for report in reports if report["listening"]]
+    links = {(report["node"], other): error for report in reports for other, error in report["links"].items()}
+    failed = {pair: error for pair, error in links.items() if error not in ("", UNKNOWN_NAME) and pair[1] in listening}
+    while failed:
+        peers = {node: {other for pair in failed if node in pair for other in pair} for pair in failed for node in pair}
+        node = max(peers, key=lambda node: len(peers[node]))
+        callers = [caller for caller, called in failed if called == node]
+        called = [called for caller, called in failed if caller == node]
+        parts = [f"cannot be reached from {', '.join(callers)}"] if callers else []
+        parts += [f"cannot reach {', '.join(called)}"] if called else []
+        error = next(error for pair, error in failed.items() if node in pair)
+        whose = "its link" if len(peers[node]) > 2 else "the links of both"
+        yield f"{node} {' and '.join(parts)} ({error}): check {whose}, and the firewalls between the nodes"
+        failed = {pair: error for pair, error in failed.items() if node not in pair}
 
 
 # ---- what is shown -------------------------------------------------------------------------------------------------
 
 
-def _as_json(evidence: Evidence, found: Sequence[Finding]) -> str:
-    record: dict[str, Any] = {
-        "ok": not any(finding.wrong for finding in found),
-        "wrong": [finding.sentence for finding in found if finding.wrong],
-        "notes": [finding.sentence for finding in found if not finding.wrong],
-        "job_id": evidence.job_id,
-        "hosts": list(evidence.hosts),
-        "nodes": {host: dataclasses.asdict(report) for host, report in evidence.reports.items()},
-        "all_reduce": dataclasses.asdict(evidence.all_reduce),
-        "slurm": [dataclasses.asdict(node) for node in evidence.nodes],
-    }
-    return json.dumps(record, indent=1)
-
-
-def _as_text(evidence: Evidence, found: Sequence[Finding]) -> str:
-    lines = [_drawn(_table(evidence))] if evidence.hosts else []
-    lines += [f"all-reduce  {_shown_bandwidth(evidence.all_reduce)}"] if evidence.all_reduce.measured else []
-    lines += [f"{'wrong' if finding.wrong else 'note'}: {finding.sentence}" for finding in found]
-    wrong = sum(finding.wrong for finding in found)
-    ranks = len(evidence.hosts) * evidence.request.ranks_per_node
-    conclusion = f"{wrong} thing(s) wrong; logs: {evidence.folder}"
-    lines.append(conclusion if wrong else f"nothing is wrong with {len(evidence.hosts)} node(s), {ranks} rank(s)")
-    return "\n".join(lines)
-
-
-def _table(evidence: Evidence) -> Table:
+def _show(evidence: Evidence, sentences: Sequence[str]) -> None:
+    from rich.console import Console
     from rich.table import Table
 
-    table = Table("node", "is to the others", "reached by", "GPUs", box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for target in evidence.targets:
-        table.add_column(f"{target.what.removeprefix('the ')}\n{_last_part(target.path)}")
+    table = Table("node", "address", "reached by", "GPUs", box=None, padding=(0, 2, 0, 0))
+    for directory in evidence.directories:
+        table.add_column(f"{directory.what}\n{directory.path}")
     for host in evidence.hosts:
-        report = evidence.reports.get(host)
-        if report is None:
-            table.add_row(host, "no report")
+        if (report := evidence.reports.get(host)) is None:
+            table.add_row(host, "no answer")
             continue
-        seen = {directory.path: directory for directory in report.directories}
-        cells = [_shown_directory(seen.get(target.path)) for target in evidence.targets]
-        table.add_row(host, ", ".join(report.routes) or "-", _reached_by(host, evidence), _shown_gpus(report), *cells)
-    return table
-
-
-def _last_part(path: str) -> str:
-    return path if len(path) <= 16 else f".../{Path(path).name}"
-
-
-def _reached_by(host: str, evidence: Evidence) -> str:
-    if len(evidence.hosts) < 2:
-        return "-"
-    others = [report for report in evidence.reports.values() if report.node != host and report.links]
-    reached = [r for r in others if any(link.to == host and not link.error for link in r.links)]
-    whole = [r for r in reached if not any(link.to == host for link in r.unreached)]
-    return f"{len(whole)} of {len(others)}" if others else "?"
-
-
-def _shown_gpus(report: Report) -> str:
-    gpus = report.gpus
-    if not gpus.names:
-        return "none" if report.stage == "done" else "?"
-    return f"{len(gpus.names)} x {gpus.names[0]}, driver {gpus.driver}"
-
-
-def _shown_directory(found: probes.Directory | None) -> str:
-    if found is None:
-        return "?"
-    if found.error:
-        return found.error
-    parts = [f"{found.free_bytes / 1e9:.0f} GB free"] if found.free_bytes >= 0 and found.read_mb_per_s is None else []
-    parts += [f"reads {found.read_mb_per_s:.0f} MB/s"] if found.read_mb_per_s is not None else []
-    parts += [f"writes {found.write_mb_per_s:.0f} MB/s"] if found.write_mb_per_s is not None else []
-    return "\n".join(parts)
-
-
-def _shown_bandwidth(result: AllReduce) -> str:
-    measured = result.measured or {}
-    device = measured["ranks"][0]["device"].partition(":")[0]
-    sizes = [
-        f"{size['bytes'] >> 20} MiB {1000 * size['seconds']:.1f} ms, {size['bus_gb_per_s']:.2f} GB/s"
-        for size in measured["sizes"]
-        if size["bus_gb_per_s"] is not None
-    ]
-    return f"{measured['world_size']} rank(s) on {device}: {'; '.join(sizes) or 'nothing to send'} (bus bandwidth)"
-
-
-def _drawn(table: Table) -> str:
-    from rich.console import Console
-
+        gpus = "\n".join(f"{report['gpus'].count(gpu)} x {gpu}" for gpu in dict.fromkeys(report["gpus"]))
+        reached = f"{len(report['called_by'])} of {len(evidence.hosts) - 1}"
+        cells = [_cell(report["directories"][directory.path]) for directory in evidence.directories]
+        table.add_row(host, report["address"], reached, gpus, *cells)
     width = shutil.get_terminal_size((160, 24)).columns
-    console = Console(width=width, color_system=None)
-    with console.capture() as capture:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+    Console(width=width, highlight=False, markup=False).print(table)
+    measured = _measured(evidence) or {"sizes": []}
+    for size in measured["sizes"]:
+        if size["bus_gb_per_s"] is not None:
+            speed = f"{1000 * size['seconds']:.1f} ms, {size['bus_gb_per_s']:.2f} GB/s bus bandwidth"
+            print(f"all-reduce of {size['bytes'] >> 20} MiB over {measured['world_size']} ranks: {speed}")
+    for sentence in sentences:
+        print(f"wrong: {sentence}")
+    if not sentences:
+        print(f"nothing is wrong with {len(evidence.hosts)} node(s)")
+
+
+def _cell(found: dict[str, Any]) -> str:
+    lines = [f"{found['free_bytes'] / 1e9:.0f} GB free"] if "free_bytes" in found else []
+    lines += [f"{what}s {found[key]:.0f} MB/s" for what in ("read", "write") if (key := f"{what}_mb_per_s") in found]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,35 @@
-"""The doctor: what nodes find out by themselves, what their reports mean, and a whole examination of this machine."""
+"""The doctor: what a node finds out, with real sockets and files; what the reports mean; the command on this machine.
+
+Slurm is replaced by what its commands would say; tests/slurm/test_tools.py has the doctor on a real cluster.
+"""
 
 import dataclasses
 import json
 import os
-import re
+import pickle
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from ddp_asr import bandwidth
 from ddp_asr.errors import UserError
-from launch import doctor, examination, findings, probes
-from launch.cluster import JobState, Node, Request, Submission
-from launch.examination import Desk, Examination
-from launch.findings import AllReduce, Evidence, Report, judge
-from launch.job import Place
-from launch.probes import Directory, Gpus, Link, Listener, Name, Target
+from ddp_asr.files import sha256_of
+from launch import cluster, doctor, probe
+from launch.cluster import JobState, Node, Request
+from launch.doctor import Evidence, wrong
+from launch.probe import Directory, Probe
 from tests.conftest import REPOSITORY
 
-PORT, OTHER_PORT = 23456, 40001
 NODES = ["node1", "node2", "node3", "node4"]
-RUN = Target("/runs", "the run directory", "token", "d1", write=True, needed_bytes=2 * 10**9)
-SHARDS = Target("/shards", "the shards", "dataset.json", "d2", read=True)
+SHARDS = Directory("/shards", "the shards", shards=True)
 MEASURED = {
     "world_size": 4,
     "ranks": [{"host": node, "device": "cpu"} for node in NODES],
@@ -35,762 +38,455 @@ MEASURED = {
 
 
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return unused.getsockname()[1]
+
+
+def executable(path, text):
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+# ---- links ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """Nodes are threads of this process, each at an address 127.0.1.N; a pair in `cut` cannot connect."""
+    addresses = {node: f"127.0.1.{number}" for number, node in enumerate(NODES, 1)}
+    cut, create_connection = set(), socket.create_connection
+    calling = threading.local()
+
+    def connect_where_not_cut(address, timeout):
+        node, port = address
+        if (calling.node, node) in cut:
+            raise TimeoutError
+        return create_connection((addresses[node], port), timeout)
+
+    def call(node, *arguments):
+        calling.node = node
+        return real_call(node, *arguments)
+
+    real_call = probe.call
+    monkeypatch.setattr(probe, "call", call)
+    monkeypatch.setattr(socket, "create_connection", connect_where_not_cut)
+    monkeypatch.setattr(
+        probe, "listen", lambda port: socket.create_server((addresses[calling.node], port), backlog=512)
+    )
+    monkeypatch.setattr(probe, "wrong_name", lambda *_, **__: "")
+
+    def examine(limit_s, silent=()):
+        """The reports of all nodes but the silent ones."""
+        port = free_port()
+
+        def one(number):
+            calling.node = NODES[number]
+            return Probe((), 0, 1, limit_s / probe.LINKS).examine(NODES, number, port)
+
+        numbers = [number for number, node in enumerate(NODES) if node not in silent]
+        with ThreadPoolExecutor(len(NODES)) as pool:
+            return {report["node"]: report for report in pool.map(one, numbers)}
+
+    examine.cut = cut
+    return examine
+
+
+def found_wrong(reports, **changes):
+    given = {"hosts": NODES, "request": Request(nodes="4"), "directories": [], "logs": "/runs/.doctor-1"}
+    return list(wrong(Evidence(**{**given, "reports": reports, **changes})))
+
+
+def test_healthy_nodes_reach_each_other_and_stop_before_the_limit(network):
+    reports = network(limit_s=300)
+    for node, report in reports.items():
+        others = [other for other in NODES if other != node]
+        assert report["links"] == dict.fromkeys(others, "") and report["called_by"] == others
+        assert report["wrong"] == [] and report["listening"] and report["address"].startswith("127.0.")
+    assert found_wrong(reports, all_reduce={"node1": {"error": "", "measured": MEASURED}}) == []
+
+
+def test_a_node_whose_link_is_cut_is_named_in_one_sentence(network):
+    network.cut |= {(node, "node3") for node in NODES} | {("node3", node) for node in NODES}
+    assert found_wrong(network(limit_s=3)) == [
+        "node3 cannot be reached from node1, node2, node4 and cannot reach node1, node2, node4 (timed out): check its "
+        "link, and the firewalls between the nodes"
+    ]
+
+
+def test_two_cut_nodes_are_two_sentences(network):
+    lost = ["node2", "node3"]
+    network.cut |= {pair for a in lost for b in NODES for pair in ((a, b), (b, a))}
+    sentences = found_wrong(network(limit_s=3))
+    assert [sentence.partition(" cannot reach")[0] for sentence in sentences] == [
+        "node2 cannot be reached from node1, node3, node4 and",
+        "node3 cannot be reached from node1, node4 and",
+    ]
+
+
+def test_a_link_that_is_closed_in_one_direction(network):
+    network.cut |= {("node1", "node2"), ("node3", "node2")}
+    assert found_wrong(network(limit_s=3)) == [
+        "node2 cannot be reached from node1, node3 (timed out): check its link, and the firewalls between the nodes"
+    ]
+
+
+def test_of_two_nodes_neither_is_to_blame(network):
+    network.cut |= {("node1", "node2"), ("node2", "node1")}
+    assert found_wrong(network(limit_s=3)) == [
+        "node1 cannot be reached from node2 and cannot reach node2 (timed out): check the links of both, and the "
+        "firewalls between the nodes"
+    ]
+
+
+def test_a_silent_node_that_nobody_reaches(network):
+    network.cut |= {(node, "node3") for node in NODES}
+    reports = network(limit_s=3, silent=["node3"])
+    assert found_wrong(reports, ended="the job did not end within 180 s (--timeout)") == [
+        "node3 did not answer (timed out from node1, node2, node4): check its link and its slurmd, or leave it out "
+        "with --exclude node3"
+    ]
+
+
+def test_a_silent_node_that_refuses_connections(network):
+    reports = network(limit_s=3, silent=["node3"])
+    assert {report["links"]["node3"] for report in reports.values()} == {"connection refused"}
+    assert found_wrong(reports, ended="the job did not end within 180 s (--timeout)") == [
+        "node3 did not answer (the job did not end within 180 s (--timeout)): see the logs in /runs/.doctor-1, and "
+        f"whether all nodes share that directory and can start {sys.executable}"
+    ]
+
+
+def test_the_rendezvous_port_in_use():
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        sentence, called_by, calls = probe.connect("node1", [], port, 60)
+    assert sentence == (
+        f"the rendezvous port {port} cannot be used (address already in use): run the doctor again, on another port"
+    )
+    assert (called_by, calls) == (set(), {})
+    with socket.create_server(("", port)):
+        pass
+    assert probe.connect("node1", [], port, 60) == ("", set(), {})
+    with socket.create_server(("", port)):
+        pass  # a listener that has ended leaves its port to torchrun
+
+
+def test_another_program_or_nobody_at_the_port():
+    def answer(listening, text):
+        connection, _ = listening.accept()
+        with connection, connection.makefile("rb") as stream:
+            stream.readline()
+            connection.sendall(text)
+
+    def call(limit_s):
+        return probe.call("here", "localhost", port, time.monotonic() + limit_s)
+
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        threading.Thread(target=answer, args=[other, b"HTTP/1.1 400 Bad Request\r\n"]).start()
+        assert call(0.1) == ("'HTTP/1.1 400 Bad Request' answers", "127.0.0.1")
+        assert call(0.1) == ("timed out", "127.0.0.1")
+    assert call(0.1) == ("connection refused", "")
+    assert probe.call("here", "no-such-host.invalid", port, time.monotonic()) == (probe.UNKNOWN_NAME, "")
+
+
+# ---- names ---------------------------------------------------------------------------------------------------------
+
+REMEDY = "correct the name server, or /etc/hosts"
+
+
+def test_names_of_this_machine():
+    assert probe.wrong_name("no-such-host.invalid", NODES, own=False).startswith(
+        "the name no-such-host.invalid is unknown ("
+    )
+    assert probe.wrong_name("127.0.0.1", NODES, own=False) == (
+        f"the name 127.0.0.1 means 127.0.0.1, which no other node can reach: {REMEDY}"
+    )
+
+
+def test_the_own_name_matters_where_gloo_takes_its_address(monkeypatch):
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    assert probe.wrong_name("127.0.1.1", NODES, own=True) == (
+        f"the name 127.0.1.1 means 127.0.1.1, which no other node can reach: {REMEDY}, or set GLOO_SOCKET_IFNAME to "
+        "the interface that all nodes share"
+    )
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    assert probe.wrong_name("127.0.1.1", NODES, own=True) == ""
+
+
+@pytest.mark.parametrize(
+    "back, sentence",
+    [
+        ("node2.cluster", ""),
+        ("gateway", ""),
+        ("node3.cluster", f"the name node2 means 10.0.0.3, and that address means node3.cluster: {REMEDY}"),
+    ],
+)
+def test_an_address_that_belongs_to_another_node(back, sentence, monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", ("10.0.0.3", 0))])
+    monkeypatch.setattr(socket, "gethostbyaddr", lambda _: (back, [], []))
+    assert probe.wrong_name("node2", NODES, own=False) == sentence
+
+
+# ---- GPUs and directories ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "script, gpus, sentences",
+    [
+        ("echo 'NVIDIA H100, 550.54'; echo 'NVIDIA H100, 550.54'", ["NVIDIA H100, driver 550.54"] * 2, []),
+        ("echo 'NVIDIA H100, 550.54'", ["NVIDIA H100, driver 550.54"], ["nvidia-smi shows 1 GPU(s)"]),
+        ("echo 'NVIDIA-SMI has failed'; exit 9", [], ["NVIDIA-SMI has failed"]),
+        (None, [], ["there is no nvidia-smi"]),
+    ],
+)
+def test_gpus_by_nvidia_smi(script, gpus, sentences, tmp_path, monkeypatch):
+    if script:
+        executable(tmp_path / "nvidia-smi", script)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    report = Probe((), 2, 2, 60).examine(["here"], 0, free_port())
+    assert report["gpus"] == gpus
+    assert report["wrong"] == [
+        f"{text}, and the job asked for 2 GPU(s): see 'nvidia-smi' and 'dmesg'" for text in sentences
+    ]
+
+
+def test_nvidia_smi_that_hangs(tmp_path, monkeypatch):
+    executable(tmp_path / "nvidia-smi", "exec sleep 60")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    assert probe.nvidia_smi(limit_s=0.2) == ([], "nvidia-smi did not answer within 0.2 s")
+
+
+def test_a_directory_of_shards_that_is_also_written(tmp_path):
+    (tmp_path / "dataset.json").write_text("{}")
+    (tmp_path / "shard-000000.tar").write_bytes(b"x")
+    (tmp_path / "shard-000001.tar").write_bytes(os.urandom(1 << 20))
+    directory, found = Directory(str(tmp_path), "the shards", shards=True, write=True), {}
+    assert probe.look_at(directory, "node1", found) == ""
+    assert found["dataset"] == sha256_of(tmp_path / "dataset.json")
+    assert found["read_mb_per_s"] > 0 and found["write_mb_per_s"] > 0 and found["free_bytes"] > 0
+    assert sorted(os.listdir(tmp_path)) == ["dataset.json", "shard-000000.tar", "shard-000001.tar"]
+
+
+@pytest.mark.parametrize(
+    "directory, why",
+    [
+        (Directory("missing", "the shards", shards=True), "no such file or directory"),
+        (Directory("empty", "the shards", shards=True), "it contains no *.tar"),
+        (Directory("new/cache", "the cache", write=True), ""),
+        (Directory("empty", "the cache", needed_bytes=10**18), "GB are free, and a run needs 1e+09 GB"),
+    ],
+)
+def test_directories(directory, why, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "dataset.json").write_text("{}")
+    directory = dataclasses.replace(directory, path=str(tmp_path / directory.path))
+    sentence = probe.look_at(directory, "node1", {})
+    assert why in sentence and bool(why) == bool(sentence)
+    assert not why or sentence.startswith(f"{directory.what} ({directory.path}) cannot be used (")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_directory_that_never_answers_is_given_up(tmp_path):
+    os.mkfifo(tmp_path / "dataset.json")  # opening it waits for a writer, as an NFS server that is away is waited for
+    directory = Directory(str(tmp_path), "the shards", shards=True)
+    report = Probe((directory,), 0, 1, timeout_s=1.0).examine(["here"], 0, free_port())
+    assert report["wrong"] == [
+        f"the shards ({tmp_path}) cannot be used (no answer within 0.2 s): repair that, or choose another place"
+    ]
+    assert list(report["directories"][str(tmp_path)]) == ["free_bytes"]
+    with (tmp_path / "dataset.json").open("w"):
+        pass  # lets the thread go
 
 
 # ---- reports to sentences ------------------------------------------------------------------------------------------
 
 
-def healthy(node, nodes=NODES, **changes):
-    """A node's report with nothing wrong in it."""
-    others = [other for other in nodes if other != node]
-    return dataclasses.replace(
-        Report(
-            node,
-            "done",
-            [PORT, OTHER_PORT],
-            hostname=node,
-            own=Name([f"10.0.0.{node[-1]}"], node),
-            names={other: Name([f"10.0.0.{other[-1]}"], f"{other}.cluster") for other in others},
-            links=[Link(other, port, answered=other) for other in others for port in (PORT, OTHER_PORT)],
-            routes=[f"10.0.0.{node[-1]} (eth0)"],
-            interfaces={"lo": "127.0.0.1", "eth0": f"10.0.0.{node[-1]}"},
-            gpus=Gpus(error="there is no nvidia-smi"),
-            directories=[
-                Directory("/runs", "the run directory", "", "d1", 10**12, None, 200.0),
-                Directory("/shards", "the shards", "", "d2", 10**12, 500.0),
-            ],
-        ),
-        **changes,
-    )
-
-
-def evidence(reports=(), hosts=NODES, missing=(), **changes):
-    """Healthy reports but for those given, and for the nodes that did not report."""
-    given = {
-        "request": Request(nodes=str(len(hosts))),
-        "targets": [RUN, SHARDS],
-        "folder": "/runs/.doctor/1",
-        "job_id": "7",
-        "port": PORT,
-        "all_reduce": AllReduce(MEASURED),
+def healthy(nodes=NODES, **changes):
+    """Reports with nothing wrong, but for `node1={...}`."""
+    return {
+        node: {
+            "node": node,
+            "address": "10.0.0.1",
+            "listening": True,
+            "links": {other: "" for other in nodes if other != node},
+            "called_by": [other for other in nodes if other != node],
+            "gpus": [],
+            "directories": {"/shards": {"dataset": "a", "free_bytes": 10**12, "read_mb_per_s": 500.0}},
+            "wrong": [],
+            **changes.get(node, {}),
+        }
+        for node in nodes
     }
-    everyones = {host: healthy(host, hosts) for host in hosts if host not in missing}
-    if missing:
-        given |= {"all_reduce": AllReduce(), "expect_all_reduce": False}
-    return Evidence(hosts=hosts, reports=everyones | {report.node: report for report in reports}, **(given | changes))
 
 
-def sentences(given, wrong=True):
-    found = judge(given)
-    assert [finding.wrong for finding in found] == sorted((finding.wrong for finding in found), reverse=True)
-    return [finding.sentence for finding in found if finding.wrong == wrong]
+ALL_REDUCED = {node: {"error": "", "measured": MEASURED if node == "node1" else None} for node in NODES}
 
 
-def broken_links(node, *others, ports=(PORT, OTHER_PORT), error="timed out"):
-    """A report in which links to `others` are broken."""
-    links = [
-        Link(link.to, link.port, error) if link.to in others and link.port in ports else link
-        for link in healthy(node).links
-    ]
-    return healthy(node, links=links)
-
-
-def test_nothing_is_wrong_with_healthy_nodes():
-    assert judge(evidence()) == []
-
-
-def test_a_report_survives_its_file():
-    report = broken_links("node2", "node3")
-    assert Report.from_json(report.to_json()) == report
-
-
-def test_a_cut_node_is_one_sentence():
-    reports = [broken_links(node, "node3") for node in NODES if node != "node3"]
-    reports.append(broken_links("node3", "node1", "node2", "node4", error="no route to host"))
-    assert sentences(evidence(reports)) == [
-        "node3 cannot be reached from node1, node2, node4 (port 23456: timed out), and reaches none of them: check its "
-        "link and its firewall"
+def test_the_same_sentence_of_several_nodes_is_said_once():
+    same = {"wrong": ["the name node2 is unknown (x)"]}
+    assert found_wrong(healthy(node1=same, node4=same), all_reduce=ALL_REDUCED) == [
+        "on node1, node4, the name node2 is unknown (x)"
     ]
 
 
-def test_two_cut_nodes_are_two_sentences():
-    cut = ["node2", "node3"]
-    reports = [broken_links(node, *(other for other in cut if other != node)) for node in ("node1", "node4")]
-    reports += [broken_links(node, *(other for other in NODES if other != node)) for node in cut]
-    assert [sentence.partition(" (")[0] for sentence in sentences(evidence(reports))] == [
-        "node2 cannot be reached from node1, node3, node4",
-        "node3 cannot be reached from node1, node4",
-    ]
-
-
-def test_of_two_nodes_neither_is_to_blame():
-    hosts = ["node1", "node2"]
-    reports = [
-        healthy("node1", hosts, links=[Link("node2", PORT, "timed out")]),
-        healthy("node2", hosts, links=[Link("node1", PORT, "timed out")]),
-    ]
-    assert sentences(evidence(reports, hosts)) == [
-        "node2 and node1 cannot reach each other (port 23456: timed out): check their links and firewalls"
-    ]
-
-
-def test_a_firewall_in_one_direction():
-    reports = [broken_links(node, "node2", error="connection refused") for node in ("node1", "node3")]
-    assert sentences(evidence(reports)) == [
-        "node2 cannot be reached from node1, node3 (port 23456: connection refused): check its link and its firewall"
-    ]
-
-
-def test_a_node_that_reaches_nobody():
-    assert sentences(evidence([broken_links("node2", "node1", "node4", error="no route to host")])) == [
-        "node2 cannot reach node1, node4 (port 23456: no route to host): check its link and its firewall"
-    ]
-
-
-def test_links_that_are_broken_here_and_there():
-    reports = [broken_links("node2", "node3"), broken_links("node4", "node3"), broken_links("node3", "node2", "node1")]
-    assert sentences(evidence(reports)) == [
-        "node3 cannot be reached from node2, node4 (port 23456: timed out), and does not reach node1, node2: check its "
-        "link and its firewall"
-    ]
-
-
-def test_a_firewall_that_lets_only_the_rendezvous_pass():
-    reports = [broken_links(node, "node2", ports=[OTHER_PORT]) for node in ("node1", "node3", "node4")]
-    assert sentences(evidence(reports)) == [
-        "node2 cannot be reached from node1, node3, node4 (port 40001: timed out): a firewall lets port 23456 pass "
-        "and not this one, but gloo and NCCL listen on ports that the system chooses: open all of them between the "
-        "nodes"
-    ]
-
-
-def test_another_host_that_answers():
-    links = [Link("node2", PORT, answered="node4"), Link("node3", PORT, answered="another program")]
-    assert sentences(evidence([healthy("node1", links=links)])) == [
-        "node1 calls node2 on port 23456 and node4 answers: see what the name means there ('getent hosts node2'); two "
-        "hosts may share a name or an address",
-        "node1 calls node3 on port 23456 and another program answers: see what the name means there ('getent hosts "
-        "node3'); two hosts may share a name or an address",
-    ]
-
-
-def test_a_missing_report_with_a_dead_link():
-    hosts = NODES[:3]
-    reports = [broken_links(node, "node3") for node in hosts[:2]]
-    assert sentences(evidence(reports, hosts, missing=["node3"])) == [
-        "node3 did not report, cannot be reached from node1, node2 (port 23456: timed out): check its link and its "
-        "firewall, or do without it: --exclude node3"
-    ]
-
-
-def test_a_missing_report_that_slurm_explains():
-    nodes = [Node("node1", "idle"), Node("node2", "down*", "Not responding")]
-    assert sentences(evidence(hosts=NODES[:2], missing=["node2"], nodes=nodes)) == [
-        "node2 did not report and is down* for Slurm (Not responding): check its link and its slurmd, or do without "
-        "it: --exclude node2"
-    ]
-
-
-def test_a_missing_report_without_an_explanation():
-    reports = [broken_links("node1", "node2", error="connection refused")]
-    assert sentences(evidence(reports, NODES[:2], missing=["node2"])) == [
-        "node2 did not report: see that it can read /runs/.doctor/1 (is that on a file system that all nodes share?) "
-        "and the interpreter there; its log, if any, lies in the same place"
-    ]
-
-
-def test_a_node_that_hangs_is_known_by_its_last_stage():
-    given = evidence([healthy("node2", stage="connected")], expect_all_reduce=False, all_reduce=AllReduce())
-    assert sentences(given) == [
-        "node2 hung while its GPUs and directories were looked at: log in there and look at its file systems (df) and "
-        "name server; logs: /runs/.doctor/1"
-    ]
-
-
-def test_what_slurm_complained_of():
-    given = evidence(
-        hosts=[],
-        ended="the job ended (FAILED) before its nodes had said all",
-        complaints=["Task launch for StepId=7.0 failed on node node3: Communication connection failure"],
-        nodes=[Node("node2", "idle"), Node("node3", "idle*"), Node("node4", "drained", "bad memory")],
+def test_links_that_fail_for_a_name_or_a_port_are_not_said_twice():
+    reports = healthy(
+        node1={"links": {"node2": probe.UNKNOWN_NAME, "node3": "connection refused", "node4": ""}},
+        node3={"listening": False, "wrong": ["the rendezvous port 1 cannot be used (x)"]},
     )
-    assert sentences(given) == [
-        "the job ended (FAILED) before its nodes had said all; Slurm says: Task launch for StepId=7.0 failed on node "
-        "node3: Communication connection failure",
-        "node3 is idle* for Slurm: check its link and its slurmd, or do without it: --exclude node3",
-        "node4 is drained for Slurm (bad memory): 'scontrol update nodename=node4 state=resume' once it is mended, or "
-        "do without: --exclude node4",
+    assert found_wrong(reports) == ["on node3, the rendezvous port 1 cannot be used (x)"]
+
+
+def test_other_shards_under_the_same_path():
+    reports = healthy(node3={"directories": {"/shards": {"dataset": "b"}}}, node4={"directories": {"/shards": {}}})
+    assert found_wrong(reports, directories=[SHARDS], all_reduce=ALL_REDUCED) == [
+        "/shards on node1, node2 differs from that on node3: all nodes need the same shards"
     ]
+
+
+def test_an_all_reduce_that_fails_or_gives_nothing():
+    failed = {**ALL_REDUCED, "node1": {"error": "rank 3 is gone", "measured": None}}
+    assert found_wrong(healthy(), all_reduce=failed) == [
+        "the all-reduce failed on node1 (rank 3 is gone): see the logs in /runs/.doctor-1"
+    ]
+    assert found_wrong(healthy(), ended="the job ended as FAILED") == [
+        "the all-reduce gave no result (the job ended as FAILED): see the logs in /runs/.doctor-1"
+    ]
+
+
+def test_ranks_without_a_gpu():
+    request = Request(nodes="4", gpus_per_node=1)
+    assert found_wrong(healthy(), request=request, all_reduce=ALL_REDUCED) == [
+        "torch finds no GPU on node1, node2, node3, node4: it needs a build for CUDA that fits the driver"
+    ]
+
+
+COMPLAINT = "Task launch for StepId=7.0 failed on node node3: Communication connection failure"
 
 
 def test_of_a_job_that_was_torn_down_only_the_lost_node_is_blamed():
-    ended = "Slurm has taken the job back and would start it anew (BeginTime)"
-    nodes = [Node("node1", "idle"), Node("node2", "idle"), Node("node3", "down*", "Not responding")]
-    assert sentences(evidence(hosts=NODES[:3], missing=NODES[:3], ended=ended, nodes=nodes)) == [
-        "Slurm has taken the job back and would start it anew (BeginTime); it waited for node1, node2, node3",
-        "node3 did not report and is down* for Slurm (Not responding): check its link and its slurmd, or do without "
-        "it: --exclude node3",
+    torn = {"ended": "the job ended as FAILED", "slurm_nodes": [Node("node1", "idle"), Node("node3", "idle")]}
+    end = "check its link and its slurmd, or leave it out with --exclude node3"
+    assert found_wrong({}, **torn, complaints=[COMPLAINT, "Application launch failed"]) == [
+        f"node3 did not answer ({COMPLAINT}): {end}"
     ]
-    complaints = ["Task launch for StepId=7.0 failed on node node2: Communication connection failure"]
-    given = evidence(hosts=NODES[:2], missing=NODES[:2], ended=ended, complaints=complaints)
-    assert sentences(given)[1:] == [
-        "node2 did not report, and Slurm could not start a task there: check its link and its slurmd, or do without "
-        "it: --exclude node2"
-    ]
+    torn["slurm_nodes"][1] = Node("node3", "down*", "Not responding")
+    assert found_wrong({}, **torn) == [f"node3 did not answer (it is down* for Slurm (Not responding)): {end}"]
 
 
-def test_a_node_that_the_job_did_without_is_a_note():
-    given = evidence(hosts=NODES[:2], nodes=[Node("node3", "down*", "Not responding")])
-    assert sentences(given) == []
-    assert sentences(given, wrong=False) == [
-        "node3 is down* for Slurm (Not responding): check its link and its slurmd, or do without it: --exclude node3"
+def test_a_job_that_never_started():
+    why = "the job cannot start: it asks for 4 node(s), and 3 can be used: node3 is drained for Slurm"
+    assert found_wrong({}, hosts=[], ended=why) == [why]
+    assert found_wrong({}, hosts=[], complaints=["Unable to create step"]) == [
+        "the job ended without a report: see the logs in /runs/.doctor-1; Unable to create step"
     ]
 
 
-@pytest.mark.parametrize(
-    "states, request_of, wanted, excluded, expected",
-    [
-        (["idle"] * 4, Request(nodes="4"), [], [], ""),
-        (["idle", "idle", "idle", "down*"], Request(nodes="3"), [], [], ""),
-        (["idle", "idle", "idle", "down*"], Request(nodes="2-4"), [], [], ""),
-        (["allocated", "mixed", "idle~", "completing"], Request(nodes="4"), [], [], ""),
-        (
-            ["idle", "idle", "idle", "down*"],
-            Request(nodes="4"),
-            *([], []),
-            "the job cannot start: it asks for 4 node(s), and of 4 only 3 can be used (not node4)",
-        ),
-        (
-            ["idle", "idle", "drained", "idle*"],
-            Request(nodes="2"),
-            *([], ["node1"]),
-            "the job cannot start: it asks for 2 node(s), and of 4 only 1 can be used (not node1, node3, node4)",
-        ),
-        (
-            ["idle", "idle", "idle", "down"],
-            Request(nodes="1"),
-            *(["node4"], []),
-            "the job cannot start: it asks for node4 by name (--nodelist), and Slurm starts nothing there",
-        ),
-    ],
-)
-def test_whether_a_job_would_wait_for_ever(states, request_of, wanted, excluded, expected):
-    nodes = [Node(name, state) for name, state in zip(NODES, states, strict=True)]
-    assert findings.blocked(nodes, request_of, wanted, excluded) == expected
-
-
-def test_names_that_are_not_known():
-    names = healthy("node1").names | {"node3": Name(error="name or service not known")}
-    again = healthy("node2").names | {"node3": Name(error="name or service not known")}
-    assert sentences(evidence([healthy("node1", names=names), healthy("node2", names=again)])) == [
-        "node1, node2 cannot resolve the name node3 (name or service not known): add it to the name server or to "
-        "/etc/hosts there"
-    ]
-
-
-def test_names_that_mean_the_machine_itself():
-    names = healthy("node1").names | {"node2": Name(["127.0.1.1"], "node2")}
-    own = Name(["127.0.1.1"], "node2")
-    assert sentences(evidence([healthy("node1", names=names), healthy("node2", own=own)])) == [
-        "on node1 the name node2 means 127.0.1.1, the machine itself: mend /etc/hosts there",
-        "node2 takes its own name node2 for 127.0.1.1, a loopback address, where no other node finds it: mend its "
-        "/etc/hosts, or set GLOO_SOCKET_IFNAME to one of its interfaces (eth0 10.0.0.2)",
-    ]
-
-
-def test_a_loopback_name_is_harmless_on_one_node_and_where_the_interface_is_set():
-    alone = evidence([healthy("node1", ["node1"], own=Name(["127.0.1.1"]))], ["node1"])
-    assert sentences(alone) == []
-    assert sentences(alone, wrong=False) == [
-        "node1 takes its own name node1 for 127.0.1.1, a loopback address, harmless on one node: mend its /etc/hosts, "
-        "or set GLOO_SOCKET_IFNAME to one of its interfaces (eth0 10.0.0.1)"
-    ]
-    variables = {"GLOO_SOCKET_IFNAME": "eth0"}
-    assert judge(evidence([healthy("node2", own=Name(["127.0.1.1"]), variables=variables)])) == []
-
-
-def test_addresses_that_belong_to_another_node_or_to_nobody():
-    names = healthy("node1").names | {"node2": Name(["10.0.0.3"], "node3.cluster"), "node4": Name(["10.0.0.4"])}
-    given = evidence([healthy("node1", names=names)])
-    assert sentences(given) == [
-        "on node1 the name node2 means 10.0.0.3, but that address means node3.cluster: two nodes share an address, or "
-        "the name server is out of date"
-    ]
-    assert sentences(given, wrong=False) == [
-        "the addresses of node4 have no name on node1: harmless, but messages will show addresses alone"
-    ]
-
-
-@pytest.mark.parametrize(
-    "variable, value, known",
-    [
-        ("GLOO_SOCKET_IFNAME", "eth0", True),
-        ("GLOO_SOCKET_IFNAME", "eth", False),
-        ("NCCL_SOCKET_IFNAME", "eth", True),
-        ("NCCL_SOCKET_IFNAME", "=eth", False),
-        ("NCCL_SOCKET_IFNAME", "ib,eth0", True),
-        ("NCCL_SOCKET_IFNAME", "^docker", True),
-        ("NCCL_SOCKET_IFNAME", "ib", False),
-    ],
-)
-def test_an_interface_that_is_not_there(variable, value, known):
-    expected = [
-        f"{variable}={value} names no interface of node2, which has eth0 10.0.0.2: correct it in the profile's setup "
-        "or your shell"
-    ]
-    given = evidence([healthy("node2", variables={variable: value})])
-    assert sentences(given) == ([] if known else expected)
-
-
-def test_the_loopback_interface_keeps_ranks_apart():
-    reports = [healthy(node, variables={"GLOO_SOCKET_IFNAME": "lo"}) for node in NODES]
-    assert sentences(evidence(reports)) == [
-        "GLOO_SOCKET_IFNAME=lo on node1, node2, node3, node4 keeps the ranks on their own node: name another interface"
-    ]
-
-
-def test_the_rendezvous_port_in_use():
-    given = evidence([healthy("node1", port_error="address already in use")])
-    assert sentences(given) == [
-        "node1 cannot listen on the rendezvous port 23456 (address already in use): see who does with 'ss -ltnp', or "
-        "submit again: each job has another port"
-    ]
-    assert sentences(evidence([healthy("node2", port_error="address already in use")])) == []
-
-
-def test_directories_that_cannot_be_used():
-    gone = [Directory("/runs", "the run directory", "permission denied", "d1", 10**12), healthy("node2").directories[1]]
-    also = [healthy("node3").directories[0], Directory("/shards", "the shards", "no such file or directory")]
-    assert sentences(evidence([healthy("node2", directories=gone), healthy("node3", directories=also)])) == [
-        "the run directory at /runs cannot be used on node2 (permission denied): see that it is on a file system which "
-        "every node mounts, and may be read and written",
-        "the shards at /shards cannot be used on node3 (no such file or directory): see that it is on a file system "
-        "which every node mounts, and may be read",
-    ]
-
-
-def directories(**changes):
-    run, shards = healthy("node1").directories
-    return [run, dataclasses.replace(shards, **changes)]
-
-
-def test_other_bytes_under_the_same_path():
-    given = evidence([healthy("node2", directories=directories(digest="other"))])
-    assert sentences(given) == [
-        "/shards on node2 is not what it is on the host that submitted (dataset.json differs): the nodes must share "
-        "its file system, or hold the same copy"
-    ]
-    not_visible_here = dataclasses.replace(SHARDS, digest="")
-    given = evidence([healthy("node2", directories=directories(digest="other"))], targets=[RUN, not_visible_here])
-    assert sentences(given)[0].startswith("/shards on node2 is not what it is on node1 (")
-
-
-def test_a_full_disk():
-    run, shards = healthy("node2").directories
-    given = evidence([healthy("node2", directories=[dataclasses.replace(run, free_bytes=310_000_000), shards])])
-    assert sentences(given) == [
-        "node2 has 0.31 GB free for the run directory at /runs, and a run wants 2 GB: make room, or choose another "
-        "place"
-    ]
-
-
-def test_slow_shards_are_a_note():
-    reports = [healthy("node2", directories=directories(read_mb_per_s=8.0))]
-    reports.append(healthy("node4", directories=directories(read_mb_per_s=10.0)))
-    assert sentences(evidence(reports)) == []
-    assert sentences(evidence(reports), wrong=False) == [
-        "/shards is read with 8 MB/s on node2, node4, enough for 460 s of audio a second: for more, set data.cache_dir "
-        "to a disk of the node"
-    ]
-
-
-def test_gpus():
-    two = Request(nodes="4", gpus_per_node=2)
-    seen = Gpus(["NVIDIA H100"] * 2, "550.54", "0,1")
-    reports = [
-        healthy("node1", gpus=seen),
-        healthy("node2", gpus=Gpus(["NVIDIA H100"], "550.54", "0,1")),
-        healthy("node3", gpus=Gpus(["NVIDIA A100"] * 2, "535.10", "0")),
-        healthy("node4"),
-    ]
-    measured = MEASURED | {"ranks": [{"host": n, "device": "cpu" if n == "node4" else "cuda:0"} for n in NODES]}
-    given = evidence(reports, request=two, all_reduce=AllReduce(measured))
-    assert sentences(given) == [
-        "node2 shows 1 GPU(s) to the job, which asked for 2: see 'nvidia-smi' and 'dmesg' there for one that fell off "
-        "the bus",
-        "node3 gives the job the GPUs CUDA_VISIBLE_DEVICES=0, which asked for 2: see that your shell or the profile's "
-        "setup does not set it",
-        "no working GPU on node4 (there is no nvidia-smi): install or mend the NVIDIA driver there",
-        "torch sees no GPU on node4: see that its build is one for CUDA (python -c 'import torch; "
-        "print(torch.version.cuda)') and fits the driver",
-    ]
-    assert sentences(given, wrong=False) == [
-        "the nodes have different drivers: 535.10, 550.54",
-        "the nodes have different GPUs: NVIDIA A100, NVIDIA H100",
-    ]
-    assert judge(evidence(reports)) == []  # a job that asks for none
-
-
-def test_an_all_reduce_that_fails_or_says_nothing():
-    failed = AllReduce(None, {5: "later", 3: "it did not end within 54 s"})
-    request = Request(nodes="4", tasks_per_node=2)
-    assert sentences(evidence(all_reduce=failed, request=request)) == [
-        "the all-reduce failed on rank 3 of node2: it did not end within 54 s"
-    ]
-    assert sentences(evidence(all_reduce=AllReduce())) == [
-        "the all-reduce left no result: see the logs in /runs/.doctor/1"
-    ]
-
-
-# ---- what a node finds out -----------------------------------------------------------------------------------------
-
-
-def test_a_function_that_hangs_is_left_behind():
-    release = threading.Event()
-    assert probes.bounded(release.wait, 0.05, otherwise="late") == "late"
-    release.set()
-    assert probes.bounded(lambda: "here", 10, otherwise="late") == "here"
-    with pytest.raises(ZeroDivisionError):
-        probes.bounded(lambda: 1 // 0, 10, otherwise=0)
-
-
-def test_names_of_this_machine():
-    found = probes.resolve_all(["localhost", "no-such-host.invalid"], limit_s=30)
-    assert found["localhost"].loopback and found["localhost"].back and not found["localhost"].error
-    assert found["no-such-host.invalid"].error and not found["no-such-host.invalid"].addresses
-    assert probes.interfaces()["lo"] == "127.0.0.1"
-    assert probes.route_to("127.0.0.1") == "127.0.0.1"
-
-
-def test_a_listener_is_reached_by_name_on_both_ports():
-    with Listener("localhost", free_port()) as listener:
-        assert listener.error == "" and len(listener.ports) == 2
-        wanted = [("localhost", port) for port in listener.ports]
-        assert probes.reach_all(wanted, 20) == [
-            Link("localhost", port, answered="localhost") for port in listener.ports
-        ]
-
-
-def answer_once(listening):
-    caller, _ = listening.accept()
-    with caller:
-        caller.sendall(b"HTTP/1.1 400 Bad Request\r\n")
-
-
-def test_a_port_that_is_taken_closed_or_another_programs():
-    with socket.create_server(("", 0)) as taken:
-        port = taken.getsockname()[1]
-        with Listener("here", port) as listener:
-            assert listener.error == "address already in use" and len(listener.ports) == 1
-        answering = threading.Thread(target=answer_once, args=[taken])
-        answering.start()
-        assert probes.reach("localhost", port, 20).answered == "another program"
-        answering.join()
-    assert probes.reach("localhost", port, 0.5) == Link("localhost", port, "connection refused")
-    with socket.create_server(("", port)):
-        pass  # a listener that has ended leaves its port to the rendezvous
-
-
-def test_a_port_that_never_answers_is_given_up():
-    with socket.create_server(("", 0)) as silent:
-        port = silent.getsockname()[1]
-        assert probes.reach("localhost", port, 0.5) == Link("localhost", port, "timed out")
-
-
-def executable(path: Path, text: str) -> None:
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-
-
-@pytest.mark.parametrize(
-    "script, expected",
-    [
-        ("echo 'NVIDIA H100, 550.54'; echo 'NVIDIA H100, 550.54'", Gpus(["NVIDIA H100"] * 2, "550.54", "0,1")),
-        (
-            "echo 'NVIDIA-SMI has failed'; exit 9",
-            Gpus(given="0,1", error="nvidia-smi: NVIDIA-SMI has failed"),
-        ),
-        ("exec sleep 60", Gpus(given="0,1", error="nvidia-smi: no answer within 0.5 s")),
-        (None, Gpus(given="0,1", error="there is no nvidia-smi")),
-    ],
-)
-def test_gpus_by_nvidia_smi(script, expected, tmp_path, monkeypatch):
-    if script:
-        executable(tmp_path / "nvidia-smi", script)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin" if script else str(tmp_path))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    assert probes.gpus(limit_s=0.5 if script and "sleep" in script else 30) == expected
-
-
-def test_a_directory_is_looked_at(tmp_path):
-    (tmp_path / "dataset.json").write_text("{}")
-    (tmp_path / "shard-000000.tar").write_bytes(b"x")
-    (tmp_path / "shard-000001.tar").write_bytes(os.urandom(1 << 20))
-    target = Target(str(tmp_path), "the shards", "dataset.json", read=True, write=True)
-    found = probes.look_at(target, "node1", 60)
-    assert found.error == "" and found.digest == probes.digest_of(tmp_path / "dataset.json")
-    assert found.read_mb_per_s > 0 and found.write_mb_per_s > 0 and found.free_bytes > 0
-    assert sorted(os.listdir(tmp_path)) == ["dataset.json", "shard-000000.tar", "shard-000001.tar"]
-
-
-def test_a_file_that_appears_late_is_waited_for(tmp_path):
-    threading.Timer(0.3, lambda: (tmp_path / "token").write_text("late")).start()
-    found = probes.look_at(Target(str(tmp_path), "the run directory", "token"), "node1", 60)
-    assert found.error == "" and found.digest == probes.digest_of(tmp_path / "token")
-
-
-@pytest.mark.parametrize(
-    "target, error",
-    [
-        (Target("missing", "x", "dataset.json"), "no such file or directory"),
-        (Target("empty", "x", read=True), "it holds no *.tar"),
-        (Target("file/cache", "x", write=True), ""),
-        (Target("new/cache", "x", write=True), ""),
-    ],
-)
-def test_directories_with_something_amiss(target, error, tmp_path):
-    (tmp_path / "empty").mkdir()
-    found = probes.look_at(dataclasses.replace(target, path=str(tmp_path / target.path)), "node1", 60)
-    assert found.error == error and found.free_bytes > 0
-
-
-def test_a_directory_that_never_answers_is_given_up(tmp_path):
-    os.mkfifo(tmp_path / "dataset.json")  # opening it waits for a writer, as an NFS server that is away is waited for
-    target = Target(str(tmp_path), "the shards", "dataset.json", read=True)
-    found = examination.look_at_all([target, Target(str(tmp_path), "x")], "node1", 2.0)
-    assert found[0] == Directory(str(tmp_path), "the shards", "no answer within 1 s") and found[1].error == ""
-    with (tmp_path / "dataset.json").open("w"):
-        pass  # lets the thread go
-
-
-def test_digests_tell_files_apart_by_both_ends_and_size(tmp_path):
-    big = bytes(3 * probes.ENDS_BYTES)
-    contents = [b"", b"a", big, big[:-1] + b"x", b"x" + big[1:], big + b"\0"]
-    for number, content in enumerate(contents):
-        (tmp_path / str(number)).write_bytes(content)
-    assert len({probes.digest_of(tmp_path / str(number)) for number in range(len(contents))}) == len(contents)
-
-
-# ---- nodes together ------------------------------------------------------------------------------------------------
-
-
-def test_nodes_meet_at_the_desk_and_try_each_other(tmp_path):
-    """Two names of this machine stand for two nodes."""
-    desk, port = Desk(tmp_path), free_port()
-    names = ["localhost", "127.0.0.1"]
-    with Listener(names[1], port) as listener:
-        desk.report(Report(names[1], "arrived", listener.ports))
-        known = desk.wait_for(lambda reports: len(reports) == 1, 10)
-        mine = Report(names[0], "arrived", [], hostname="localhost", interfaces={"lo": "127.0.0.1"})
-        report = examination.connect(mine, [names[1]], known, port, limit_s=20)
-    assert report.stage == "connected" and report.own.loopback
-    assert report.links == [Link(names[1], number, answered=names[1]) for number in listener.ports]
-    assert report.routes == ["127.0.0.1 (lo)"]
-    assert sorted(os.listdir(tmp_path)) == ["127.0.0.1.node.json"]
-
-
-def test_a_node_that_has_not_arrived_is_tried_on_the_rendezvous_port():
-    port = free_port()
-    report = examination.connect(Report("here", "arrived", []), ["localhost"], {}, port, limit_s=0.5)
-    assert report.links == [Link("localhost", port, "connection refused")]
-
-
-def test_the_desk_waits_no_longer_than_it_may(tmp_path):
-    assert Desk(tmp_path).wait_for(lambda reports: len(reports) == 2, 0.3) == {}
-
-
-def test_whether_an_all_reduce_is_worth_trying():
-    reports = {node: healthy(node) for node in NODES}
-    assert examination.why_not(NODES, reports) == ""
-    assert examination.why_not([*NODES, "node5"], reports) == "node5 did not report"
-    assert examination.why_not(NODES, reports | {"node2": healthy("node2", stage="arrived")}) == "node2 hangs"
-    assert examination.why_not(NODES, reports | {"node2": broken_links("node2", "node4")}) == "node2 cannot reach node4"
-    taken = reports | {"node1": healthy("node1", port_error="address already in use")}
-    assert examination.why_not(NODES, taken) == "node1 cannot listen"
-
-
-def test_why_an_all_reduce_failed():
-    why = examination._why_failed
-    assert why(0, "", 5) == ""
-    assert why(-14, "", 5) == "it did not end within 5 s"
-    assert why(2, "noise\nerror: rank 0 could not meet\n[W] more noise\n", 5) == "rank 0 could not meet"
-    assert why(1, "Traceback\nImportError: no torch\n", 5) == "ImportError: no torch"
-    assert why(1, "", 5) == "exit code 1"
-
-
-# ---- bandwidth -----------------------------------------------------------------------------------------------------
-
-
-def test_the_bus_bandwidth_is_that_of_nccl_tests():
-    assert bandwidth.bandwidth(1_000_000_000, 0.5, 4) == {
-        "bytes": 1_000_000_000,
-        "seconds": 0.5,
-        "bus_gb_per_s": pytest.approx(3.0),
-    }
-    assert bandwidth.bandwidth(1024, 0.0, 1)["bus_gb_per_s"] is None
-
-
-def start_bandwidth(rank, world_size, port, *arguments):
-    place = Place(rank, world_size, rank, ("localhost",), "1", 1).environment() | {"MASTER_PORT": str(port)}
-    return subprocess.Popen(
-        [sys.executable, "-m", "ddp_asr.bandwidth", *arguments],
-        cwd=REPOSITORY,
-        env=os.environ | place,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-@pytest.mark.slow
-def test_two_ranks_time_their_all_reduces():
-    port = free_port()
-    ranks = [start_bandwidth(rank, 2, port, "--sizes-mib", "1,2", "--repeats", "2") for rank in (0, 1)]
-    printed = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], printed
-    lines = [line for line in printed[0].splitlines() if line.startswith("{")]
-    measured = json.loads(lines[0])
-    assert measured["world_size"] == 2 and len(measured["ranks"]) == 2 and len(lines) == 1
-    assert [size["bytes"] for size in measured["sizes"]] == [1 << 20, 2 << 20]
-    assert all(size["bus_gb_per_s"] > 0 for size in measured["sizes"])
-    assert not [line for line in printed[1].splitlines() if line.startswith("{")]
-
-
-@pytest.mark.slow
-def test_a_rank_that_never_comes_is_named_within_the_limit():
-    rank = start_bandwidth(0, 2, free_port(), "--limit-s", "8")
-    assert "error: rank 0 could not meet the other 1 rank(s)" in rank.communicate(timeout=60)[0]
-    assert rank.returncode == 2
-
-
-@pytest.mark.parametrize("arguments", [["--sizes-mib", "1,0"], ["--repeats", "-1"], ["--limit-s", "soon"]])
-def test_sizes_and_limits_are_checked(arguments, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        bandwidth.main(arguments)
-    assert "must be a whole number above 0, not" in capsys.readouterr().err
-
-
-# ---- the doctor's job ----------------------------------------------------------------------------------------------
-
-
-class ScriptedJob(doctor._Job):
-    """A job whose states are given one by one; the last one stays."""
-
-    def __init__(self, folder, states, nodes=(), request=None):
-        (folder / "desk").mkdir()
-        super().__init__(Submission(folder, ["7"]), request or Request(nodes="2"), Desk(folder / "desk"))
-        self.states, self.given_nodes, self.cancelled = list(states), list(nodes), False
-
-    def state(self):
-        return self.states.pop(0) if len(self.states) > 1 else self.states[0]
-
-    def nodes(self):
-        return self.given_nodes
-
-    def hosts(self):
-        return ["node1", "node2"]
-
-    def _cancel(self, number):
-        self.cancelled = True
-        self.states = [JobState("CANCELLED")]
+def test_what_srun_complains_of():
+    log = f"submitit INFO\nsrun: error: {COMPLAINT}\nsrun: error: Application launch failed\nsrun: Job step aborted\n"
+    log += "srun: error: node2: task 1: Killed\nsrun: error: node[1,4]: tasks 0,3: Exited with exit code 1\n"
+    assert doctor.complaints(log) == [COMPLAINT, "Application launch failed"]
+
+
+def test_the_table_shows_every_node(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    reports = {node: report for node, report in healthy().items() if node != "node4"}
+    evidence = Evidence(Request(nodes="4"), [SHARDS], NODES, reports, ALL_REDUCED)
+    doctor._show(evidence, ["something"])
+    shown = capsys.readouterr().out
+    assert all(node in shown for node in NODES) and "3 of 3" in shown and "no answer" in shown
+    assert "1000 GB free" in shown and "reads 500 MB/s" in shown
+    assert "all-reduce of 1 MiB over 4 ranks: 1.0 ms, 1.50 GB/s bus bandwidth" in shown
+    assert shown.endswith("wrong: something\n")
+
+
+# ---- the job -------------------------------------------------------------------------------------------------------
+
+PENDING, RUNNING, COMPLETED = JobState("PENDING", "Priority"), JobState("RUNNING"), JobState("COMPLETED")
+DOWN = [Node("node1", "idle"), Node("node2", "down*", "Not responding")]
 
 
 @pytest.fixture
-def impatient(monkeypatch):
-    monkeypatch.setattr(doctor, "ASK_SLURM_EVERY_S", 0.05)
-    monkeypatch.setattr(doctor, "LOOK_EVERY_S", 0.05)
-    monkeypatch.setattr(doctor, "BLOCKED_FOR_S", 0.2)
-    monkeypatch.setattr(doctor, "LAST_WORDS_S", 0.2)
+def slurm(monkeypatch):
+    """Slurm with a job that goes through the states of a list; returns what its commands were asked."""
+
+    def start(states, nodes=()):
+        left, asked = list(states), []
+        monkeypatch.setattr(cluster, "job_states", lambda _: {"7": left.pop(0) if len(left) > 1 else left[0]})
+        monkeypatch.setattr(cluster, "scontrol_job", lambda _: {"NodeList": "node[1-2]", "Partition": "main"})
+        monkeypatch.setattr(cluster, "nodes", lambda *_: list(nodes))
+        monkeypatch.setattr(cluster, "run", lambda command: asked.append(command) or "node1\nnode2\n")
+        return asked
+
+    monkeypatch.setattr(doctor, "ASK_SLURM_EVERY_S", 0.01)
+    monkeypatch.setattr(doctor, "BLOCKED_FOR_S", 0.1)
+    monkeypatch.setattr(doctor, "LOGS_WITHIN_S", 0.1)
+    return start
 
 
-PENDING, RUNNING = JobState("PENDING", "Priority"), JobState("RUNNING")
+def wait(timeout_s=60.0):
+    evidence = Evidence(Request(nodes="2"), ())
+    return doctor._wait("7", evidence, timeout_s), evidence.hosts
 
 
-def test_a_job_is_waited_for_until_its_nodes_have_said_all(tmp_path, impatient, capsys):
-    job = ScriptedJob(tmp_path, [PENDING, PENDING, RUNNING])
-    threading.Timer(0.5, lambda: job.desk.decide("node2 did not report")).start()
-    assert job.wait(60) == ""
-    assert capsys.readouterr().err == ("job 7 waits (Priority); Ctrl-C takes it back\njob 7 runs on node1, node2\n")
-    job.states = [JobState("COMPLETED")]
-    job.leave()
-    assert not job.cancelled
-
-
-def test_an_all_reduce_is_waited_for_where_it_was_decided_on(tmp_path, impatient):
-    job = ScriptedJob(tmp_path, [RUNNING])
-    job.desk.decide("")
-    threading.Timer(
-        0.5, lambda: job.desk.put("all-reduce-0.json", json.dumps({"rank": 0, "error": "", "measured": MEASURED}))
-    ).start()
-    assert job.wait(60) == "" and job.desk.all_reduce() == AllReduce(MEASURED)
+def test_a_job_is_waited_for(slurm, capsys):
+    slurm([PENDING, PENDING, RUNNING, RUNNING, COMPLETED])
+    assert wait() == ("", ["node1", "node2"])
+    assert capsys.readouterr().err == "job 7 is waiting (Priority); Ctrl-C cancels it\njob 7 runs on node1, node2\n"
 
 
 @pytest.mark.parametrize(
-    "states, expected",
+    "states, why",
     [
-        ([RUNNING], "not every node had said all within 0.5 s (--timeout)"),
+        ([RUNNING], "the job did not end within 0.1 s (--timeout)"),
+        ([RUNNING, JobState("PENDING", "BeginTime")], "Slurm has requeued the job (BeginTime)"),
+        ([RUNNING, JobState("NODE_FAIL")], "the job ended as NODE_FAIL"),
         (
-            [RUNNING, JobState("PENDING", "BeginTime")],
-            "Slurm has taken the job back and would start it anew (BeginTime)",
-        ),
-        ([RUNNING, JobState("NODE_FAIL")], "the job ended (NODE_FAIL) before its nodes had said all"),
-        (
-            [JobState("PENDING", "PartitionConfig")],
-            "Slurm holds the job back for good (PartitionConfig): compare it with 'scontrol show partition'",
-        ),
-        (
-            [JobState("PENDING", "Resources")],
-            "the job cannot start: it asks for 2 node(s), and of 2 only 1 can be used (not node2)",
+            [PENDING],
+            "the job cannot start: it asks for 2 node(s), and 1 can be used: node2 is down* for Slurm (Not responding)",
         ),
     ],
 )
-def test_a_job_that_is_waited_for_in_vain(tmp_path, impatient, states, expected):
-    job = ScriptedJob(tmp_path, states, [Node("node1", "idle"), Node("node2", "down*", "Not responding")])
-    assert job.wait(0.5) == expected
-    if job.states[0].living:
-        job.leave()
-        assert job.cancelled
+def test_a_job_that_is_not_waited_for_any_longer(slurm, states, why):
+    slurm(states, DOWN)
+    assert wait(timeout_s=0.1)[0] == why
 
 
-def test_what_slurm_writes_into_the_logs(tmp_path):
-    (tmp_path / "7_0_log.out").write_text(
-        "submitit INFO\n"
-        "srun: error: Task launch for StepId=7.0 failed on node node3: Communication connection failure\n"
-        "srun: error: Application launch failed: Communication connection failure\nsrun: Job step aborted\n"
-        "srun: error: node2: task 1: Killed\nsrun: error: node[1,4]: tasks 0,3: Exited with exit code 1\n"
-        "slurmstepd: error: *** JOB 7 ON node1 CANCELLED AT 2026-01-01T00:00:00 ***\n"
-    )
-    assert doctor.complaints(tmp_path) == [
-        "Task launch for StepId=7.0 failed on node node3: Communication connection failure",
-        "Application launch failed: Communication connection failure",
-    ]
+@pytest.mark.parametrize(
+    "states, nodes, blocked",
+    [
+        (["idle"] * 4, "4", False),
+        (["idle", "idle", "idle", "down*"], "3", False),
+        (["idle", "idle", "idle", "down*"], "2-4", False),
+        (["allocated", "mixed", "idle~", "completing"], "4", False),
+        (["idle", "idle", "drained", "idle*"], "3", True),
+        (["idle"] * 4, "5", False),  # Slurm itself refuses it, or says why it waits
+    ],
+)
+def test_whether_a_job_waits_for_a_broken_node(states, nodes, blocked):
+    known = [Node(name, state) for name, state in zip(NODES, states, strict=True)]
+    assert bool(doctor.too_few_nodes(Request(nodes=nodes), known)) == blocked
 
 
-# ---- the command ---------------------------------------------------------------------------------------------------
+def test_nodes_are_read_from_the_logs_and_a_living_job_is_cancelled(slurm, tmp_path, monkeypatch):
+    asked = slurm([RUNNING], DOWN)
 
+    def submit(functions, folder, request, **_):
+        assert (request.tasks_per_node, request.cpus_per_task) == (1, 6)
+        assert pickle.loads(pickle.dumps(functions)) == functions
+        for node, report in healthy(NODES[:2]).items():
+            lines = [{"report": report}, {"all_reduce": {"node": node, **ALL_REDUCED[node]}}]
+            (folder / f"7_{node}_log.out").write_text("noise\n" + "".join(json.dumps(line) + "\n" for line in lines))
+        return cluster.Submission(folder, ["7"])
 
-@pytest.mark.parametrize("seconds", ["0", "soon", "nan", "1e9"])
-def test_the_timeout_is_checked(seconds, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        doctor.main(["--timeout", seconds])
-    assert "must be a number of seconds from 1 to 86400" in capsys.readouterr().err
-
-
-def test_a_place_for_the_job_that_cannot_be_written(tmp_path):
-    (tmp_path / "runs").write_text("a file")
-    with pytest.raises(UserError, match=r"cannot write .*runs.*choose a directory that you may write and all nodes"):
-        doctor.main(["--cluster", "local", f"--run.dir={tmp_path}/runs"])
-
-
-def test_a_path_that_is_not_there(tmp_path):
-    with pytest.raises(
-        UserError, match=r"cannot write .*--path takes directories of shards, and such as you may write"
-    ):
-        doctor.main(["--cluster", "local", f"--run.dir={tmp_path}/runs", "--path", str(tmp_path / "gone")])
-    assert os.listdir(tmp_path / "runs") == []
+    monkeypatch.setattr(cluster, "submit", submit)
+    request = Request(nodes="2", tasks_per_node=3, cpus_per_task=2)
+    evidence = doctor.on_slurm(Probe((), 0, 3, timeout_s=0.1), request, tmp_path)
+    assert ["scancel", "7"] in asked
+    assert list(evidence.reports) == list(evidence.all_reduce) == evidence.hosts == ["node1", "node2"]
+    assert evidence.slurm_nodes == DOWN and list(wrong(evidence)) == []
 
 
 def test_a_refused_job_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -802,75 +498,130 @@ def test_a_refused_job_leaves_nothing_behind(tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "runs") == []
 
 
-WIDE = os.environ | {"COLUMNS": "200"}
+def test_a_place_for_the_job_that_cannot_be_written(tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(UserError, match=r"cannot create .*runs.*choose a directory that you may write and all nodes"):
+        doctor.main([f"--run.dir={tmp_path}/runs"])
 
 
-def call(*arguments):
+@pytest.mark.parametrize("seconds", ["0", "soon", "nan", "1e9"])
+def test_the_timeout_is_checked(seconds, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        doctor.main(["--timeout", seconds])
+    assert "must be a number of seconds from 1 to 86400" in capsys.readouterr().err
+
+
+# ---- the all-reduce ------------------------------------------------------------------------------------------------
+
+
+def test_the_bus_bandwidth_is_that_of_nccl_tests():
+    assert bandwidth.bandwidth(1_000_000_000, 0.5, 4)["bus_gb_per_s"] == pytest.approx(3.0)
+    assert bandwidth.bandwidth(1024, 0.0, 1)["bus_gb_per_s"] is None
+
+
+@pytest.mark.parametrize("arguments", [["--sizes-mib", "1,0"], ["--repeats", "-1"], ["--limit-s", "soon"]])
+def test_sizes_and_limits_are_checked(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bandwidth.main(arguments)
+    assert "must be a whole number above 0, not" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "script, result",
+    [
+        ("echo noise; echo '{\"sizes\": []}'; echo more", {"error": "", "measured": {"sizes": []}}),
+        ("echo noise", {"error": "", "measured": None}),
+        ("echo 'error: rank 0 is lost'; echo 'x.ChildFailedError: y'; exit 1", {"error": "rank 0 is lost"}),
+        ("echo 'Traceback'; echo 'ImportError: no torch' >&2; exit 1", {"error": "ImportError: no torch"}),
+        ("exit 3", {"error": "torchrun ended with exit code 3"}),
+        ("exec sleep 60", {"error": "it did not end within 0.5 s"}),
+    ],
+)
+def test_why_an_all_reduce_failed(script, result):
+    limit_s = 0.5 if "sleep" in script else 60
+    assert probe.all_reduce(["sh", "-c", script], limit_s) == {"measured": None, **result}
+
+
+@pytest.mark.slow
+def test_two_nodes_with_a_torchrun_each(monkeypatch):
+    """Both on this machine, which 127.0.0.1 and localhost name."""
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    hosts, port = ["127.0.0.1", "localhost"], free_port()
+    bandwidths = ["-m", "ddp_asr.bandwidth", "--sizes-mib=1,2", "--repeats=2"]
+    commands = [[*probe.torchrun(hosts, number, port, "key", 1, 60), *bandwidths] for number in (0, 1)]
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(partial(probe.all_reduce, limit_s=200), commands)
+    assert first["error"] == second["error"] == "" and second["measured"] is None
+    assert first["measured"]["world_size"] == 2
+    assert [size["bytes"] for size in first["measured"]["sizes"]] == [1 << 20, 2 << 20]
+    assert all(size["bus_gb_per_s"] > 0 for size in first["measured"]["sizes"])
+
+
+@pytest.mark.slow
+def test_a_rank_that_never_comes_is_named_within_the_limit():
+    alone = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    answer = subprocess.run(
+        [sys.executable, "-m", "ddp_asr.bandwidth", "--limit-s", "20"],
+        cwd=REPOSITORY,
+        env=os.environ | {name: str(value) for name, value in alone.items()},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "error: rank 0 could not meet the other 1 rank(s)" in answer.stderr and answer.returncode == 2
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def start(*arguments):
     command = [sys.executable, "-m", "launch.doctor", "--cluster", "local", *map(str, arguments)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False, env=WIDE)
+    # A shell that starts the tests in the background has them ignore Ctrl-C.
+    return subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=os.environ | {"COLUMNS": "200"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
 
 
 @pytest.mark.slow
 def test_this_machine_is_examined(tmp_path, tiny_corpus):
     settings = tmp_path / "settings.yaml"
-    settings.write_text(f"run: {{dir: {tmp_path}/runs}}\ndata: {{train: [{tiny_corpus.train}], test: []}}\n")
-    (tmp_path / "mine").mkdir()
-    answer = call("--config", settings, "--tasks-per-node", 2, "--path", tmp_path / "mine", "--json")
-    assert answer.returncode == 0, answer.stdout + answer.stderr
-    found = json.loads(answer.stdout)
-    assert found["ok"] and found["wrong"] == []
-    assert found["all_reduce"]["measured"]["world_size"] == 2
-    (report,) = found["nodes"].values()
-    assert report["stage"] == "done" and report["node"] == socket.gethostname() == found["hosts"][0]
-    by_what = {directory["what"]: directory for directory in report["directories"]}
-    assert by_what["the shards"]["read_mb_per_s"] > 0 and by_what["the run directory"]["write_mb_per_s"] > 0
-    assert by_what["the directory"]["write_mb_per_s"] > 0
-    assert os.listdir(tmp_path / "mine") == os.listdir(tmp_path / "runs") == []
+    settings.write_text(f"run: {{dir: {tmp_path}}}\ndata: {{train: [{tiny_corpus.train}], test: []}}\n")
+    with start("--config", settings, "--tasks-per-node", 2, "--json") as asked:
+        printed, complained = asked.communicate(timeout=300)
+    assert asked.returncode == 0, printed + complained
+    found = json.loads(printed)
+    assert found["ok"] and found["wrong"] == [] and found["hosts"] == [socket.gethostname()]
+    (report,), (all_reduce,) = found["reports"].values(), found["all_reduce"].values()
+    assert all_reduce["measured"]["world_size"] == 2
+    assert report["directories"][str(tiny_corpus.train)]["read_mb_per_s"] > 0
+    assert report["directories"][str(tmp_path)]["write_mb_per_s"] > 0
+    assert os.listdir(tmp_path) == ["settings.yaml"]
 
 
 @pytest.mark.slow
 def test_what_is_wrong_with_this_machine_is_said(tmp_path):
-    answer = call(f"--run.dir={tmp_path}/runs", f"--data.train={tmp_path}/gone", "--data.test=")
-    assert answer.returncode == 1, answer.stdout + answer.stderr
-    lines = answer.stdout.splitlines()
-    assert lines[-1].startswith("1 thing(s) wrong; logs: ")
-    assert [line for line in lines if line.startswith("wrong: ")] == [
-        f"wrong: the shards at {tmp_path}/gone cannot be used on {socket.gethostname()} (no such file or directory): "
-        "see that it is on a file system which every node mounts, and may be read"
-    ]
-    assert lines[2].startswith(socket.gethostname())
-    assert list((tmp_path / "runs" / ".doctor").glob("*/*_0_log.out"))
+    with start(f"--run.dir={tmp_path}", f"--data.train={tmp_path}/gone", "--data.test=") as asked:
+        printed, complained = asked.communicate(timeout=300)
+    assert asked.returncode == 1, printed + complained
+    host = socket.gethostname()
+    assert printed.splitlines()[-1] == (
+        f"wrong: on {host}, the shards ({tmp_path}/gone) cannot be used (no such file or directory): repair that, or "
+        "choose another place"
+    )
+    assert any(line.startswith(host) for line in printed.splitlines())
 
 
 @pytest.mark.slow
-def test_ctrl_c_takes_the_job_back(tmp_path):
-    command = [sys.executable, "-m", "launch.doctor", "--cluster", "local", f"--run.dir={tmp_path}/runs"]
-    with subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background shell ignores it
-    ) as asked:
-        first = asked.stderr.readline()
-        controller = int(re.match(r"job (\d+);", first)[1])
-        asked.send_signal(signal.SIGINT)
-        assert asked.wait(timeout=60) == 130
-        assert asked.stderr.read().endswith("interrupted\n")
-    assert not Path(f"/proc/{controller}").exists()
-    assert os.listdir(tmp_path / "runs") == []
-
-
-def test_the_table_shows_every_node():
-    shown = doctor._as_text(evidence(), judge(evidence()))
-    assert all(node in shown for node in NODES) and "3 of 3" in shown
-    assert "all-reduce  4 rank(s) on cpu: 1 MiB 1.0 ms, 1.50 GB/s (bus bandwidth)" in shown
-    assert shown.endswith("nothing is wrong with 4 node(s), 4 rank(s)")
-
-
-def test_an_examination_is_picklable_by_name():
-    import pickle
-
-    examination_of_run = Examination(Path("/desk"), (RUN,), 180.0)
-    assert pickle.loads(pickle.dumps(examination_of_run)) == examination_of_run
+def test_ctrl_c_ends_it(tmp_path):
+    os.mkfifo(tmp_path / "dataset.json")
+    with start(f"--run.dir={tmp_path}", f"--data.train={tmp_path}", "--data.test=", "--timeout=3600") as asked:
+        with Path(tmp_path / "dataset.json").open("w"):  # returns when it is opened for reading
+            asked.send_signal(signal.SIGINT)
+            assert asked.wait(timeout=60) == 130
+        assert asked.stderr.read() == "interrupted\n"
