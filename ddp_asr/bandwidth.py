@@ -1,10 +1,10 @@
-"""How fast ranks add up their gradients: `torchrun --nproc_per_node=8 -m ddp_asr.bandwidth`, timed all-reduces alone.
+"""Measures how fast ranks sum their gradients: `torchrun --nproc_per_node=8 -m ddp_asr.bandwidth` times all-reduces.
 
-    RANK, WORLD_SIZE ... -> join the other ranks -> all-reduces of several sizes -> a line of JSON on rank 0
+    RANK, WORLD_SIZE ... -> join the other ranks -> all-reduces of several sizes -> one JSON line on rank 0
 
-The bus bandwidth is that of NVIDIA's nccl-tests, `S / t x 2 (n - 1) / n` (their doc/PERFORMANCE.md): what a link has to
-carry whatever the number of ranks n, so it compares with the hardware's own number. `launch.doctor` runs this on all
-ranks of a job.
+The bus bandwidth is that of NVIDIA's nccl-tests, `S / t x 2 (n - 1) / n` (their doc/PERFORMANCE.md). It does not depend
+on the number of ranks n, so it can be compared with the bandwidth of the link. `launch.doctor` runs this on all ranks
+of a job.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from ddp_asr.config import Distributed
 from ddp_asr.errors import UserError, run_entry_point
 
-SIZES_MIB = "1,8,64"  # the gradients of the default model are 90 MiB; DDP sends them in pieces of up to 25
+SIZES_MIB = "1,8,64"  # the default model has 90 MiB of gradients; DDP sends them in buckets of up to 25 MiB
 REPEATS = 5
 
 EXAMPLES = """\
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m ddp_asr.bandwidth",
-        description="Times all-reduces over all ranks; rank 0 prints the bandwidths as a line of JSON.",
+        description="Times all-reduces over all ranks; rank 0 prints the bandwidths as one JSON line.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -55,14 +55,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"sizes, in MiB of float32 (default: {SIZES_MIB})",
     )
     parser.add_argument(
-        "--repeats", type=_positive, default=REPEATS, metavar="N", help="all-reduces a size (default: %(default)s)"
+        "--repeats", type=_positive, default=REPEATS, metavar="N", help="all-reduces of each size (default: %(default)s)"
     )
     parser.add_argument(
         "--limit-s",
         type=_positive,
         default=120,
         metavar="N",
-        help="after so many seconds the process is killed, wherever it hangs (default: %(default)s)",
+        help="seconds after which the process ends, even if it hangs (default: %(default)s)",
     )
     return parser.parse_args(argv)
 
@@ -79,19 +79,19 @@ def _sizes(text: str) -> list[int]:
 
 def _measure(sizes_mib: Sequence[int], repeats: int, limit_s: int) -> dict[str, Any] | None:
     """The measurement on rank 0, None on the others."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # one message a mistake: torch logs broken sockets on its own
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch would log each broken socket beside our own message
     import torch
 
     from ddp_asr.ranks.rendezvous import join
 
-    # Whatever it waits for: a rank that hangs, a driver that never answers. The default action ends even C code.
+    # The default action of SIGALRM ends a process that waits in C code too: for a rank that hangs, or for a driver.
     signal.alarm(limit_s)
-    world = join(Distributed(timeout_s=0.75 * limit_s))  # so that a rank that never comes is named, not only ended
+    world = join(Distributed(timeout_s=0.75 * limit_s))  # less than the limit, so that a missing rank is reported
     total = world.sum(torch.ones(1, dtype=torch.float64)).item()
     if total != world.world_size:
         raise UserError(
             f"the sum of {world.world_size} ones over all ranks is {total:g} on rank {world.rank}: the network or "
-            "a GPU computes wrongly; do not train on these nodes"
+            "a GPU gives wrong results; do not train on these nodes"
         )
     places = world.gather_objects({"host": socket.gethostname(), "device": str(world.device)})
     sizes = [bandwidth(size << 20, world.all_reduce_s(size << 20, repeats), world.world_size) for size in sizes_mib]
@@ -100,7 +100,7 @@ def _measure(sizes_mib: Sequence[int], repeats: int, limit_s: int) -> dict[str, 
 
 
 def bandwidth(size_bytes: int, seconds: float, world_size: int) -> dict[str, Any]:
-    """The numbers of one size; without a bandwidth where a rank is alone and nothing is sent."""
+    """The figures of one size; no bandwidth for a single rank, which sends nothing."""
     bus = size_bytes / seconds * 2 * (world_size - 1) / world_size / 1e9 if seconds else None
     return {"bytes": size_bytes, "seconds": seconds, "bus_gb_per_s": bus}
 
