@@ -55,7 +55,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"sizes, in MiB of float32 (default: {SIZES_MIB})",
     )
     parser.add_argument(
-        "--repeats", type=_positive, default=REPEATS, metavar="N", help="all-reduces of each size (default: %(default)s)"
+        "--repeats",
+        type=_positive,
+        default=REPEATS,
+        metavar="N",
+        help="all-reduces of each size (default: %(default)s)",
     )
     parser.add_argument(
         "--limit-s",

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         evidence = on_slurm(probe, dataclasses.replace(request, time=limit), Path(config.run.dir).absolute())
     else:
         evidence = on_this_machine(probe, request)
-    sentences = list(wrong(evidence))
+    sentences = wrong(evidence)
     if evidence.logs and not sentences:
         shutil.rmtree(evidence.logs, ignore_errors=True)
     if options.json:
@@ -262,26 +262,33 @@ def complaints(log: str) -> list[str]:
 # ---- what is wrong -------------------------------------------------------------------------------------------------
 
 
-def wrong(evidence: Evidence) -> Iterator[str]:
+def wrong(evidence: Evidence) -> list[str]:
     """A sentence for each thing wrong: where, what, and what to do."""
     reports = [evidence.reports[host] for host in evidence.hosts if host in evidence.reports]
-    logs = f"see the logs in {evidence.logs}"
+    sentences = [*_silent_nodes(evidence, reports), *_links(reports)]
     if not evidence.hosts:
-        yield "; ".join([evidence.ended or f"the job ended without a report: {logs}", *evidence.complaints])
-    yield from _silent_nodes(evidence, reports)
-    yield from _links(reports)
-    for sentence, nodes in _grouped((sentence, report["node"]) for report in reports for sentence in report["wrong"]):
-        yield f"on {nodes}, {sentence}"
+        sentences.append("; ".join([evidence.ended or "the job ended without a report", *evidence.complaints]))
+    same = _grouped((sentence, report["node"]) for report in reports for sentence in report["wrong"])
+    sentences += [f"on {nodes}, {sentence}" for sentence, nodes in same]
     for path in (directory.path for directory in evidence.directories if directory.shards):
         copies = _grouped((report["directories"][path].get("dataset", ""), report["node"]) for report in reports)
         if len(places := [nodes for _, nodes in copies]) > 1:
-            yield f"{path} on {places[0]} differs from that on {'; '.join(places[1:])}: all nodes need the same shards"
-    if len(reports) < len(evidence.hosts) or any(any(r["links"].values()) or not r["listening"] for r in reports):
-        return  # there was no all-reduce
-    measured, errors = _measured(evidence), {node: found["error"] for node, found in evidence.all_reduce.items()}
-    for error, nodes in _grouped((error, node) for node, error in errors.items()):
-        yield f"the all-reduce failed on {nodes} ({error}): {logs}"
-    if evidence.hosts and not measured and not any(errors.values()):
+            others = "; ".join(places[1:])
+            sentences.append(f"{path} on {places[0]} differs from that on {others}: all nodes need the same shards")
+    return sentences + list(_all_reduce(evidence, reports, tried=not sentences))
+
+
+def _all_reduce(evidence: Evidence, reports: Sequence[Report], *, tried: bool) -> Iterator[str]:
+    """`tried`: nothing is known that explains why there is no all-reduce."""
+    logs = f"see the logs in {evidence.logs}" if evidence.logs else "see what it has printed"
+    errors = {node: found["error"] for node, found in evidence.all_reduce.items() if found["error"]}
+    measured = _measured(evidence)
+    if reports and len(reports) == len(evidence.hosts) and not any(any(report["links"].values()) for report in reports):
+        tried = True  # else the nodes that are connected wait for the others and fail
+        for node in sorted(errors, key=list(evidence.hosts).index)[:1]:
+            more = f" and {len(errors) - 1} other node(s)" if len(errors) > 1 else ""
+            yield f"the all-reduce failed on {node}{more} ({errors[node]}): {logs}"
+    if tried and not measured and not errors:
         yield f"the all-reduce gave no result ({evidence.ended or 'the job ended'}): {logs}"
     ranks = measured["ranks"] if measured and evidence.request.gpus_per_node else []
     if blind := dict.fromkeys(rank["host"] for rank in ranks if not rank["device"].startswith("cuda")):
@@ -359,7 +366,7 @@ def _show(evidence: Evidence, sentences: Sequence[str]) -> None:
             table.add_row(host, "no answer")
             continue
         gpus = "\n".join(f"{report['gpus'].count(gpu)} x {gpu}" for gpu in dict.fromkeys(report["gpus"]))
-        reached = f"{len(report['called_by'])} of {len(evidence.hosts) - 1}"
+        reached = f"{len(report['called_by'])} of {len(report['links'])}" if report["links"] else ""
         cells = [_cell(report["directories"][directory.path]) for directory in evidence.directories]
         table.add_row(host, report["address"], reached, gpus, *cells)
     width = shutil.get_terminal_size((160, 24)).columns

@@ -94,7 +94,7 @@ def network(monkeypatch):
 
 def found_wrong(reports, **changes):
     given = {"hosts": NODES, "request": Request(nodes="4"), "directories": [], "logs": "/runs/.doctor-1"}
-    return list(wrong(Evidence(**{**given, "reports": reports, **changes})))
+    return wrong(Evidence(**{**given, "reports": reports, **changes}))
 
 
 def test_healthy_nodes_reach_each_other_and_stop_before_the_limit(network):
@@ -106,55 +106,71 @@ def test_healthy_nodes_reach_each_other_and_stop_before_the_limit(network):
     assert found_wrong(reports, all_reduce={"node1": {"error": "", "measured": MEASURED}}) == []
 
 
-def test_a_node_whose_link_is_cut_is_named_in_one_sentence(network):
-    network.cut |= {(node, "node3") for node in NODES} | {("node3", node) for node in NODES}
-    assert found_wrong(network(limit_s=3)) == [
-        "node3 cannot be reached from node1, node2, node4 and cannot reach node1, node2, node4 (timed out): check its "
-        "link, and the firewalls between the nodes"
-    ]
+def both_ways(*nodes):
+    return {pair for node in nodes for other in NODES for pair in ((node, other), (other, node))}
 
 
-def test_two_cut_nodes_are_two_sentences(network):
-    lost = ["node2", "node3"]
-    network.cut |= {pair for a in lost for b in NODES for pair in ((a, b), (b, a))}
-    sentences = found_wrong(network(limit_s=3))
-    assert [sentence.partition(" cannot reach")[0] for sentence in sentences] == [
-        "node2 cannot be reached from node1, node3, node4 and",
-        "node3 cannot be reached from node1, node4 and",
-    ]
+CHECK = "check its link, and the firewalls between the nodes"
 
 
-def test_a_link_that_is_closed_in_one_direction(network):
-    network.cut |= {("node1", "node2"), ("node3", "node2")}
-    assert found_wrong(network(limit_s=3)) == [
-        "node2 cannot be reached from node1, node3 (timed out): check its link, and the firewalls between the nodes"
-    ]
+@pytest.mark.parametrize(
+    "cut, sentences",
+    [
+        (
+            both_ways("node3"),
+            [
+                "node3 cannot be reached from node1, node2, node4 and cannot reach node1, node2, node4 (timed out): "
+                + CHECK
+            ],
+        ),
+        (
+            both_ways("node2", "node3"),
+            [
+                "node2 cannot be reached from node1, node3, node4 and cannot reach node1, node3, node4 (timed out): "
+                + CHECK,
+                "node3 cannot be reached from node1, node4 and cannot reach node1, node4 (timed out): " + CHECK,
+            ],
+        ),
+        (
+            {("node1", "node2"), ("node3", "node2")},
+            ["node2 cannot be reached from node1, node3 (timed out): " + CHECK],
+        ),
+        (
+            {("node1", "node2"), ("node2", "node1")},
+            [
+                "node1 cannot be reached from node2 and cannot reach node2 (timed out): "
+                + CHECK.replace("its link", "the links of both")
+            ],
+        ),
+    ],
+    ids=["a cut node", "two cut nodes", "one direction", "neither is to blame"],
+)
+def test_links_that_are_cut(network, cut, sentences):
+    network.cut |= cut
+    assert found_wrong(network(limit_s=3)) == sentences
 
 
-def test_of_two_nodes_neither_is_to_blame(network):
-    network.cut |= {("node1", "node2"), ("node2", "node1")}
-    assert found_wrong(network(limit_s=3)) == [
-        "node1 cannot be reached from node2 and cannot reach node2 (timed out): check the links of both, and the "
-        "firewalls between the nodes"
-    ]
+LATE = "the job did not end within 180 s (--timeout)"
 
 
-def test_a_silent_node_that_nobody_reaches(network):
-    network.cut |= {(node, "node3") for node in NODES}
-    reports = network(limit_s=3, silent=["node3"])
-    assert found_wrong(reports, ended="the job did not end within 180 s (--timeout)") == [
-        "node3 did not answer (timed out from node1, node2, node4): check its link and its slurmd, or leave it out "
-        "with --exclude node3"
-    ]
-
-
-def test_a_silent_node_that_refuses_connections(network):
-    reports = network(limit_s=3, silent=["node3"])
-    assert {report["links"]["node3"] for report in reports.values()} == {"connection refused"}
-    assert found_wrong(reports, ended="the job did not end within 180 s (--timeout)") == [
-        "node3 did not answer (the job did not end within 180 s (--timeout)): see the logs in /runs/.doctor-1, and "
-        f"whether all nodes share that directory and can start {sys.executable}"
-    ]
+@pytest.mark.parametrize(
+    "cut, sentence",
+    [
+        (
+            both_ways("node3"),
+            "node3 did not answer (timed out from node1, node2, node4): check its link and its slurmd, or leave it out "
+            "with --exclude node3",
+        ),
+        (
+            set(),  # connections are refused, so the link is good
+            f"node3 did not answer ({LATE}): see the logs in /runs/.doctor-1, and whether all nodes share that "
+            f"directory and can start {sys.executable}",
+        ),
+    ],
+)
+def test_a_node_that_does_not_answer_is_named(network, cut, sentence):
+    network.cut |= cut
+    assert found_wrong(network(limit_s=3, silent=["node3"]), ended=LATE) == [sentence]
 
 
 def test_the_rendezvous_port_in_use():
@@ -347,13 +363,20 @@ def test_other_shards_under_the_same_path():
 
 
 def test_an_all_reduce_that_fails_or_gives_nothing():
-    failed = {**ALL_REDUCED, "node1": {"error": "rank 3 is gone", "measured": None}}
+    lost = {"error": "rank 3 is gone", "measured": None}
+    failed = {"node3": {"error": "a peer is gone", "measured": None}, "node2": lost}
     assert found_wrong(healthy(), all_reduce=failed) == [
-        "the all-reduce failed on node1 (rank 3 is gone): see the logs in /runs/.doctor-1"
+        "the all-reduce failed on node2 and 1 other node(s) (rank 3 is gone): see the logs in /runs/.doctor-1"
     ]
     assert found_wrong(healthy(), ended="the job ended as FAILED") == [
         "the all-reduce gave no result (the job ended as FAILED): see the logs in /runs/.doctor-1"
     ]
+
+
+def test_no_all_reduce_is_never_healthy():
+    """A name that was unknown for a moment has no sentence of its own."""
+    reports = healthy(node1={"links": {"node2": probe.UNKNOWN_NAME, "node3": "", "node4": ""}})
+    assert found_wrong(reports) == ["the all-reduce gave no result (the job ended): see the logs in /runs/.doctor-1"]
 
 
 def test_ranks_without_a_gpu():
@@ -380,7 +403,7 @@ def test_a_job_that_never_started():
     why = "the job cannot start: it asks for 4 node(s), and 3 can be used: node3 is drained for Slurm"
     assert found_wrong({}, hosts=[], ended=why) == [why]
     assert found_wrong({}, hosts=[], complaints=["Unable to create step"]) == [
-        "the job ended without a report: see the logs in /runs/.doctor-1; Unable to create step"
+        "the job ended without a report; Unable to create step"
     ]
 
 
@@ -486,7 +509,7 @@ def test_nodes_are_read_from_the_logs_and_a_living_job_is_cancelled(slurm, tmp_p
     evidence = doctor.on_slurm(Probe((), 0, 3, timeout_s=0.1), request, tmp_path)
     assert ["scancel", "7"] in asked
     assert list(evidence.reports) == list(evidence.all_reduce) == evidence.hosts == ["node1", "node2"]
-    assert evidence.slurm_nodes == DOWN and list(wrong(evidence)) == []
+    assert evidence.slurm_nodes == DOWN and wrong(evidence) == []
 
 
 def test_a_refused_job_leaves_nothing_behind(tmp_path, monkeypatch):
