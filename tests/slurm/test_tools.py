@@ -32,6 +32,22 @@ def test_the_doctor_names_a_node_whose_link_is_cut(tmp_path):
     assert wrong and all(re.match(r"node3 |the job cannot start: .*: node3 is [^;]*$", text) for text in wrong), wrong
 
 
+def test_the_doctor_names_a_node_that_slurm_reaches_and_other_nodes_do_not(tmp_path):
+    """The job starts, and what node2 and node4 send to node3 goes to a machine that does not exist."""
+    neighbour = "ip neigh {} $(getent hosts node3 | cut -d' ' -f1) lladdr 02:00:00:00:00:01 dev eth0 nud permanent"
+    cut_off = ("node2", "node4")
+    try:
+        for node in cut_off:
+            harness.cluster("on", node, "sh", "-c", neighbour.format("replace"))
+        answer = harness.launch("doctor", "--nodes=4", "--tasks-per-node=1", "--timeout=100", f"--run.dir={tmp_path}")
+    finally:
+        for node in cut_off:
+            harness.cluster("on", node, "sh", "-c", neighbour.format("del"))
+    assert answer.returncode == 1, answer.stdout + answer.stderr
+    wrong = [line for line in answer.stdout.splitlines() if line.startswith("wrong: ")]
+    assert len(wrong) == 1 and wrong[0].startswith("wrong: node3 cannot be reached from node2, node4"), answer.stdout
+
+
 # ---- a sweep -------------------------------------------------------------------------------------------------------
 
 SWEEP = """
