@@ -202,7 +202,7 @@ def _wait(job_id: str, evidence: Evidence, timeout_s: float) -> str:
         elif state.state == "PENDING" and evidence.hosts:
             return f"Slurm has requeued the job ({state.reason or 'a node failed'})"
         elif state.state == "PENDING":
-            message = f"job {job_id} is waiting ({state.reason}); Ctrl-C cancels it"
+            message = f"job {job_id} is waiting ({state.reason or 'no reason yet'}); Ctrl-C cancels it"
             why = too_few_nodes(evidence.request, cluster.nodes(known.get("Partition", "")))
             blocked_since_s = min(blocked_since_s, now_s) if why else math.inf
             if now_s - blocked_since_s >= BLOCKED_FOR_S:
@@ -229,7 +229,10 @@ def too_few_nodes(request: Request, nodes: Sequence[Node]) -> str:
     if not broken or usable >= int(request.nodes.partition("-")[0]):
         return ""
     standing = "; ".join(f"{node.name} {_standing(node)}" for node in broken)
-    return f"the job cannot start: it asks for {request.nodes} node(s), and {usable} can be used: {standing}"
+    return (
+        f"the job cannot start: it asks for {request.nodes} node(s), and {usable} can be used ({standing}): "
+        "repair these, or ask for fewer nodes"
+    )
 
 
 def out_of_use(node: Node) -> bool:
@@ -370,7 +373,8 @@ def _show(evidence: Evidence, sentences: Sequence[str]) -> None:
         cells = [_cell(report["directories"][directory.path]) for directory in evidence.directories]
         table.add_row(host, report["address"], reached, gpus, *cells)
     width = shutil.get_terminal_size((160, 24)).columns
-    Console(width=width, highlight=False, markup=False).print(table)
+    if evidence.hosts:
+        Console(width=width, highlight=False, markup=False).print(table)
     measured = _measured(evidence) or {"sizes": []}
     for size in measured["sizes"]:
         if size["bus_gb_per_s"] is not None:

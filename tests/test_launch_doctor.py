@@ -468,7 +468,8 @@ def test_a_job_is_waited_for(slurm, capsys):
         ([RUNNING, JobState("NODE_FAIL")], "the job ended as NODE_FAIL"),
         (
             [PENDING],
-            "the job cannot start: it asks for 2 node(s), and 1 can be used: node2 is down* for Slurm (Not responding)",
+            "the job cannot start: it asks for 2 node(s), and 1 can be used (node2 is down* for Slurm (Not "
+            "responding)): repair these, or ask for fewer nodes",
         ),
     ],
 )

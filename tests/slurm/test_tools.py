@@ -29,7 +29,7 @@ def test_the_doctor_names_a_node_whose_link_is_cut(tmp_path):
     answer = harness.launch("doctor", "--nodes=4", "--tasks-per-node=1", f"--run.dir={tmp_path}", "--json")
     assert answer.returncode == 1, answer.stdout + answer.stderr
     wrong = json.loads(answer.stdout)["wrong"]
-    assert wrong and all(re.match(r"node3 |the job cannot start: .*: node3 is [^;]*$", text) for text in wrong), wrong
+    assert wrong and all(re.match(r"node3 |the job cannot start: .* \(node3 is [^;]*\)", text) for text in wrong), wrong
 
 
 def test_the_doctor_names_a_node_that_slurm_reaches_and_other_nodes_do_not(tmp_path):
