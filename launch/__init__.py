@@ -1,8 +1,8 @@
-"""Sends runs to Slurm, to this machine, or to the shell at hand; nothing here needs torch, so login nodes will do.
+"""Launches runs on Slurm, on this machine or in this process. Nothing here needs torch, so it works on login nodes.
 
-    submit, sweep, doctor   ->   cluster.submit   ->   sbatch, srun   ->   job.Training on every rank
-                                                                            job conclude, when all have ended
-    status                  <-   run directories, squeue, sacct
+    submit, sweep, doctor, slurm/train.sbatch  ->  srun  ->  node: a torchrun on each node
+                                                         ->  job conclude: whether the job is requeued
+    status                                     <-  run directories, squeue, sacct
 
-`cluster` is all that talks to the scheduler; `job` is all that runs inside a job.
+`cluster` alone talks to the scheduler; `job` and `node` run inside a job.
 """

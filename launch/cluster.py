@@ -1,13 +1,14 @@
-"""The scheduler: what a job asks it for, how it is handed over, and what it says of jobs and nodes.
+"""Talks to the scheduler: what a job asks for, how it is submitted, and what Slurm says of jobs and nodes.
 
     request = request_from(options)                       # configs/clusters/NAME.yaml, then the command line
     submission = submit([function], folder, request, name="train", code=frozen_copy, after=[shell line, ...])
     job_states(submission.job_ids)                        # {"12": JobState("PENDING", "Priority")}
 
-submitit writes the sbatch file, starts one task a rank and loads the function there. What it does with signals is not
-used: plain submitit ignores the SIGTERM of a pre-emption, and starts from the beginning after it. Here the trainer
-takes the signals over, and the batch script, when srun has ended, runs the lines in `after`: it outlives ranks that
-were killed, and so can say what becomes of the job (job.py). A trap keeps it alive where Slurm signals it, too.
+submitit writes the batch script and submits it; srun starts one task on each node, which loads the function and calls
+it. A function that trains becomes the torchrun of its node (node.py). submitit's own handling of signals is not used:
+it ignores the SIGTERM of a pre-emption. The batch script outlives the ranks, because a trap keeps it alive when Slurm
+signals it too; when srun has ended it runs the lines in `after`, which decide what happens to the job (job.py).
+slurm/train.sbatch is the same script for those who prefer to write it themselves.
 """
 
 from __future__ import annotations
@@ -26,45 +27,42 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ddp_asr.errors import UserError
 from ddp_asr.settings import check_bounds, convert, nearest, read_yaml, setting
 
-if TYPE_CHECKING:
-    from submitit import Executor
-
 EXECUTORS = ("slurm", "local", "debug")
 PROFILES = Path("configs/clusters")
 
-# The ranks' own stop takes its time; one that ends early, or badly, must not have the others killed meanwhile. Nor may
-# one that hangs keep the job: rank 0 is the last, and waits for Comet half a minute at most.
-_SRUN_OPTIONS = ("--kill-on-bad-exit=0", "--wait=60")
+# One task, torchrun, on each node. It ends with an error after any signal, and must not take other nodes with it, whose
+# ranks may still be writing; one that hangs must not keep the job. Under sbatch --export=NONE srun passes on no PATH.
+# The ranks of a node share its cores.
+SRUN_OPTIONS = ("--ntasks-per-node=1", "--cpu-bind=none", "--export=ALL", "--kill-on-bad-exit=0", "--wait=60")
 _OUTLIVE_SIGNALS = "trap : TERM USR1 USR2"
+_IGNORE_SIGNALS = "trap '' TERM USR1 USR2"
 _TEXTS = ("partition", "account", "qos", "constraint", "exclude", "nodelist", "mem", "time")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a job asks for: keys of a profile, options of every launcher; empty or 0 is left to the cluster."""
+    """What a job asks for: keys of a profile and options of every launcher; empty or 0 is left to the cluster."""
 
-    executor: str = setting(
-        "slurm", "Slurm, local processes of this machine, or debug: this very process", choices=EXECUTORS
-    )
-    nodes: str = setting("1", "nodes, or a range such as 1-4: the run goes on with what there is")
-    gpus_per_node: int = setting(0, "GPUs a node, each with a rank of its own", at_least=0)
-    tasks_per_node: int = setting(0, "ranks a node; 0: one for each GPU, or one where there are none", at_least=0)
-    cpus_per_task: int = setting(0, "CPU cores a rank, its loader threads included", at_least=0)
-    mem: str = setting("", "memory a node, such as 200G")
-    time: str = setting("", "time limit, such as 8:00:00; the run checkpoints and requeues itself before it")
+    executor: str = setting("slurm", "Slurm, processes of this machine, or one rank in this process", choices=EXECUTORS)
+    nodes: str = setting("1", "number of nodes, or a range such as 1-4: the run takes what there is")
+    gpus_per_node: int = setting(0, "GPUs of each node; a rank uses one GPU", at_least=0)
+    tasks_per_node: int = setting(0, "ranks of each node; 0: one for each GPU, or one where there are none", at_least=0)
+    cpus_per_task: int = setting(0, "CPU cores of each rank, for its loader too", at_least=0)
+    mem: str = setting("", "memory of each node, such as 200G")
+    time: str = setting("", "time limit, such as 8:00:00; before it the run writes a checkpoint and is requeued")
     partition: str = setting("", "partition")
     account: str = setting("", "account")
     qos: str = setting("", "quality of service")
     constraint: str = setting("", "node features, such as a100")
-    exclude: str = setting("", "nodes to stay away from")
+    exclude: str = setting("", "nodes not to run on")
     nodelist: str = setting("", "nodes to run on")
-    signal_s: int = setting(120, "so many seconds before the time limit the ranks are told to stop", at_least=0)
-    setup: list[str] = setting([], "shell lines before the ranks start, such as 'module load cuda'")
+    signal_s: int = setting(120, "seconds before the time limit at which the ranks are told to stop", at_least=0)
+    setup: list[str] = setting([], "shell lines that run before the ranks start, such as 'module load cuda'")
 
     @property
     def max_nodes(self) -> int:
@@ -76,7 +74,7 @@ class Request:
 
     @property
     def max_ranks(self) -> int:
-        """The most ranks that the job may start with."""
+        """The largest number of ranks that the job may start with."""
         return self.max_nodes * self.ranks_per_node
 
 
@@ -101,7 +99,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def request_from(options: argparse.Namespace, **defaults: Any) -> Request:
-    """The request of the profile `options.cluster`, with the other options on top; `defaults` lie below both.
+    """The request of the profile `options.cluster`; the other options override it, and it overrides `defaults`.
 
     Raises:
         UserError: an unknown profile or key, a value of the wrong type or out of range.
@@ -129,7 +127,7 @@ def _read_profile(name: str) -> dict[str, Any]:
 
 
 def _find_profile(name: str) -> Path | None:
-    """The file that `--cluster NAME|FILE` means; None: an executor without one."""
+    """The file that `--cluster NAME|FILE` names; None for an executor without a profile."""
     installed = Path(__file__).parent.parent / PROFILES
     for path in (Path(name), PROFILES / f"{name}.yaml", installed / f"{name}.yaml"):
         if path.is_file():
@@ -153,19 +151,19 @@ def _check(request: Request) -> None:
         raise UserError(f"'debug' is one process, not {request.max_ranks}: leave --nodes and --gpus-per-node out")
 
 
-# ---- handing over --------------------------------------------------------------------------------------------------
+# ---- submitting ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Submission:
     """A job, or the jobs of an array, that the scheduler has accepted."""
 
-    folder: Path  # its sbatch file, pickles and logs
+    folder: Path  # its batch script, pickles and logs
     job_ids: list[str]  # "12", or "12_0", "12_1" ... of an array
 
-    def log(self, number: int = 0, rank: int = 0) -> Path:
-        """What rank `rank` of the job prints."""
-        return self.folder / f"{self.job_ids[number]}_{rank}_log.out"
+    def log(self, number: int = 0, node: int = 0) -> Path:
+        """What the ranks of a node of the job print; the first node's also has what the batch script prints."""
+        return self.folder / f"{self.job_ids[number]}_{node}_log.out"
 
 
 def submit(
@@ -178,31 +176,41 @@ def submit(
     parallel: int = 0,
     after: Sequence[str] = (),
 ) -> Submission:
-    """Hands one job over that calls the function on every rank; several functions become an array.
+    """Submits one job that calls the function once on each node; several functions become an array.
+
+    The function finds the number of ranks that it is to start in RANKS_PER_NODE.
 
     Args:
         functions: picklable, and importable by name from `launch`.
         code: the directory that the job runs in and imports from, a frozen copy (`job.freeze_code`).
         parallel: how many jobs of an array may run at a time; 0: all.
-        after: shell lines of the batch script when srun has ended, its exit status in `$status`; Slurm only.
+        after: shell lines for the batch script when srun has ended, its exit status in `$status`; Slurm only.
 
     Raises:
         UserError: with Slurm's own reason, in one sentence.
     """
-    executor = _executor(folder, request, name=name, code=code, parallel=parallel, after=after)
-    # Only one process is left to inherit these where there is no batch script to write them into.
-    with _refusals(request), _inside(code) if request.executor == "local" else contextlib.nullcontext():
-        if request.executor == "slurm":
-            # submitit repeats on stderr what sbatch complains of, which `_refusals` says in a sentence.
-            with contextlib.redirect_stderr(io.StringIO()), executor.batch():
-                jobs = [executor.submit(function) for function in functions]
-        else:
+    import submitit
+
+    if request.executor == "slurm":
+        if shutil.which("sbatch") is None:
+            raise UserError("there is no sbatch here: submit from a login node of the cluster, or with --cluster local")
+        executor = submitit.SlurmExecutor(folder)
+        executor.update_parameters(**_slurm_parameters(request, name, code, parallel, after))
+        # submitit repeats sbatch's complaint on stderr; `_refusals` says it in a sentence.
+        with _refusals(request), contextlib.redirect_stderr(io.StringIO()), executor.batch():
             jobs = [executor.submit(function) for function in functions]
-        job_ids = [job.job_id for job in jobs]
-        if request.executor == "debug":
-            for job in jobs:
-                job.results()
-    return Submission(folder, job_ids)
+    elif request.executor == "local":
+        local = submitit.LocalExecutor(folder)
+        a_year = 60 * 24 * 365  # one's own machine has no time limit; submitit's default is two minutes
+        local.update_parameters(gpus_per_node=request.gpus_per_node, timeout_min=a_year, stderr_to_stdout=True)
+        with _inherited(code, request):
+            jobs = [local.submit(function) for function in functions]
+    else:
+        debug = submitit.DebugExecutor(folder)
+        jobs = [debug.submit(function) for function in functions]
+        for job in jobs:
+            job.results()
+    return Submission(folder, [job.job_id for job in jobs])
 
 
 def sbatch_text(
@@ -215,92 +223,74 @@ def sbatch_text(
     parallel: int = 0,
     after: Sequence[str] = (),
 ) -> str:
-    """The batch script that `submit` would hand to sbatch."""
+    """The batch script that `submit` would give to sbatch."""
+    # Private, because submitit shows a batch script only by submitting it. If the names change, --dry-run breaks and
+    # nothing else. Tried with submitit 1.5.4; a test compares the text with what is submitted.
     from submitit.slurm.slurm import _make_sbatch_string
 
     if request.executor != "slurm":
         raise UserError(f"there is no sbatch file for the cluster {request.executor!r}: only Slurm has one")
     parameters = _slurm_parameters(request, name, code, parallel, after) | ({"map_count": jobs} if jobs > 1 else {})
-    # Not asked of an executor, which exists only where Slurm's commands are.
     command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     return _make_sbatch_string(command=command, folder=folder, **parameters)
 
 
-def _executor(
-    folder: Path, request: Request, *, name: str, code: Path, parallel: int, after: Sequence[str]
-) -> Executor:
-    import submitit
-
-    if request.executor == "debug":
-        return submitit.DebugExecutor(folder)
-    if request.executor == "local":
-        local = submitit.LocalExecutor(folder)
-        local.update_parameters(
-            tasks_per_node=request.ranks_per_node,
-            gpus_per_node=request.gpus_per_node,
-            timeout_min=60 * 24 * 365,  # one's own machine has no limit; submitit would take two minutes
-            stderr_to_stdout=True,
-        )
-        return local
-    if shutil.which("sbatch") is None:
-        raise UserError("there is no sbatch here: submit from a login node of the cluster, or with --cluster local")
-    slurm = submitit.SlurmExecutor(folder)
-    slurm.update_parameters(**_slurm_parameters(request, name, code, parallel, after))
-    return slurm
-
-
 def _slurm_parameters(request: Request, name: str, code: Path, parallel: int, after: Sequence[str]) -> dict[str, Any]:
-    """Keyword arguments of submitit's Slurm executor; None takes its own default out, which is the cluster's then."""
-    texts = {field: getattr(request, field) for field in _TEXTS if getattr(request, field)}
-    tasks, srun_arguments = {"ntasks_per_node": request.ranks_per_node}, list(_SRUN_OPTIONS)
-    if "-" in request.nodes:
-        # Of a range and tasks a node sbatch makes a number of tasks, and gives no more nodes than those take, which are
-        # the fewest. So it is asked for the nodes' cores, and srun for the tasks.
-        tasks = {}
-        texts["mincpus"] = str(request.ranks_per_node * max(1, request.cpus_per_task))
-        srun_arguments.append(f"--ntasks-per-node={request.ranks_per_node}")
+    """Keyword arguments of submitit's Slurm executor; None removes its own default, so that the cluster's holds.
+
+    The number of tasks is left to srun: of a range of nodes and a number of tasks a node, sbatch makes a number of
+    tasks, and then always gives the smallest number of nodes.
+    """
+    cores = request.ranks_per_node * request.cpus_per_task
+    options = {field: getattr(request, field) for field in _TEXTS if getattr(request, field)}
+    # submitit computes with `nodes` and `time`, and knows neither ranges nor Slurm's notation of times.
+    options |= {"nodes": request.nodes, "requeue": True}
+    if not cores:
+        options["mincpus"] = request.ranks_per_node  # else Slurm gives the node's one task one core
     return {
         "job_name": name,
         "nodes": request.max_nodes,
-        **tasks,
         "gpus_per_node": request.gpus_per_node or None,
-        "cpus_per_task": request.cpus_per_task or None,
+        "cpus_per_task": cores or None,
         "time": None,
         "wckey": None,
         "signal_delay_s": request.signal_s,
         "stderr_to_stdout": True,
         "array_parallelism": parallel or sys.maxsize,
-        "srun_args": srun_arguments,
-        "setup": [*request.setup, _OUTLIVE_SIGNALS, f"cd {shlex.quote(str(code))}", _import_from(code)],
-        "teardown": ["status=$?", *after] if after else None,
-        # submitit computes with `nodes` and `time`, and knows neither ranges nor Slurm's own words for a time.
-        "additional_parameters": {**texts, "nodes": request.nodes, "requeue": True},
+        "srun_args": [*SRUN_OPTIONS, *([f"--cpus-per-task={cores}"] if cores else [])],
+        "setup": [
+            _OUTLIVE_SIGNALS,
+            *request.setup,
+            f"cd {shlex.quote(str(code))}",
+            f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+            f"export RANKS_PER_NODE={request.ranks_per_node}",
+        ],
+        "teardown": ["status=$?", _IGNORE_SIGNALS, *after] if after else None,
+        "additional_parameters": options,
     }
 
 
-def _import_from(code: Path) -> str:
-    return f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"'
-
-
 @contextlib.contextmanager
-def _inside(code: Path) -> Iterator[None]:
-    """Processes that start in here run in `code` and import from it."""
-    directory, search_path = os.getcwd(), os.environ.get("PYTHONPATH")
+def _inherited(code: Path, request: Request) -> Iterator[None]:
+    """Gives the processes that start in here what a batch script would set; they can only inherit it."""
+    directory, before = os.getcwd(), dict(os.environ)
+    for name in before:
+        if name.startswith("SLURM_"):  # an allocation in which this command runs is not the job's
+            del os.environ[name]
     os.chdir(code)
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(code), *([search_path] if search_path else [])])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(code), *filter(None, [before.get("PYTHONPATH")])])
+    os.environ["RANKS_PER_NODE"] = str(request.ranks_per_node)
     try:
         yield
     finally:
         os.chdir(directory)
-        if search_path is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = search_path
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @contextlib.contextmanager
 def _refusals(request: Request) -> Iterator[None]:
-    """Turns sbatch's refusal into one sentence."""
+    """Turns a refusal by sbatch into one sentence."""
     from submitit.core.utils import FailedJobError
 
     try:
@@ -317,25 +307,25 @@ _ASKED = (*_TEXTS, "nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task")
 
 
 def slurm_reason(text: str) -> str:
-    """What a Slurm command complains of, on one line and without its prefixes."""
+    """The complaint of a Slurm command, on one line and without its prefixes."""
     complaints = re.findall(r"^(?:\w+: )(?:error: )?(.*\S)", text, flags=re.MULTILINE) or [text.strip()]
     reasons = [complaint.removeprefix("Batch job submission failed: ").rstrip(".") for complaint in complaints]
     return "; ".join(dict.fromkeys(reasons))
 
 
-# ---- what Slurm says -----------------------------------------------------------------------------------------------
+# ---- asking Slurm --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class JobState:
-    """A job's state in Slurm's own words, such as PENDING, RUNNING, COMPLETED, CANCELLED; UNKNOWN: Slurm forgot it."""
+    """A job's state in Slurm's words, such as PENDING, RUNNING, COMPLETED; UNKNOWN if Slurm has forgotten the job."""
 
     state: str
     reason: str = ""  # why it is pending
 
     @property
     def living(self) -> bool:
-        """Whether it runs, or is still going to."""
+        """Whether it runs, or is going to run."""
         return self.state in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "STAGE_OUT")
 
 
@@ -349,7 +339,11 @@ class Node:
 
 
 def run(command: Sequence[str], timeout_s: float = 30.0) -> str:
-    """What a Slurm command prints; a UserError with its complaint in one sentence."""
+    """What a Slurm command prints.
+
+    Raises:
+        UserError: it fails, with its complaint in one sentence; it is not there; it does not answer in time.
+    """
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
     except FileNotFoundError:
@@ -380,24 +374,25 @@ def fields_of(line: str) -> dict[str, str]:
 
 
 def job_states(job_ids: Iterable[str]) -> dict[str, JobState]:
-    """The state of each job: one squeue for all, and one sacct for those that have left the queue."""
+    """The state of each job, by one squeue for all, and one sacct for those that have left the queue."""
     wanted = list(dict.fromkeys(job_ids))
     if not wanted:
         return {}
     states = _queued(wanted)
     gone = [job_id for job_id in wanted if job_id not in states]
     if gone:
-        # Accounting may be off, or its daemon away: a state less, and no reason to show none.
+        # Accounting may be off or its daemon not running: then these states stay unknown.
         with contextlib.suppress(UserError):
             states |= _accounted(gone)
     return {job_id: states.get(job_id, JobState("UNKNOWN")) for job_id in wanted}
 
 
 def _queued(wanted: Sequence[str]) -> dict[str, JobState]:
-    # Of all of one's jobs: `squeue --jobs` fails as a whole over one id that is no longer known.
+    # All jobs of this user: `squeue --jobs` fails as a whole if one id is no longer known.
     lines = run(["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%T|%r"]).splitlines()
     rows = (line.strip().split("|", 2) for line in lines if line.strip())
-    return {job_id: JobState(state, _why(reason)) for job_id, state, reason in rows if job_id in wanted}
+    found = {job_id: JobState(state, "" if why == "None" else why) for job_id, state, why in rows}
+    return {job_id: found[job_id] for job_id in wanted if job_id in found}
 
 
 def _accounted(wanted: Sequence[str]) -> dict[str, JobState]:
@@ -407,12 +402,8 @@ def _accounted(wanted: Sequence[str]) -> dict[str, JobState]:
     return {job_id: JobState(state.split()[0]) for job_id, state in rows if state}  # "CANCELLED by 0"
 
 
-def _why(reason: str) -> str:
-    return "" if reason == "None" else reason
-
-
 def nodes(partition: str = "") -> list[Node]:
-    """The nodes of a partition (the default: of all), each once."""
+    """The nodes of a partition, or of all, each once."""
     chosen = [f"--partition={partition}"] if partition else []
     lines = run(["sinfo", "--Node", "--noheader", *chosen, "--format=%N|%T|%E"]).splitlines()
     rows = dict.fromkeys(tuple(line.strip().split("|", 2)) for line in lines if line.strip())

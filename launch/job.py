@@ -1,34 +1,29 @@
-"""What runs inside a job: each rank's training, and what becomes of the job when all ranks have ended.
+"""What runs inside a job: the training of each node, and the decision about the job when all ranks have ended.
 
-    every rank     Training()  ->  place from submitit  ->  RANK, MASTER_PORT ...  ->  ddp_asr.train
-    batch script   python -m launch.job conclude  ->  status.json, `scontrol show job`  ->  requeue, or why not
+    task on each node   Training()                        ->  launch.node.start  ->  torchrun  ->  ddp_asr.train
+    batch script        python -m launch.job conclude     ->  status.json, `scontrol show job`  ->  requeue, or why not
 
-The trainer takes every signal over, so whichever one Slurm sends, and to whichever process, all ranks agree on a stop,
-write a checkpoint and end; `conclude` then asks for the same job again. It is judged by two witnesses and not by an
-exit code, which torchrun makes 1 after any signal and Slurm 0 for a job that it then takes for finished:
+The trainer handles every signal that Slurm may send: all ranks agree on a step, write a checkpoint and end. `conclude`
+then requeues the job under the same id. It does not look at the exit code, because torchrun ends with an error after
+any signal. It looks at two things:
 
-- status.json of this very attempt: `done`, `refused`, and `failed` with `retry: false`, are never requeued. A failure
-  that may pass (a lost node, an out-of-memory kill) is, but only `MAX_FAILURES` times in a row without a step of
+- status.json of this very attempt. A run that is `done`, `refused`, or `failed` with `retry: false`, is never requeued.
+  A failure that may pass (a lost node, out of memory) is, but not after `MAX_FAILURES` in a row without a step of
   progress.
-- Slurm's state of the job: a CANCELLED one is never requeued, although `scancel` sends the same SIGTERM as a
-  pre-emption; one that Slurm is requeueing by itself (a lost node) is left to it.
-
-A job's attempts (its restarts) never share a rendezvous: the port follows from job id and attempt, and the ranks' keys
-in the store carry both (distributed.py).
+- Slurm's state of the job. A CANCELLED job is never requeued, although `scancel` sends the same SIGTERM as a
+  pre-emption. A pre-emption never counts as a failure. What Slurm is requeueing by itself (a lost node) is left alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
-import runpy
 import shlex
 import shutil
-import signal
 import sys
 import time
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,96 +31,41 @@ from typing import Any
 
 from ddp_asr.config import load_config
 from ddp_asr.errors import UserError, run_entry_point
+from ddp_asr.files import read_json, replace_file
 from ddp_asr.runs.directory import read_status
-from launch import cluster
+from launch import cluster, node
+from launch.node import attempt_of_job
 
 MAX_FAILURES = 3
-# Below what Linux gives to outgoing connections (32768 and up), above what services are known by.
-_PORTS = range(20000, 32000)
-# Slurm's states in which nobody but the batch script asks for another attempt.
-_OURS_TO_REQUEUE = ("RUNNING", "TIMEOUT")
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGQUIT)
+# Slurm's states in which the job ends unless the batch script requeues it.
+_OURS_TO_REQUEUE = ("RUNNING", "TIMEOUT", "PREEMPTED")
 
 EXAMPLES = """\
 examples, for a batch script of your own (slurm/train.sbatch is one):
-  python -m launch.job port
   python -m launch.job conclude --config configs/librispeech_100.yaml --exit-code $status
   python -m launch.job conclude --run runs/librispeech_100 --exit-code $status
 """
 
 
-# ---- on every rank -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a task stands among those of its job."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    hosts: tuple[str, ...]  # of the job, rank 0's first
-    job_id: str
-    attempt: int  # counts from 1
-
-    @classmethod
-    def of_task(cls) -> Place:
-        """This process's place, in a job that submitit has started."""
-        from submitit import JobEnvironment
-
-        task = JobEnvironment()
-        return cls(
-            rank=task.global_rank,
-            world_size=task.num_tasks,
-            local_rank=task.local_rank,
-            hosts=tuple(task.hostnames),
-            job_id=task.raw_job_id,
-            attempt=attempt_of_job(),
-        )
-
-    def environment(self) -> dict[str, str]:
-        """All that the trainer reads of it."""
-        return {
-            "RANK": str(self.rank),
-            "WORLD_SIZE": str(self.world_size),
-            "LOCAL_RANK": str(self.local_rank),
-            # A single host need not be able to resolve its own name.
-            "MASTER_ADDR": self.hosts[0] if len(self.hosts) > 1 else "127.0.0.1",
-            "MASTER_PORT": str(rendezvous_port(self.job_id, self.attempt)),
-        }
-
-
-def attempt_of_job() -> int:
-    """How often Slurm has started this job by now."""
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0) + 1
-
-
-def rendezvous_port(job_id: str, attempt: int) -> int:
-    """A port that no other attempt of this job uses, and another job of a node with a chance of 1 in 12,000."""
-    return _PORTS[(zlib.crc32(job_id.encode()) + attempt) % len(_PORTS)]
+# ---- on each node --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Training:
-    """A rank of a training; what submitit calls in each task."""
+    """A training, as submitit calls it once in each task: it becomes the torchrun of its node."""
 
     config: Path
     resume: str = "auto"
+    in_process: bool = False  # for debugging: a single rank in this process, without torchrun
 
     def __call__(self) -> None:
-        for number in _STOP_SIGNALS:
-            # submitit's handlers ignore SIGTERM. Until the trainer has its own there is nothing to save.
-            signal.signal(number, signal.SIG_DFL)
-        os.environ.update(Place.of_task().environment())
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the node's cores
-        # As `python -m ddp_asr.train` in this process; nothing in `launch` imports what needs torch.
-        sys.argv = ["ddp_asr.train", "--config", str(self.config), "--resume", self.resume]
-        try:
-            runpy.run_module("ddp_asr.train", run_name="__main__", alter_sys=True)
-        except SystemExit as end:
-            # Passed on, not raised anew: submitit prints no traceback below the sentence that the trainer has said.
-            if end.code:
-                raise
+        arguments = ["--config", str(self.config), "--resume", self.resume]
+        if not self.in_process:
+            node.start("ddp_asr.train", arguments)
+        train = importlib.import_module("ddp_asr.train")  # by name, because no module of `launch` may import torch
+        status = run_entry_point(lambda: train.main(arguments))
+        if status:
+            raise SystemExit(status)
 
 
 def freeze_code(folder: Path) -> Path:
@@ -141,45 +81,43 @@ def freeze_code(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class History:
-    """What former attempts of a job left behind, in requeues.json."""
+    """What earlier attempts of a job have left in requeues.json."""
 
     job_id: str = ""
-    requeues: int = 0
     failures: int = 0  # in a row, without a step of progress between them
     failed_step: int = -1
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of a job."""
+    """What happens to a job."""
 
     requeue: bool
-    good: bool  # whether the job, as far as it has come, is all right
+    good: bool  # whether the batch script ends with 0
     sentence: str
     failures: int = 0
 
 
 @dataclass(frozen=True)
 class Ended:
-    """An attempt that has ended: what the judgement rests on."""
+    """An attempt that has ended."""
 
     job_id: str
     attempt: int
     slurm_state: str  # of the job now, see `slurm_state_of`
     status: dict[str, Any] | None  # the run's status.json
-    exit_code: int  # srun's; only tells whether ranks died of a signal to stop before they could write a status
+    exit_code: int  # srun's; it is told to the user and decides nothing
 
 
 def judge(ended: Ended, history: History) -> Verdict:
-    """Whether the job is asked for again."""
+    """Whether the job is requeued."""
     if ended.slurm_state == "CANCELLED":
         return Verdict(False, False, "cancelled: not requeued; submitted again, the run goes on from its checkpoint")
     status = ended.status or {}
     own = (status.get("job_id"), status.get("attempt")) == (ended.job_id, ended.attempt)
     if own and "refused" in status:  # state and reason are those of the attempt before
         return Verdict(False, False, f"refused: {status['refused']}; not requeued, because it would be refused again")
-    state = status.get("state") if own else None
-    reason = status.get("reason", "")
+    state, reason = (status["state"], status.get("reason", "")) if own else (None, "")
     if state == "done":
         return Verdict(False, True, f"done: {reason}")
     if state == "stopped" and not status["retry"]:
@@ -190,100 +128,82 @@ def judge(ended: Ended, history: History) -> Verdict:
         return Verdict(False, False, f"Slurm says {ended.slurm_state}: it requeues the job by itself, or has ended it")
     if state == "stopped":
         return Verdict(True, True, f"stopped by {reason}: requeued")
-    if state is None and _died_of_a_stop(ended.exit_code):
-        return Verdict(True, True, "stopped while it was still starting: requeued")
-    return _judge_failure(_what_failed(state, reason, ended.exit_code), status.get("step", 0), ended, history)
+    if ended.slurm_state == "PREEMPTED":
+        return Verdict(True, True, "pre-empted before it could write a checkpoint: requeued")
+    return _judge_failure(_what_failed(state, reason, ended.exit_code), status.get("step", 0), ended.job_id, history)
 
 
-def _judge_failure(what: str, step: int, ended: Ended, history: History) -> Verdict:
-    known = history.job_id == ended.job_id and history.failed_step == step
-    failures = history.failures + 1 if known else 1
+def _judge_failure(what: str, step: int, job_id: str, history: History) -> Verdict:
+    no_progress = (history.job_id, history.failed_step) == (job_id, step)
+    failures = history.failures + 1 if no_progress else 1
     if failures >= MAX_FAILURES:
-        sentence = f"{what}; not requeued: {failures} attempts in a row have failed at step {step} without progress"
-        return Verdict(False, False, sentence, failures)
-    return Verdict(
-        True, True, f"{what}; requeued (failure {failures} at step {step}, at most {MAX_FAILURES})", failures
-    )
+        why = f"{failures} attempts in a row have failed at step {step} without progress"
+        return Verdict(False, False, f"{what}; not requeued: {why}", failures)
+    count = f"failure {failures} at step {step}, at most {MAX_FAILURES}"
+    return Verdict(True, True, f"{what}; requeued ({count})", failures)
 
 
 def _what_failed(state: str | None, reason: str, exit_code: int) -> str:
     if state == "failed":
         return f"failed: {reason}"
     if state == "running":
-        return f"the ranks ended without a word (srun's exit code {exit_code}), killed perhaps for memory"
+        return f"the ranks ended without writing why (srun's exit code {exit_code}): killed, perhaps for memory"
     return f"the ranks ended before the run began (srun's exit code {exit_code}); see their logs"
 
 
-def _died_of_a_stop(exit_code: int) -> bool:
-    """Whether a rank was ended by a signal to stop before the trainer could take it over."""
-    return exit_code - 128 in [int(number) for number in _STOP_SIGNALS]
-
-
 def slurm_state_of(job: dict[str, str], attempt: int) -> str:
-    """What Slurm has in mind with a job whose batch script still runs, from what `scontrol show job` says.
+    """What Slurm is doing with a job whose batch script still runs, from what `scontrol show job` says.
 
-    A job that it is ending is COMPLETING, for whatever reason: TimeLimit is named, `scancel` is not. Of one that it is
-    requeueing, the restart is counted already; so it is when the next attempt runs, and this one is left on a node that
-    was cut off.
+    A job that Slurm is ending is COMPLETING, whatever the reason; TimeLimit is named, `scancel` is not. When Slurm
+    requeues a job, it counts the restart at once. The same holds when the next attempt already runs, and this one is
+    left over on a node that was cut off.
     """
     state = job.get("JobState", "UNKNOWN")
     if int(job.get("Restarts", attempt - 1)) >= attempt:
         return "REQUEUED"
     if state == "COMPLETING":
         return "TIMEOUT" if job.get("Reason") == "TimeLimit" else "CANCELLED"
+    if state == "RUNNING" and job.get("PreemptTime", "None") != "None":  # a new attempt has None again
+        return "PREEMPTED"
     return state
 
 
 def conclude(run: Path, exit_code: int) -> Verdict:
-    """Judges the attempt that has just ended in `run` and requeues its job where that is due; for batch scripts.
+    """Judges the attempt that has just ended in `run`, and requeues its job if that is the verdict.
 
     Raises:
-        UserError: Slurm does not do it.
+        UserError: this is no batch script of a Slurm job, or Slurm refuses.
     """
-    job_id = os.environ.get("SLURM_JOB_ID")
+    job_id, attempt = os.environ.get("SLURM_JOB_ID"), attempt_of_job()
     if job_id is None:
         raise UserError("SLURM_JOB_ID is not set: 'conclude' is for the batch script of a Slurm job, after srun")
-    slurm_state = slurm_state_of(cluster.scontrol_job(job_id) or {}, attempt_of_job())
-    history = _read_history(run) if run.is_dir() else _history_without_a_run(job_id)
-    ended = Ended(job_id, attempt_of_job(), slurm_state, read_status(run), exit_code)
-    verdict = judge(ended, history)
-    before = history if history.job_id == job_id else History(job_id)
-    step = (ended.status or {}).get("step", 0)
-    if slurm_state != "REQUEUED":  # else the next attempt may be writing here
-        _write_history(run, History(job_id, before.requeues + verdict.requeue, verdict.failures, step))
+    slurm_state = slurm_state_of(cluster.scontrol_job(job_id) or {}, attempt)
+    status, has_directory = read_status(run), run.is_dir()
+    # Without a run directory, nothing could be written down: each attempt before must have failed like this one.
+    history = read_history(run) if has_directory else History(job_id, failures=attempt - 1, failed_step=0)
+    verdict = judge(Ended(job_id, attempt, slurm_state, status, exit_code), history)
+    if has_directory and slurm_state != "REQUEUED":  # if it is, the next attempt may be writing here
+        new = History(job_id, verdict.failures, (status or {}).get("step", 0))
+        replace_file(run / "requeues.json", json.dumps(asdict(new)) + "\n")
     if verdict.requeue:
         cluster.run(["scontrol", "requeue", _name_of_job()])
     return verdict
 
 
 def _name_of_job() -> str:
-    """The last task of an array has the array's own id as its job id, by which all tasks would be requeued."""
+    """The id by which Slurm requeues this job alone.
+
+    The last task of an array has the array's own id as its SLURM_JOB_ID, by which Slurm would requeue all tasks.
+    """
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
 
 
-def _read_history(run: Path) -> History:
+def read_history(run: Path) -> History:
     try:
-        return History(**json.loads((run / "requeues.json").read_text(encoding="utf8")))
-    except (OSError, ValueError, TypeError):
+        return History(**read_json(run / "requeues.json") or {})
+    except (OSError, TypeError):  # unreadable, or written by another version
         return History()
-
-
-def _history_without_a_run(job_id: str) -> History:
-    """Of a job whose ranks have failed before there was a run directory to note it in: so did each attempt before."""
-    return History(job_id, requeues=attempt_of_job() - 1, failures=attempt_of_job() - 1, failed_step=0)
-
-
-def _write_history(run: Path, history: History) -> None:
-    if run.is_dir():  # a run that failed before it had a directory leaves none behind
-        aside = run / ".requeues.json.tmp"
-        aside.write_text(json.dumps(asdict(history)) + "\n", encoding="utf8")
-        aside.replace(run / "requeues.json")
-
-
-def requeues(run: Path) -> int:
-    """How often the run's newest job has been asked for again."""
-    return _read_history(run).requeues
 
 
 def run_of_submission(folder: Path) -> Path:
@@ -298,47 +218,43 @@ def conclude_command(folder: Path) -> str:
     return f"{shlex.join(command)} --exit-code $status"
 
 
-# ---- the commands --------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options, settings = _parse(sys.argv[1:] if argv is None else argv)
-    if options.command == "port":
-        print(rendezvous_port(os.environ.get("SLURM_JOB_ID", "0"), attempt_of_job()))
-        return 0
-    verdict = conclude(_run_directory(options, settings), options.exit_code)
+    options = _parse(argv)
+    verdict = conclude(_run_directory(options), options.exit_code)
     print(f"{time.strftime('%F %T')} job {os.environ['SLURM_JOB_ID']}, attempt {attempt_of_job()}: {verdict.sentence}")
     return 0 if verdict.good else 1
 
 
-def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m launch.job",
-        description="What a batch script asks for: the rendezvous port, and what becomes of the job after srun.",
+        description="Decides in a batch script, after srun, whether the job is requeued, and requeues it.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("command", choices=["conclude", "port"], help="what to do")
-    parser.add_argument("--run", type=Path, metavar="DIR", help="the run directory to judge by")
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="settings that name the run, with --section.key=value"
-    )
-    parser.add_argument("--submission", type=Path, metavar="DIR", help="a folder that launch.submit has made")
+    parser.add_argument("command", choices=["conclude"], help="what to do")
+    run = parser.add_mutually_exclusive_group(required=True)
+    run.add_argument("--run", type=Path, metavar="DIR", help="the run directory")
+    run.add_argument("--config", type=Path, metavar="FILE", help="its settings; the trainer's options may follow")
+    run.add_argument("--submission", type=Path, metavar="DIR", help="a folder that launch.submit has made")
     parser.add_argument("--exit-code", type=int, default=0, metavar="N", help="srun's")
-    options, settings = parser.parse_known_args(argv)
-    if options.command == "conclude" and [options.run, options.config, options.submission].count(None) != 2:
-        parser.error("conclude needs one of --run, --config and --submission")
-    return options, settings
+    for name in ("--run.dir", "--run.name"):
+        parser.add_argument(name, metavar="TEXT", help="as on the trainer's command line, with --config")
+    # The rest of the trainer's command line does not change where the run lies.
+    return parser.parse_known_args(argv)[0]
 
 
-def _run_directory(options: argparse.Namespace, settings: list[str]) -> Path:
+def _run_directory(options: argparse.Namespace) -> Path:
     if options.submission is not None:
         return run_of_submission(options.submission)
     if options.run is not None:
-        return options.run
-    # Neither changes where the run lies, and both may stand on a trainer's command line.
-    config = load_config(options.config, [text for text in settings if "." in text])
+        return Path(options.run)
+    given = {name: getattr(options, name) for name in ("run.dir", "run.name")}
+    config = load_config(options.config, [f"--{name}={text}" for name, text in given.items() if text is not None])
     return Path(config.run.dir) / config.run.name
 
 

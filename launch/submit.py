@@ -1,15 +1,16 @@
-"""Queues a training: `python -m launch.submit --config FILE --nodes 4 --gpus-per-node 8`, one rank a GPU.
+"""Submits a training: `python -m launch.submit --config FILE --nodes 4 --gpus-per-node 8`, one rank for each GPU.
 
     settings, checked  ->  runs/NAME/jobs/STAMP/  (frozen code, resolved settings)  ->  cluster.submit  ->  job.json
 
-What is queued depends on nothing that may change before it runs: the job has its own copy of the code, and its settings
-are written out, with absolute paths. Whatever can be known to be wrong is said now and not after a night in the queue:
-settings, shards, the plan, more ranks than micro-batches, a run that another job is already training.
+A queued job depends on nothing that may change before it runs: it has its own copy of the code, and its settings are
+written out with absolute paths. Whatever is wrong is said now and not after a night in the queue, as far as it can be
+known here: settings, shards, the plan, more ranks than micro-batches, a run that another job is already training.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -22,6 +23,7 @@ from typing import Any
 
 from ddp_asr.config import Config, load_config, require_shards
 from ddp_asr.errors import UserError, run_entry_point
+from ddp_asr.files import read_json, replace_file
 from ddp_asr.runs.directory import read_status
 from ddp_asr.settings import describe, help_text
 from launch import cluster, job
@@ -34,8 +36,8 @@ examples:
   python -m launch.submit --config configs/librispeech_100.yaml --cluster infiniband8 --nodes 1-4
   python -m launch.submit --config configs/an4.yaml --cluster local --tasks-per-node 2
 
-The job stops, checkpoints and requeues itself when it is pre-empted or meets its time limit, and goes on as the same
-run. The same command again goes on with a run that was cancelled or has failed.
+When it is pre-empted or its time limit is near, the run writes a checkpoint and the job requeues itself; the run then
+goes on. The same command continues a run that was cancelled or has failed.
 """
 
 
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_dry_run(folder, request, config.run.name), end="")
         return 0
     if (read_status(run) or {}).get("state") == "done":
-        print(f"{run} is done: nothing to submit; train on under another --run.name")
+        print(f"{run} is done: nothing to submit; to train again, choose another --run.name")
         return 0
     submission = submit_training([config], request, folder, name=config.run.name, resume=options.resume)
     if request.executor != "debug":
@@ -67,7 +69,7 @@ def submit_training(
     parallel: int = 0,
     resume: str = "auto",
 ) -> Submission:
-    """Queues a job for each of the runs, as one array where there are several; `folder` must not exist yet.
+    """Submits a job for each of the runs, as one array if there are several; `folder` must not exist yet.
 
     Raises:
         UserError: anything wrong with settings, shards or the request, before anything is queued.
@@ -77,34 +79,31 @@ def submit_training(
     _refuse_living(runs)
     folder.mkdir(parents=True)
     code = job.freeze_code(folder)
+    resume = resume if resume in ("auto", "never") else str(Path(resume).absolute())
     functions = []
     for number, config in enumerate(configs):
         settings = folder / ("config.yaml" if len(configs) == 1 else f"config-{number:03d}.yaml")
         settings.write_text(describe(resolved(config)), encoding="utf8")
-        functions.append(
-            job.Training(settings, resume if resume in ("auto", "never") else str(Path(resume).absolute()))
-        )
+        functions.append(job.Training(settings, resume, in_process=request.executor == "debug"))
     record: dict[str, Any] = {"name": name, "executor": request.executor, "runs": [str(run) for run in runs]}
-    _write(folder / "submission.json", record)  # the jobs read it, and may start before submit returns
+    _write(folder / "submission.json", record)  # the jobs read it, and may start before `cluster.submit` returns
     after = [job.conclude_command(folder)]
     try:
         submission = cluster.submit(functions, folder, request, name=name, code=code, parallel=parallel, after=after)
     except UserError:
-        shutil.rmtree(folder)  # nobody was given what lies there
+        shutil.rmtree(folder)
         raise
     now_s = time.time()
     _write(folder / "submission.json", record | {"job_ids": submission.job_ids, "time_s": now_s})
     for run, job_id in zip(runs, submission.job_ids, strict=True):
         run.mkdir(parents=True, exist_ok=True)
-        _write(
-            run / "job.json",
-            {"job_id": job_id, "executor": request.executor, "folder": str(folder), "time_s": now_s},
-        )
+        newest = {"job_id": job_id, "executor": request.executor, "folder": str(folder), "time_s": now_s}
+        _write(run / "job.json", newest)
     return submission
 
 
 def check(config: Config, request: Request) -> None:
-    """Raises a UserError for whatever would end the run before its first step, as far as a login node can tell."""
+    """Raises a UserError for whatever would end the run before its first step, as far as a login node can know."""
     from ddp_asr.data.corpus import read_corpus
 
     require_shards(config)
@@ -118,7 +117,7 @@ def check(config: Config, request: Request) -> None:
 
 
 def check_all(configs: Sequence[Config], request: Request) -> None:
-    """`check`, once for all runs whose data and plan are the same: the trials of a sweep are many."""
+    """`check` for each different plan: the trials of a sweep are many, and most share one."""
     checked: list[tuple[Any, ...]] = []
     for config in configs:
         shapes = (config.encoder.time_strides, config.augment.speeds)
@@ -141,7 +140,7 @@ def submission_folder(run: Path) -> Path:
 
 
 def resolved(config: Config) -> Config:
-    """The settings with absolute paths: the job runs elsewhere."""
+    """The settings with absolute paths, because the job runs in another directory."""
     data = dataclasses.replace(
         config.data,
         train=[str(Path(path).absolute()) for path in config.data.train],
@@ -158,17 +157,16 @@ def resolved(config: Config) -> Config:
 
 
 def read_job(run: Path) -> dict[str, Any] | None:
-    """job.json of a run directory, its newest job; None: no launcher has submitted it."""
-    try:
-        record = json.loads((run / "job.json").read_text(encoding="utf8"))
-    except (OSError, ValueError):
-        return None
-    complete = isinstance(record, dict) and {"job_id", "executor", "folder", "time_s"} <= record.keys()
-    return record if complete else None  # somebody's own file of that name is none of ours
+    """job.json of a run directory, about its newest job; None if no launcher has submitted it."""
+    with contextlib.suppress(OSError):
+        record = read_json(run / "job.json")
+        if record is not None and {"job_id", "executor", "folder", "time_s"} <= record.keys():
+            return record
+    return None
 
 
 def _refuse_living(runs: Sequence[Path]) -> None:
-    """One question to Slurm for all. A local run that lives holds the lease, and the newcomer says so."""
+    """Refuses runs that a Slurm job still trains, with one question to Slurm for all. Local runs hold the lease."""
     records = {run: record for run in runs if (record := read_job(run)) and record["executor"] == "slurm"}
     states = cluster.job_states(record["job_id"] for record in records.values())
     for run, record in records.items():
@@ -181,9 +179,7 @@ def _refuse_living(runs: Sequence[Path]) -> None:
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf8")
-    aside.replace(path)
+    replace_file(path, json.dumps(record, indent=1) + "\n")
 
 
 def _dry_run(folder: Path, request: Request, name: str) -> str:
@@ -192,12 +188,12 @@ def _dry_run(folder: Path, request: Request, name: str) -> str:
 
 
 def _told(submission: Submission, request: Request, run: Path) -> str:
-    """What a user wants to know of a job that has just been queued."""
+    """What a user wants to know about a job that has just been submitted."""
     job_id = submission.job_ids[0]
     cancel = f"scancel {job_id}" if request.executor == "slurm" else f"kill {job_id}"
     lines = [
         f"job {job_id}: {request.nodes} node(s) x {request.ranks_per_node} rank(s), run {run}",
-        f"logs    {submission.log()} (and one for each other rank beside it)",
+        f"logs    {submission.log()} (and one for each other node beside it)",
         f"watch   python -m launch.status {run} --watch",
         f"cancel  {cancel}",
         "resume  the same command, once the job has ended",
@@ -208,7 +204,7 @@ def _told(submission: Submission, request: Request, run: Path) -> str:
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="python -m launch.submit",
-        description="Trains on Slurm, on this machine, or in this process: the same run everywhere.",
+        description="Trains on Slurm, on this machine, or in this process; the run is the same everywhere.",
         epilog=EXAMPLES + "\nsettings, with their defaults:\n" + help_text(Config),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -222,7 +218,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help="auto: from the newest good checkpoint of the run, if any; never: refuse a directory with checkpoints; "
         "PATH: from that checkpoint (default: auto)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the sbatch file, and submit nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the batch script and submit nothing")
     cluster.add_options(parser)
     options, rest = parser.parse_known_args(argv)
     return options, rest

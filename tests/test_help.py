@@ -10,7 +10,7 @@ from tests.conftest import REPOSITORY
 
 ENTRY_POINTS = [
     *(f"ddp_asr.{name}" for name in ("shard", "train", "evaluate", "transcribe", "tracking", "bandwidth")),
-    *(f"launch.{name}" for name in ("submit", "doctor", "sweep", "status", "job")),
+    *(f"launch.{name}" for name in ("submit", "doctor", "sweep", "status", "job", "node")),
 ]
 SLOW_TO_IMPORT = ["torch", "torchaudio", "webdataset", "comet_ml", "matplotlib", "pyarrow"]
 

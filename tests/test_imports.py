@@ -52,7 +52,7 @@ WITHOUT_TORCH = [
 ]
 TORCH = {"torch", "torchaudio", "webdataset"}  # webdataset imports torch
 ONLY_IN = {
-    "torch.distributed": {"ranks.world", "ranks.rendezvous"},
+    "torch.distributed": {"ranks.world", "ranks.rendezvous", "ranks.torchrun"},
     "comet_ml": {"runs.comet"},
     "webdataset": {"data.writer"},
 }

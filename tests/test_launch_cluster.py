@@ -1,6 +1,7 @@
 """What a job asks for, and what Slurm's answers mean; tests/slurm has the real scheduler."""
 
 import argparse
+import os
 import re
 from pathlib import Path
 
@@ -71,17 +72,18 @@ def test_every_profile_that_comes_along_is_good(profile):
 
 
 def test_the_batch_script_says_what_was_asked_for_and_outlives_its_ranks():
-    request = requested("--nodes=4", "--gpus-per-node=8", "--time=8:00:00", "--account=speech", "--setup=module load x")
+    asked = ("--nodes=4", "--gpus-per-node=8", "--cpus-per-task=12", "--time=8:00:00", "--account=speech")
+    request = requested(*asked, "--setup=module load x")
     text = cluster.sbatch_text(
         Path("/runs/a"), request, name="a", code=Path("/runs/a/co de"), after=["conclude $status"]
     )
     directives = [line for line in text.splitlines() if line.startswith("#SBATCH")]
     assert directives == [
         "#SBATCH --account=speech",
+        "#SBATCH --cpus-per-task=96",
         "#SBATCH --gpus-per-node=8",
         "#SBATCH --job-name=a",
         "#SBATCH --nodes=4",
-        "#SBATCH --ntasks-per-node=8",
         "#SBATCH --open-mode=append",
         "#SBATCH --output=/runs/a/%j_0_log.out",
         "#SBATCH --requeue",
@@ -89,23 +91,45 @@ def test_the_batch_script_says_what_was_asked_for_and_outlives_its_ranks():
         "#SBATCH --time=8:00:00",
     ]
     commands = [line for line in text.splitlines() if line and not line.startswith("#")]
-    assert commands[:3] == ["module load x", "trap : TERM USR1 USR2", "cd '/runs/a/co de'"]
+    assert commands[:3] == ["trap : TERM USR1 USR2", "module load x", "cd '/runs/a/co de'"]
     assert commands[3].startswith("export PYTHONPATH='/runs/a/co de'")
-    assert commands[5].startswith("srun --unbuffered ") and " --kill-on-bad-exit=0 --wait=60 " in commands[5]
-    assert commands[6:] == ["status=$?", "conclude $status"]
+    assert commands[4] == "export RANKS_PER_NODE=8"
+    assert commands[6].startswith("srun --unbuffered ") and " --kill-on-bad-exit=0 --wait=60 " in commands[6]
+    assert commands[7:] == ["status=$?", "trap '' TERM USR1 USR2", "conclude $status"]
 
 
-def test_a_range_of_nodes_leaves_the_number_of_tasks_to_srun():
-    request = requested("--nodes=2-4", "--tasks-per-node=2", "--cpus-per-task=3")
+@pytest.mark.parametrize("nodes", ["2", "2-4"])
+def test_the_number_of_tasks_is_left_to_srun(nodes):
+    """Of a range of nodes and a number of tasks, sbatch would always give the fewest nodes."""
+    request = requested(f"--nodes={nodes}", "--tasks-per-node=2", "--cpus-per-task=3")
     text = cluster.sbatch_text(Path("/runs/a"), request, name="a", code=Path("/runs/a/code"))
-    assert "#SBATCH --nodes=2-4" in text and "#SBATCH --mincpus=6" in text and "#SBATCH --ntasks" not in text
-    assert re.search("^srun .* --ntasks-per-node=2 ", text, flags=re.MULTILINE)
+    assert f"#SBATCH --nodes={nodes}\n" in text and "#SBATCH --cpus-per-task=6\n" in text
+    assert "#SBATCH --ntasks" not in text and "#SBATCH --mincpus" not in text
+    assert re.search("^srun .* --ntasks-per-node=1 .* --cpus-per-task=6 ", text, flags=re.MULTILINE)
+
+
+def test_each_rank_has_a_core_unless_the_cluster_says_more():
+    text = cluster.sbatch_text(Path("/a"), requested("--gpus-per-node=8"), name="a", code=Path("/a"))
+    assert "#SBATCH --mincpus=8\n" in text and "cpus-per-task" not in text
 
 
 def test_an_array_runs_so_many_at_a_time():
     text = cluster.sbatch_text(Path("/a"), requested(), name="a", code=Path("/a"), jobs=6, parallel=2)
     assert "#SBATCH --array=0-5%2" in text and "#SBATCH --output=/a/%A_%a_0_log.out" in text
     assert "#SBATCH --array=0-5%6" in cluster.sbatch_text(Path("/a"), requested(), name="a", code=Path("/a"), jobs=6)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_what_a_dry_run_prints_is_what_is_submitted(tmp_path, monkeypatch, jobs):
+    for command in ("sbatch", "srun"):
+        (tmp_path / command).write_text("#!/bin/sh\necho Submitted batch job 12\n")
+        (tmp_path / command).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    place = {"name": "a", "code": tmp_path, "parallel": 2, "after": ["conclude"]}
+    submission = cluster.submit([len] * jobs, tmp_path / "job", requested("--nodes=1-2"), **place)
+    assert submission.job_ids == (["12"] if jobs == 1 else ["12_0", "12_1"])
+    (script,) = {path.read_text() for path in (tmp_path / "job").glob("*.sh")}  # of which submitit keeps two copies
+    assert script == cluster.sbatch_text(tmp_path / "job", requested("--nodes=1-2"), jobs=jobs, **place)
 
 
 def test_only_slurm_has_a_batch_script():
@@ -170,6 +194,6 @@ def test_what_lives():
     assert not JobState("COMPLETED").living and not JobState("UNKNOWN").living and not JobState("CANCELLED").living
 
 
-def test_the_log_of_a_rank():
+def test_the_log_of_a_node():
     submission = Submission(Path("/a"), ["12_0", "12_1"])
-    assert submission.log(1, rank=3) == Path("/a/12_1_3_log.out")
+    assert submission.log(1, node=3) == Path("/a/12_1_3_log.out")

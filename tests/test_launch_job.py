@@ -1,6 +1,5 @@
-"""What becomes of a job whose ranks have ended, and where each rank of an attempt stands."""
+"""Whether a job whose ranks have ended is requeued, and the copy of the code that a job runs."""
 
-import dataclasses
 import json
 import os
 import re
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 
 from ddp_asr.errors import UserError
 from launch import job
-from launch.job import Ended, History, Place, judge
+from launch.job import Ended, History, judge
 from tests.conftest import REPOSITORY
 
 NOTHING_BEFORE = History()
@@ -50,18 +49,22 @@ def ended(
             True,
             r"failed: rank 3 is gone; requeued \(failure 1 at step 40",
         ),
-        (ended("running", exit_code=137), True, True, r"ended without a word \(srun's exit code 137\)"),
+        (ended("running", exit_code=137), True, True, r"ended without writing why \(srun's exit code 137\)"),
         (ended("stopped", slurm="NODE_FAIL"), False, False, "Slurm says NODE_FAIL: it requeues the job by itself"),
         (ended("stopped", slurm="PENDING"), False, False, "Slurm says PENDING"),
-        (ended(exit_code=143), True, True, "stopped while it was still starting: requeued"),
-        (ended(exit_code=140), True, True, "stopped while it was still starting: requeued"),
+        (ended(slurm="PREEMPTED", exit_code=1), True, True, "pre-empted before it could write a checkpoint: requeued"),
+        (ended("running", slurm="PREEMPTED", exit_code=1), True, True, "pre-empted before it could write a checkpoint"),
+        (ended("failed", slurm="PREEMPTED", reason="rank 3 is gone"), True, True, "pre-empted before it could write"),
+        (ended("stopped", slurm="PREEMPTED"), True, True, "stopped by SIGTERM: requeued"),
+        (ended("done", slurm="PREEMPTED", reason="all 3 epochs"), False, True, "done: all 3 epochs"),
+        (ended("failed", retry=False, slurm="PREEMPTED"), False, False, "not requeued, because it would fail again"),
         (ended(exit_code=2), True, True, "ended before the run began"),
         (ended("done", refused="bad shards"), False, False, "^refused: bad shards; not requeued"),
         (ended("stopped", refused="bad shards"), False, False, "^refused: bad shards; not requeued"),
         (ended("stopped", refused="bad shards", attempt=1), True, True, "ended before the run began"),
         # What another job, or an attempt before, left there says nothing of this one.
         (ended("done", job_id="6", exit_code=2), True, True, "ended before the run began"),
-        (ended("failed", attempt=1, retry=False, exit_code=143), True, True, "stopped while it was still starting"),
+        (ended("failed", attempt=1, retry=False, slurm="PREEMPTED"), True, True, "pre-empted before it could write"),
     ],
 )
 def test_what_becomes_of_a_job(attempt, requeued, good, said):
@@ -74,6 +77,9 @@ def test_what_becomes_of_a_job(attempt, requeued, good, said):
     ("said", "state"),
     [
         ("JobState=RUNNING Reason=None Restarts=1", "RUNNING"),
+        ("JobState=RUNNING Reason=None Restarts=1 PreemptTime=None", "RUNNING"),
+        ("JobState=RUNNING Reason=None Restarts=1 PreemptTime=2026-11-28T14:56:49", "PREEMPTED"),
+        ("JobState=RUNNING Reason=None Restarts=2 PreemptTime=2026-11-28T14:56:49", "REQUEUED"),
         ("JobState=COMPLETING Reason=TimeLimit Restarts=1", "TIMEOUT"),
         ("JobState=COMPLETING Reason=None Restarts=1", "CANCELLED"),
         ("JobState=COMPLETING Reason=None Restarts=2", "REQUEUED"),  # pre-empted, and its grace time is over
@@ -127,29 +133,14 @@ def test_a_stop_between_two_failures_forgets_the_first():
     assert judge(ended("stopped"), History("7", failures=2, failed_step=40)).failures == 0
 
 
+@pytest.mark.parametrize("state", [None, "running", "failed"])
+def test_a_pre_emption_is_no_failure(state):
+    verdict = judge(ended(state, slurm="PREEMPTED"), History("7", failures=2, failed_step=40))
+    assert verdict.requeue and verdict.failures == 0
+
+
 def test_failures_of_another_job_do_not_count():
     assert judge(ended("running"), History("6", failures=2, failed_step=40)).requeue
-
-
-def test_every_attempt_has_a_port_of_its_own():
-    ports = [job.rendezvous_port("4711", attempt) for attempt in range(1, 40)]
-    assert len(set(ports)) == len(ports)
-    assert all(20000 <= port < 32000 for port in ports)
-
-
-def test_the_place_of_a_task(monkeypatch):
-    slurm = {"JOB_ID": "12", "NTASKS": "4", "PROCID": "3", "LOCALID": "1", "JOB_NODELIST": "node[1-2]", "NODEID": "1"}
-    for name, value in slurm.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
-    place = Place.of_task()
-    assert place == Place(3, 4, 1, ("node1", "node2"), "12", 3)
-    environment = place.environment()
-    assert environment.pop("MASTER_PORT") == str(job.rendezvous_port("12", 3))
-    assert environment == {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node1"}
-    alone = dataclasses.replace(place, hosts=("node1",))
-    assert alone.environment()["MASTER_ADDR"] == "127.0.0.1"
 
 
 def test_the_frozen_code_is_what_runs(tmp_path):
@@ -188,12 +179,35 @@ def test_conclude_outside_a_job_is_one_sentence(tmp_path, monkeypatch):
         job.main(["conclude", "--run", str(tmp_path)])
 
 
-def test_the_run_of_settings(tmp_path):
+@pytest.mark.parametrize(
+    "trainers",
+    [
+        ["--run.name=other"],
+        ["--run.name", "other"],
+        ["--resume", "runs/a.b/step.pt", "--run.name=a", "--run.name=other"],
+    ],
+)
+def test_the_run_of_a_trainers_command_line(tmp_path, trainers):
     settings = tmp_path / "small.yaml"
     settings.write_text("run: {dir: elsewhere}\n")
-    options, rest = job._parse(["conclude", "--config", str(settings), "--run.name=other", "--exit-code", "3"])
+    options = job._parse(
+        ["conclude", "--config", str(settings), *trainers, "--optim.learning_rate", "1", "--exit-code", "3"]
+    )
     assert options.exit_code == 3
-    assert str(job._run_directory(options, rest)) == "elsewhere/other"
+    assert str(job._run_directory(options)) == "elsewhere/other"
+
+
+def test_failures_are_counted_in_the_run_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr("launch.cluster.scontrol_job", lambda job_id: {"JobState": "RUNNING"})
+    monkeypatch.setattr("launch.cluster.run", lambda command: "")
+    record = {"state": "failed", "retry": True, "reason": "", "step": 4, "job_id": "7", "attempt": 1}
+    (tmp_path / "status.json").write_text(json.dumps(record))
+    (tmp_path / "requeues.json").write_text('{"job_id": "7", "requeues": 2}')  # of another version
+    for failures in (1, 2):
+        assert job.conclude(tmp_path, exit_code=1).requeue
+        assert job.read_history(tmp_path) == History("7", failures, failed_step=4)
+    assert not job.conclude(tmp_path, exit_code=1).requeue
 
 
 def test_a_job_that_never_gets_as_far_as_a_run_directory_is_not_requeued_for_ever(tmp_path, monkeypatch):

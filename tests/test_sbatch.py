@@ -21,7 +21,7 @@ from ddp_asr.config import Config, load_config
 from ddp_asr.data.index import read_dataset_json
 from ddp_asr.data.sources import openslr
 from ddp_asr.ranks.signals import STOP_SIGNALS
-from launch import cluster, job
+from launch import cluster, job, node
 from tests import tiny_speech
 from tests.conftest import REPOSITORY
 from tests.test_readme import PAGES, commands, help_of, text_of
@@ -107,26 +107,32 @@ def test_options_of_ours_exist(script):
         assert (REPOSITORY / module.replace(".", "/")).with_suffix(".py").exists()
         for option in options(rest):
             assert f"--{option}" in help_of(module), f"{script.name}: {module} has no --{option}"
-        if module == "launch.job":
-            assert rest.split()[0] in ("port", "conclude") and rest.split()[0] in help_of(module)
 
 
 @pytest.mark.parametrize("name", ["train.sbatch", "evaluate.sbatch"])
-def test_options_of_srun_and_torchrun_exist(name):
-    from torch.distributed.run import get_args_parser
+def test_options_of_srun_exist(name):
+    srun = re.search(r"\bsrun (--.*?) python -m launch.node ", code(REPOSITORY / "slurm" / name))
+    assert srun and set(options(srun[1])) <= SRUN
 
-    script = code(REPOSITORY / "slurm" / name)
-    srun = re.search(r"\bsrun (--.*?) bash -c ", script)
-    torchrun = re.search(r"\" torchrun (.*?) -m ddp_asr", script)
-    in_task = re.search(r"exec torchrun (.*?)\"\$@\"'", script)
-    assert srun and torchrun and in_task
-    assert set(options(srun[1])) <= SRUN
-    known = get_args_parser()._option_string_actions
-    assert {f"--{option}" for option in options(torchrun[1] + in_task[1])} <= known.keys()
+
+def test_both_launchers_run_the_same_batch_script():
+    """Apart from how a node's task is told what to train: the same traps, the same srun, the same conclusion."""
+    ours = code(REPOSITORY / "slurm" / "train.sbatch")
+    theirs = cluster.sbatch_text(Path("/a"), cluster.Request(cpus_per_task=2), name="a", code=Path("/a"), after=["end"])
+    srun = re.search(r"^srun .*?(?= python)", ours, re.MULTILINE)[0].replace('"$SLURM_CPUS_PER_TASK"', "2")
+    chosen = shlex.split(re.sub(r"\$\{SLURM_CPUS_PER_TASK:\+(\S+)\}", r"\1", srun))
+    submitits = shlex.split(re.search(r"^srun .*", theirs, re.MULTILINE)[0])
+    assert set(chosen) == set(submitits[: submitits.index(sys.executable)]) - {
+        "--unbuffered",
+        "--output",
+        "/a/%j_%t_log.out",
+    }
+    traps = [re.findall(r"^trap .*?(?=\s#|$)", script, re.MULTILINE) for script in (ours, theirs)]
+    assert len(traps[0]) == 2 and [line.strip() for line in traps[0]] == traps[1]
 
 
 def test_torchrun_hands_the_trainers_signals_on_in_every_place():
-    places = [REPOSITORY / "slurm" / "train.sbatch", REPOSITORY / "Makefile", REPOSITORY / "README.md"]
+    places = [REPOSITORY / "Makefile", REPOSITORY / "README.md"]  # launch.node has them from where they are defined
     for place in places:
         (told,) = set(re.findall(r"\bSIG[A-Z0-9]+(?:,SIG[A-Z0-9]+)+", text(place)))
         assert set(told.split(",")) == {number.name for number in STOP_SIGNALS}, place
@@ -244,7 +250,7 @@ def test_the_slurm_page_is_tried():
 
 def test_the_slurm_page_repeats_the_codes_numbers():
     page, defaults = " ".join(text_of("docs/slurm.md").split()), Config().distributed
-    assert f"{job._PORTS[0]} to {job._PORTS[-1]} for the rendezvous" in page
+    assert f"{node.PORTS[0]} to {node.PORTS[-1]} for the rendezvous" in page
     assert f"until {job.MAX_FAILURES} attempts in a row fail" in page
     assert f"SIGUSR2, {cluster.Request().signal_s} s before" in page
     assert f"`distributed.timeout_s` ({defaults.timeout_s:g} s)" in page

@@ -5,6 +5,7 @@
     watchdog    a thread per rank: posts its step and phase, reads those of the others, ends a process that is stuck
     suspects    the posts of all ranks -> the rank to blame
     signals     the signals that ask a run to stop
+    torchrun    torchrun with a sentence instead of its tracebacks
 
-Only `world` and `rendezvous` import torch.
+Only `world`, `rendezvous` and `torchrun` import torch.
 """
