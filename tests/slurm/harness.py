@@ -6,8 +6,9 @@
     preempt()                                                        # a job in partition `main` takes all nodes
     job.succeed()
 
-Tests wait for what happens and never for a time: the limits are far above what anything takes, and a job that ends
-while a test waits for something else fails the test at once.
+Tests wait for what happens and never for a time. The limits are far above what anything takes, and a job that ends
+while a test waits for something else fails the test at once. Both launchers start the same torchrun from node.py, so
+only what their batch scripts do (start, stop, conclude, cancel) is tested with both.
 """
 
 import contextlib
@@ -154,10 +155,14 @@ class Job:
     def let_time_run_out(self) -> None:
         """Sets the time limit to the next full minute of the running attempt."""
         hours, minutes, _ = self.info()["RunTime"].split(":")
-        ask("scontrol", "update", f"jobid={self.id}", f"timelimit={60 * int(hours) + int(minutes) + 1}")
+        self.limit_time(60 * int(hours) + int(minutes) + 1)
+
+    def limit_time(self, minutes: int) -> None:
+        """Sets the time limit of the running attempt and those that follow."""
+        ask("scontrol", "update", f"jobid={self.id}", f"timelimit={minutes}")
 
     def output(self) -> str:
-        """What all its ranks and its batch script have printed."""
+        """What all its nodes and its batch script have printed."""
         return "\n".join(path.read_text(errors="replace") for path in sorted(self.run.rglob(f"*{self.id}*.out")))
 
 
@@ -243,14 +248,10 @@ def sbatch(
 LAUNCHERS = {"submit": submit, "sbatch": sbatch}
 
 
-def by_both(
-    corpus: TinyCorpus, runs: Path, shape: Shape, *settings: str, hold: Sequence[int] = (), crash: Sequence[int] = ()
-) -> list[Job]:
+def by_both(corpus: TinyCorpus, runs: Path, shape: Shape, hold: Sequence[int]) -> list[Job]:
     """Two runs side by side, `submit` and `sbatch`, each with a gate of its own: most of a test is waiting."""
-    gates = {name: Gate(runs / f"gate-{name}").hold(*hold).crash(*crash) for name in LAUNCHERS}
-    return [
-        launcher(corpus, runs, shape, *settings, name=name, gate=gates[name]) for name, launcher in LAUNCHERS.items()
-    ]
+    gates = {name: Gate(runs / f"gate-{name}").hold(*hold) for name in LAUNCHERS}
+    return [launcher(corpus, runs, shape, name=name, gate=gates[name]) for name, launcher in LAUNCHERS.items()]
 
 
 # ---- gates ---------------------------------------------------------------------------------------------------------

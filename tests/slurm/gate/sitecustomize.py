@@ -3,6 +3,7 @@
     DDP_ASR_GATE=DIR      without it, nothing happens
     DIR/hold-5            rank 0 waits before step 5, whatever the attempt, until the file is gone
     DIR/hold-5.2          only in the job's second attempt
+    DIR/hold-0.1          before the ranks have met and signals are handled
     DIR/held-5.2          written when it waits there: a JSON object with its host, pid, job and world size
     DIR/crash-5           an error of ours at step 5, in every attempt
 
@@ -27,6 +28,8 @@ _asked_to_stop = False
 
 def watch_requests(signals: ModuleType) -> None:
     """Notes when this process is asked to stop."""
+    if os.environ.get("RANK") == "0":
+        pass_gate(0, int(os.environ["WORLD_SIZE"]))
     request = signals.StopRequest.request
 
     def noting(self, reason):
