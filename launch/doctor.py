@@ -18,7 +18,6 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import sys
 import time
 from collections import defaultdict
@@ -32,6 +31,7 @@ from ddp_asr.errors import UserError, run_entry_point
 from ddp_asr.files import read_json_lines
 from launch import cluster, job
 from launch.cluster import Node, Request
+from launch.node import expanded
 from launch.probe import UNKNOWN_NAME, Directory, Probe, Report
 
 RUN_BYTES = 2 * 10**9  # four checkpoints of the default model with its moments are 1.1 GB
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     request = cluster.request_from(options)
     shards = options.config is not None or any(text.startswith("--data.") for text in settings)
     targets = tuple(directories(config, request, shards=shards))
-    probe = Probe(targets, request.gpus_per_node, request.ranks_per_node, options.timeout)
+    probe = Probe(targets, request.gpus_per_node, options.timeout)
     if request.executor == "slurm":
         limit = options.time or str(math.ceil(options.timeout / 60) + 2)
         evidence = on_slurm(probe, dataclasses.replace(request, time=limit), Path(config.run.dir).absolute())
@@ -151,11 +151,10 @@ class Evidence:
 
 
 def on_this_machine(probe: Probe, request: Request) -> Evidence:
-    with socket.socket() as unused:
-        unused.bind(("", 0))
-        port = unused.getsockname()[1]
+    # Without the variables of an allocation in which this command may run.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     evidence = Evidence(request, probe.directories)
-    evidence.read(probe.lines([socket.gethostname()], 0, port, "doctor"))
+    evidence.read(probe.lines(environment | {"RANKS_PER_NODE": str(request.ranks_per_node)}))
     return evidence
 
 
@@ -170,11 +169,8 @@ def on_slurm(probe: Probe, request: Request, runs: Path) -> Evidence:
             "that you may write and all nodes share, with --run.dir=DIR"
         ) from None
     evidence = Evidence(request, probe.directories, logs=str(folder))
-    one_task = dataclasses.replace(
-        request, tasks_per_node=1, cpus_per_task=request.ranks_per_node * request.cpus_per_task
-    )
     try:
-        (job_id,) = cluster.submit([probe], folder, one_task, name="doctor", code=job.freeze_code(folder)).job_ids
+        (job_id,) = cluster.submit([probe], folder, request, name="doctor", code=job.freeze_code(folder)).job_ids
         try:
             print(f"job {job_id}; logs: {folder}", file=sys.stderr, flush=True)
             evidence.ended = _wait(job_id, evidence, probe.timeout_s)
@@ -219,7 +215,7 @@ def _wait(job_id: str, evidence: Evidence, timeout_s: float) -> str:
 
 def _expanded(hosts: str) -> list[str]:
     """The names in node[1-3]; of a job without nodes Slurm says (null)."""
-    return cluster.run(["scontrol", "show", "hostnames", hosts]).split() if hosts not in ("", "(null)") else []
+    return [] if hosts == "(null)" else expanded(hosts)
 
 
 def too_few_nodes(request: Request, nodes: Sequence[Node]) -> str:

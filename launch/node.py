@@ -150,10 +150,8 @@ def _rendezvous(step: Step, join_timeout_s: int) -> list[str]:
 
 def start(module: str, arguments: Sequence[str], ignored: Sequence[str] = ()) -> NoReturn:
     """Becomes the torchrun of this node; signals in `ignored` reach neither torchrun nor its ranks."""
-    for name in ignored:
-        signal.signal(
-            signal.Signals[name], signal.SIG_IGN
-        )  # what is ignored stays so in the programs that a process starts
+    for name in ignored:  # what is ignored stays ignored in the programs that a process starts
+        signal.signal(signal.Signals[name], signal.SIG_IGN)
     command = torchrun_command(os.environ, module, arguments, ignored=ignored)
     step, ranks = Step.of(os.environ), ranks_of_node(os.environ)
     if step.job_id and step.number == 0:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 from ddp_asr.files import parse_json_line, sha256_of
-from launch.job import Place
+from launch.node import Step, rank_variables, torchrun_command
 
 Result = TypeVar("Result")
 
@@ -68,27 +68,22 @@ class Probe:
 
     directories: tuple[Directory, ...]
     gpus_per_node: int
-    ranks_per_node: int
     timeout_s: float
 
     def __call__(self) -> None:
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, signal.SIG_DFL)  # submitit's handlers ignore them
-        place = Place.of_task()
-        port = int(place.environment()["MASTER_PORT"])
-        for line in self.lines(place.hosts, place.rank, port, f"{place.job_id}.{place.attempt}"):
+        for line in self.lines(os.environ):
             print(json.dumps(line), flush=True)
 
-    def lines(self, hosts: Sequence[str], number: int, port: int, key: str) -> Iterator[dict[str, Any]]:
-        """What the node `hosts[number]` finds out; `key` names the rendezvous of this job alone."""
-        report = self.examine(hosts, number, port)
+    def lines(self, environment: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+        """What this node finds out; `environment` is that of its task, see `node.Step`."""
+        step = Step.of(environment)
+        report = self.examine(step.hosts, step.number, step.port)
         yield {"report": report}
         result = {"error": "", "measured": None}
         if not any(report["links"].values()) and len(report["called_by"]) == len(report["links"]):
-            limit_s = ALL_REDUCE * self.timeout_s
-            command = torchrun(hosts, number, port, key, self.ranks_per_node, limit_s / 2)
-            command += ["-m", "ddp_asr.bandwidth", f"--limit-s={max(1, int(limit_s / 2))}"]
-            result = all_reduce(command, limit_s)
+            result = all_reduce(environment, ALL_REDUCE * self.timeout_s)
         yield {"all_reduce": {"node": report["node"], **result}}
 
     def examine(self, hosts: Sequence[str], number: int, port: int) -> Report:
@@ -323,20 +318,15 @@ def _mb_per_s(move: Callable[[], int]) -> float:
 # ---- the all-reduce ------------------------------------------------------------------------------------------------
 
 
-def torchrun(hosts: Sequence[str], number: int, port: int, key: str, ranks_per_node: int, join_s: float) -> list[str]:
-    """The torchrun command of the node `hosts[number]`."""
-    node, first = (hosts[number], hosts[0]) if len(hosts) > 1 else ("127.0.0.1", "127.0.0.1")
-    return [
-        *(sys.executable, "-m", "torch.distributed.run", "--max-restarts=0", "--rdzv-backend=c10d"),
-        *(f"--nnodes={len(hosts)}", f"--nproc-per-node={ranks_per_node}", f"--local-addr={node}"),
-        *(f"--rdzv-endpoint={first}:{port}", f"--rdzv-id={key}"),
-        f"--rdzv-conf=is_host={int(number == 0)},join_timeout={join_s:.0f},read_timeout={join_s:.0f}",
-    ]
+def all_reduce(environment: Mapping[str, str], limit_s: float) -> dict[str, Any]:
+    """Runs `ddp_asr.bandwidth` on the ranks of this node: what rank 0 measured, if it is here, or why it failed."""
+    half_s = max(1, int(limit_s / 2))
+    command = torchrun_command(environment, "ddp_asr.bandwidth", [f"--limit-s={half_s}"], join_timeout_s=half_s)
+    return run_ranks(command, {**environment, **rank_variables(environment)}, limit_s)
 
 
-def all_reduce(command: Sequence[str], limit_s: float) -> dict[str, Any]:
-    """Runs the command on this node: what rank 0 measured, if it is here, or why it failed."""
-    environment = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | os.environ
+def run_ranks(command: Sequence[str], environment: Mapping[str, str], limit_s: float) -> dict[str, Any]:
+    """What the command prints as JSON in its last such line, or why it failed."""
     try:
         ended = subprocess.run(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=limit_s, check=False

@@ -82,7 +82,7 @@ def network(monkeypatch):
 
         def one(number):
             calling.node = NODES[number]
-            return Probe((), 0, 1, limit_s / probe.LINKS).examine(NODES, number, port)
+            return Probe((), 0, limit_s / probe.LINKS).examine(NODES, number, port)
 
         numbers = [number for number, node in enumerate(NODES) if node not in silent]
         with ThreadPoolExecutor(len(NODES)) as pool:
@@ -261,7 +261,7 @@ def test_gpus_by_nvidia_smi(script, gpus, sentences, tmp_path, monkeypatch):
     if script:
         executable(tmp_path / "nvidia-smi", script)
     monkeypatch.setenv("PATH", str(tmp_path))
-    report = Probe((), 2, 2, 60).examine(["here"], 0, free_port())
+    report = Probe((), 2, 60).examine(["here"], 0, free_port())
     assert report["gpus"] == gpus
     assert report["wrong"] == [
         f"{text}, and the job asked for 2 GPU(s): see 'nvidia-smi' and 'dmesg'" for text in sentences
@@ -307,7 +307,7 @@ def test_directories(directory, why, tmp_path):
 def test_a_directory_that_never_answers_is_given_up(tmp_path):
     os.mkfifo(tmp_path / "dataset.json")  # opening it waits for a writer, as an NFS server that is away is waited for
     directory = Directory(str(tmp_path), "the shards", shards=True)
-    report = Probe((directory,), 0, 1, timeout_s=1.0).examine(["here"], 0, free_port())
+    report = Probe((directory,), 0, timeout_s=1.0).examine(["here"], 0, free_port())
     assert report["wrong"] == [
         f"the shards ({tmp_path}) cannot be used (no answer within 0.2 s): repair that, or choose another place"
     ]
@@ -498,7 +498,6 @@ def test_nodes_are_read_from_the_logs_and_a_living_job_is_cancelled(slurm, tmp_p
     asked = slurm([RUNNING], DOWN)
 
     def submit(functions, folder, request, **_):
-        assert (request.tasks_per_node, request.cpus_per_task) == (1, 6)
         assert pickle.loads(pickle.dumps(functions)) == functions
         for node, report in healthy(NODES[:2]).items():
             lines = [{"report": report}, {"all_reduce": {"node": node, **ALL_REDUCED[node]}}]
@@ -506,8 +505,8 @@ def test_nodes_are_read_from_the_logs_and_a_living_job_is_cancelled(slurm, tmp_p
         return cluster.Submission(folder, ["7"])
 
     monkeypatch.setattr(cluster, "submit", submit)
-    request = Request(nodes="2", tasks_per_node=3, cpus_per_task=2)
-    evidence = doctor.on_slurm(Probe((), 0, 3, timeout_s=0.1), request, tmp_path)
+    request = Request(nodes="2")
+    evidence = doctor.on_slurm(Probe((), 0, timeout_s=0.1), request, tmp_path)
     assert ["scancel", "7"] in asked
     assert list(evidence.reports) == list(evidence.all_reduce) == evidence.hosts == ["node1", "node2"]
     assert evidence.slurm_nodes == DOWN and wrong(evidence) == []
@@ -563,21 +562,19 @@ def test_sizes_and_limits_are_checked(arguments, capsys):
 )
 def test_why_an_all_reduce_failed(script, result):
     limit_s = 0.5 if "sleep" in script else 60
-    assert probe.all_reduce(["sh", "-c", script], limit_s) == {"measured": None, **result}
+    assert probe.run_ranks(["sh", "-c", script], os.environ, limit_s) == {"measured": None, **result}
 
 
 @pytest.mark.slow
 def test_two_nodes_with_a_torchrun_each(monkeypatch):
     """Both on this machine, which 127.0.0.1 and localhost name."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    hosts, port = ["127.0.0.1", "localhost"], free_port()
-    bandwidths = ["-m", "ddp_asr.bandwidth", "--sizes-mib=1,2", "--repeats=2"]
-    commands = [[*probe.torchrun(hosts, number, port, "key", 1, 60), *bandwidths] for number in (0, 1)]
+    step = {"SLURM_STEP_NODELIST": "127.0.0.1,localhost", "SLURM_JOB_ID": str(os.getpid()), "RANKS_PER_NODE": "1"}
+    environments = [{**os.environ, **step, "SLURM_NODEID": number} for number in ("0", "1")]
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(partial(probe.all_reduce, limit_s=200), commands)
+        first, second = pool.map(partial(probe.all_reduce, limit_s=200), environments)
     assert first["error"] == second["error"] == "" and second["measured"] is None
     assert first["measured"]["world_size"] == 2
-    assert [size["bytes"] for size in first["measured"]["sizes"]] == [1 << 20, 2 << 20]
     assert all(size["bus_gb_per_s"] > 0 for size in first["measured"]["sizes"])
 
 
