@@ -91,7 +91,8 @@ class Learner:
             group["lr"] = rate
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        # DDP has divided the sum over the ranks by their number.
+        # DDP has divided the sum over the ranks by their number. `_foreach_mul_` (torch 2.11.0) is one kernel for all
+        # on a GPU; its name is private although the documentation lists it, and a loop over `mul_` does the same.
         torch._foreach_mul_(gradients, self.world.world_size / max(utterances, 1.0))
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm)
         finite = bool(torch.isfinite(norm)) and utterances > 0

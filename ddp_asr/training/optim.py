@@ -69,4 +69,5 @@ class WeightAverage:
         """Moves the average towards the weights after a step."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        # One kernel for all on a GPU (torch 2.11.0); the name is private, and a loop over `lerp_` does the same.
         torch._foreach_lerp_(self.weights, [parameter.detach() for parameter in parameters], 1.0 - decay)
