@@ -63,6 +63,11 @@ def replace_file(
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def left_behind(directory: Path, names: str) -> list[Path]:
+    """Temporary files that other processes have begun for files of these names (a glob pattern) and not renamed."""
+    return [path for path in directory.glob(f".{names}.*.tmp") if WRITER not in path.name]
+
+
 def sync(file: IO[Any]) -> None:
     """Returns when all that was written is on the disk."""
     file.flush()

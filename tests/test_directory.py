@@ -1,11 +1,14 @@
 """A run's files: written under the lease, whole or not at all, and cut back to what a checkpoint knows of."""
 
+import errno
 import json
+import os
 
 import pytest
 
 from ddp_asr.errors import UserError
-from ddp_asr.runs.directory import RunDirectory, json_lines, read_lines, read_status
+from ddp_asr.files import json_lines, read_json_lines
+from ddp_asr.runs.directory import RunDirectory, read_status
 from ddp_asr.runs.lease import LeaseLost
 
 
@@ -41,7 +44,7 @@ def files(tmp_path):
 
 
 def lines(path):
-    return list(read_lines(path))
+    return list(read_json_lines(path))
 
 
 def test_lines_are_on_the_disk_as_soon_as_they_are_added(files, tmp_path):
@@ -149,27 +152,45 @@ def test_a_file_is_replaced_at_once(files, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
+def failing(*arguments, number=errno.EIO):
+    raise OSError(number, os.strerror(number))
+
+
 @pytest.mark.parametrize("name", WRITES)
-def test_a_failed_write_is_one_sentence_that_names_the_file_and_the_remedy(tmp_path, name):
+def test_a_failed_write_is_one_sentence_that_names_the_file_and_the_remedy(tmp_path, monkeypatch, name):
     gone = tmp_path / "gone"
     files = RunDirectory(gone, FakeLease(), None, 1)
     if name == "cut_after":
         gone.mkdir()
         (gone / "metrics.jsonl").write_text(json_lines([train(1)]))
-        (gone / ".metrics.jsonl.tmp").mkdir()
+        monkeypatch.setattr(os, "replace", failing)
     said = r"cannot write .*gone/[a-z]+\.[a-z]+ \(.*\): free space or mend the directory, then start again"
     with pytest.raises(UserError, match=said) as error:
         WRITES[name](files)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("write, full", [("append", "metrics.jsonl"), ("write", ".config.yaml.tmp")])
-def test_a_full_disk_is_said_once_and_closing_does_not_hide_it(tmp_path, write, full):
-    (tmp_path / full).symlink_to("/dev/full")
+@pytest.mark.parametrize("write", ["append", "write"])
+def test_a_full_disk_is_said_once_and_closing_does_not_hide_it(tmp_path, monkeypatch, write):
+    if write == "append":
+        (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    else:
+        monkeypatch.setattr(os, "fsync", lambda file: failing(number=errno.ENOSPC))
     files = RunDirectory(tmp_path, FakeLease(), None, 1)
     with pytest.raises(UserError, match=r"No space left on device"):
         WRITES[write](files)
     files.close()
+
+
+def test_what_a_killed_attempt_left_of_a_write_is_removed(files, tmp_path):
+    for name in (".status.json.0123456789abcdef-00.tmp", ".tracking.json.0123456789abcdef-00.tmp"):
+        (tmp_path / name).write_text("half")
+    files.status("running", "training", retry=True, step=1, epoch=0)
+    # tracking.json is written by another process, which may be about to rename it.
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".tracking.json.0123456789abcdef-00.tmp",
+        "status.json",
+    ]
 
 
 def test_the_status_is_what_launchers_read(files, tmp_path):

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 
 from ddp_asr.errors import UserError
 from ddp_asr.runs import lease as lease_module
-from ddp_asr.runs.lease import DEAD_AFTER_S, POLL_S, Lease, LeaseLost, Owner, Watch, is_dead, is_gone, read_owner
+from ddp_asr.runs.lease import DEAD_AFTER_S, POLL_S, Lease, LeaseLost, Owner, Watch, is_gone
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are known through /proc")
@@ -78,6 +79,17 @@ def put(directory: Path, holder: Owner, renewals: int = 1) -> None:
     (directory / "lease.json").write_text(json.dumps(asdict(holder) | {"renewals": renewals}))
 
 
+def holder_of(directory: Path) -> Owner | None:
+    watch = Watch(directory)
+    watch.verdict()
+    return watch.owner
+
+
+def refuse_to_wait(seconds: float) -> None:
+    """In place of `sleep`: ends an `acquire` that would watch a lease which may be dead."""
+    raise UserError("another run may hold the directory")
+
+
 @pytest.fixture
 def sleeper() -> Iterator[subprocess.Popen]:
     process = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
@@ -113,7 +125,7 @@ def test_the_lease_names_its_owner(tmp_path, acquire):
     record = json.loads((tmp_path / "lease.json").read_text())
     assert (record["host"], record["pid"]) == (socket.gethostname(), os.getpid())
     assert (record["job_id"], record["attempt"], record["nonce"]) == ("4711", 2, lease.owner.nonce)
-    assert read_owner(tmp_path) == lease.owner
+    assert holder_of(tmp_path) == lease.owner
 
 
 @needs_proc
@@ -137,12 +149,15 @@ def test_every_renewal_changes_the_file_in_place(tmp_path, acquire):
 def test_a_thread_renews(tmp_path):
     lease = Lease.acquire(tmp_path, job_id=None, attempt=1, renew_every_s=0.01)
     lease.start_renewing()
+    watch = Watch(tmp_path)
     try:
-        assert not is_dead(tmp_path, sleep=lambda seconds: threading.Event().wait(0.01))
+        while watch.verdict() == "unknown":
+            time.sleep(0.01)
+        assert watch.verdict() == "alive"
         lease.check()
     finally:
         lease.release()
-    assert is_dead(tmp_path)
+    assert watch.verdict() == "free"
 
 
 def test_the_modules_of_launchers_need_no_torch():
@@ -166,22 +181,14 @@ def test_a_lease_renewed_in_the_last_second_is_refused(tmp_path, clock, acquire)
     clock.at(59, lambda: put(tmp_path, owner(), renewals=2))
     with pytest.raises(UserError, match=r"another run holds .*elsewhere, pid 4711, job 77, attempt 3.*stop it"):
         acquire()
-    assert read_owner(tmp_path) == owner()
+    assert holder_of(tmp_path) == owner()
 
 
 def test_how_old_the_file_says_it_is_does_not_matter(tmp_path, acquire):
     put(tmp_path, owner())
     os.utime(tmp_path / "lease.json", (0, 0))
-    with pytest.raises(UserError, match="another run holds"):
-        acquire(wait=False)
-
-
-def test_without_wait_a_doubtful_lease_is_refused_at_once(tmp_path, clock, acquire):
-    put(tmp_path, owner())
-    begin_s = clock.now_s
-    with pytest.raises(UserError, match="wait until it has been silent for 60 s"):
-        acquire(wait=False)
-    assert clock.now_s == begin_s
+    with pytest.raises(UserError, match="another run may hold"):
+        acquire(sleep=refuse_to_wait)
 
 
 @needs_proc
@@ -190,14 +197,14 @@ def test_a_killed_process_of_this_host_is_dead_at_once(tmp_path, clock, acquire,
     process = python("Lease.acquire(pathlib.Path(sys.argv[1]), job_id=None, attempt=1); print(1, flush=True); input()",
                      tmp_path)  # fmt: skip
     assert ask(process) == "1"
-    assert not is_gone(read_owner(tmp_path))
+    assert not is_gone(holder_of(tmp_path))
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and a zombie still
     if reaped:
         process.wait()
     begin_s = clock.now_s
-    assert is_dead(tmp_path, clock=clock, sleep=clock.sleep)
-    acquire(wait=False).check()
+    assert Watch(tmp_path, clock=clock).verdict() == "dead"
+    acquire(sleep=refuse_to_wait).check()
     assert clock.now_s == begin_s
     process.communicate()
 
@@ -205,7 +212,7 @@ def test_a_killed_process_of_this_host_is_dead_at_once(tmp_path, clock, acquire,
 @needs_proc
 def test_a_reused_pid_is_another_process(tmp_path, sleeper, acquire):
     put(tmp_path, on_this_host(sleeper, start_time=lease_module._process(sleeper.pid).start_time - 1))
-    acquire(wait=False).check()
+    acquire(sleep=refuse_to_wait).check()
 
 
 @needs_proc
@@ -218,8 +225,8 @@ def test_nobody_is_gone_whose_process_cannot_be_judged(tmp_path, sleeper, change
     if changes:  # gone here, which says nothing about there
         changes = {"pid": 2**22 + 1} | changes
     put(tmp_path, on_this_host(sleeper, **changes))
-    with pytest.raises(UserError, match="another run holds"):
-        acquire(wait=False)
+    with pytest.raises(UserError, match="another run may hold"):
+        acquire(sleep=refuse_to_wait)
     begin_s = clock.now_s
     acquire()
     assert clock.now_s - begin_s >= DEAD_AFTER_S
@@ -246,9 +253,11 @@ def test_a_zombie_with_threads_left_may_still_write(monkeypatch, stat, ended):
 
 def test_a_lease_in_the_making_is_nobodys_yet_and_not_dead(tmp_path, clock, acquire):
     (tmp_path / "lease.json").write_bytes(b"")
-    assert read_owner(tmp_path) is None
-    with pytest.raises(UserError, match="just starting"):
-        acquire(wait=False)
+    assert holder_of(tmp_path) is None
+    told = []
+    with pytest.raises(UserError, match="another run may hold"):
+        acquire(sleep=refuse_to_wait, on_wait=told.append)
+    assert "(just starting)" in told[0]
     acquire().check()  # its maker was killed in between: 60 s
 
 
@@ -276,7 +285,7 @@ def test_a_higher_attempt_of_the_same_job_takes_over_at_once(tmp_path, clock, ac
     loser = acquire(job_id="77", attempt=1)
     loser.check()
     begin_s = clock.now_s
-    winner = acquire(job_id="77", attempt=2, wait=False)
+    winner = acquire(job_id="77", attempt=2, sleep=refuse_to_wait)
     assert clock.now_s == begin_s
     winner.check()
     for _ in range(2):  # once lost, lost for good
@@ -289,17 +298,18 @@ def test_a_higher_attempt_of_the_same_job_takes_over_at_once(tmp_path, clock, ac
 @pytest.mark.parametrize(
     ("job_id", "attempt"), [("77", 3), ("77", 2), ("78", 4), (None, 4)], ids=["same", "lower", "other job", "no job"]
 )
-def test_anyone_else_is_refused(tmp_path, acquire, job_id, attempt):
+def test_anyone_else_is_refused(tmp_path, clock, acquire, job_id, attempt):
     put(tmp_path, owner())
-    with pytest.raises(UserError, match="another run holds"):
-        acquire(job_id=job_id, attempt=attempt, wait=False)
-    assert read_owner(tmp_path) == owner()
+    clock.at(1, lambda: put(tmp_path, owner(), renewals=2))
+    with pytest.raises(UserError, match=r"another run holds .*wait until it has been silent for 60 s"):
+        acquire(job_id=job_id, attempt=attempt)
+    assert holder_of(tmp_path) == owner()
 
 
 def test_two_runs_without_a_job_do_not_supersede_each_other(tmp_path, acquire):
     put(tmp_path, owner(job_id=None))
-    with pytest.raises(UserError, match="another run holds"):
-        acquire(job_id=None, attempt=9, wait=False)
+    with pytest.raises(UserError, match="another run may hold"):
+        acquire(job_id=None, attempt=9, sleep=refuse_to_wait)
 
 
 def test_a_starter_that_was_too_slow_puts_the_fresh_lease_back(tmp_path, clock, acquire):
@@ -328,13 +338,17 @@ def test_a_removed_lease_is_lost(tmp_path, clock, acquire):
 
 
 STARTER = """
+def refuse_to_wait(seconds):
+    raise UserError("another run may hold the directory")
+
 for line in sys.stdin:
     directory, job_id, attempt = line.split()
     print("ready", flush=True)
     while not pathlib.Path(directory, "go").exists():
         pass
     try:
-        lease = Lease.acquire(pathlib.Path(directory), job_id=job_id, attempt=int(attempt), wait=False)
+        doubt = {"sleep": refuse_to_wait, "on_wait": lambda text: None}
+        lease = Lease.acquire(pathlib.Path(directory), job_id=job_id, attempt=int(attempt), **doubt)
         print("took", flush=True)
     except UserError as error:
         assert "another run" in str(error), error
@@ -369,7 +383,7 @@ def test_of_many_starters_exactly_one_wins(tmp_path, sleeper, before):
         assert sorted(ask(starter, "check") for starter in starters) == ["holds"] + ["nothing"] * 3
         for starter in starters:
             starter.stdin.write("next\n")
-        assert read_owner(directory).pid in [starter.pid for starter in starters]
+        assert holder_of(directory).pid in [starter.pid for starter in starters]
         assert sorted(path.name for path in directory.iterdir()) == ["go", "lease.json"]
     for starter in starters:
         starter.communicate()
@@ -475,14 +489,14 @@ def test_released_is_free(tmp_path, acquire):
     lease.release()
     lease.release()
     assert list(tmp_path.iterdir()) == []
-    acquire(wait=False).check()
+    acquire(sleep=refuse_to_wait).check()
 
 
 def test_release_leaves_anothers_lease_alone(tmp_path, acquire):
     lease = acquire()
     put(tmp_path, owner())
     lease.release()
-    assert read_owner(tmp_path) == owner()
+    assert holder_of(tmp_path) == owner()
 
 
 def test_a_directory_that_cannot_be_made_is_one_sentence(tmp_path):

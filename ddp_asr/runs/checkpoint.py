@@ -1,4 +1,4 @@
-"""Checkpoints: what exists is complete, what is read is undamaged.
+"""Checkpoints: a file that exists is complete, and a state that is read is undamaged.
 
     state on the device --snapshot--> CPU copy --BackgroundWriter--> temp file --fsync, may_write, rename--> step-*.pt
     step-*.pt --newest_good--> every CRC checked --> state on the CPU
@@ -10,18 +10,16 @@ A state is nested dicts, lists and tuples of tensors, numbers, strings and None,
 `weights_only=True` and runs no code. `write` refuses anything else, because the reader would find out hours later.
 
 A file is written beside its place, synced and renamed. `may_write` (the lease's `check`) is called before anything is
-touched and once more just before the rename. `read` checks the zip's CRCs, which `torch.load` does not: there a
-flipped bit loads silently as another weight.
+touched and once more just before the rename. `read` checks the zip's CRCs. `torch.load` does not, and would load a
+flipped bit silently as another weight.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import pickle
 import re
-import secrets
 import shutil
 import struct
 import zipfile
@@ -35,9 +33,8 @@ from typing import IO, Any
 import torch
 
 from ddp_asr.errors import UserError
+from ddp_asr.files import left_behind, writing_aside
 
-# A process's own temporary files; all others in the directory are of a writer that no longer has the lease.
-_WRITER = secrets.token_hex(8)
 _STEP_FILE = re.compile(r"step-(\d{8,})\.pt")
 _DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, KeyError, RuntimeError, OSError)
 
@@ -101,23 +98,43 @@ def write(path: Path, state: dict[str, Any], may_write: Callable[[], None]) -> N
     Raises what `may_write` raises, and UserError when the disk is full or the directory unwritable; nothing is left.
     """
     check_plain(state)
-    # Listed before may_write: whoever took the run over since then has no file in this list.
+    # Listed before may_write: if another process takes the run over in between, none of its files is in the list.
     # Only checkpoints': best.pt lies beside files that rank 0 itself is writing meanwhile.
-    strangers = [temp for temp in path.parent.glob(".*.pt.*.tmp") if _WRITER not in temp.name]
+    abandoned = left_behind(path.parent, "*.pt")
     may_write()
-    for stranger in strangers:
-        _discard(stranger)
-    temp = path.with_name(f".{path.name}.{_WRITER}-{secrets.token_hex(4)}.tmp")
+    for file in abandoned:
+        with contextlib.suppress(OSError):  # if the disk fails, the write below says so
+            file.unlink()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_synced(temp, state)
-        may_write()
-        os.replace(temp, path)
-        _sync_directory(path.parent)
+        with writing_aside(path, before_rename=may_write) as file_aside:
+            _save(state, _Watched(file_aside))
     except OSError as error:
         raise _unwritable(path, error) from error
-    finally:
-        _discard(temp)
+
+
+def _save(state: dict[str, Any], file: _Watched) -> None:
+    try:
+        torch.save(state, file)  # type: ignore[arg-type]  # torch needs `write` and `flush` only
+    except RuntimeError as error:
+        # torch's zip writer answers a failed write with its own complaint about positions.
+        raise file.error or error from error
+
+
+class _Watched:
+    """A file that remembers why writing failed."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.error: OSError | None = None
+        self._file = file
+        self.flush = file.flush
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -214,35 +231,6 @@ def _checkpoints(run_directory: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in matches if match)
 
 
-def _discard(temp: Path) -> None:
-    with contextlib.suppress(OSError):  # often the disk that just failed: its first error is the one to tell
-        temp.unlink()
-
-
-def _write_synced(temp: Path, state: dict[str, Any]) -> None:
-    with _Watched(io.FileIO(temp, "x")) as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:
-            # torch's zip writer answers a failed write with its own complaint about positions.
-            raise file.error or error from error
-        file.flush()
-        os.fsync(file.fileno())
-
-
-class _Watched(io.BufferedWriter):
-    """A file that remembers why writing failed."""
-
-    error: OSError | None = None
-
-    def write(self, data: Any, /) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-
-
 def _read_checked(path: Path, file: IO[bytes]) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(file) as members:
@@ -258,15 +246,6 @@ def _read_checked(path: Path, file: IO[bytes]) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise DamagedCheckpoint(path, f"it holds a {type(state).__name__} and not a dict, so it is not ours")
     return state
-
-
-def _sync_directory(directory: Path) -> None:
-    """Makes a rename outlive a power failure."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:

@@ -9,8 +9,8 @@
         status.json        how the run stands, for launchers
         spectrogram.png, curves.png, checkpoints/, best.pt, lease.json, comet.json ...
 
-Lines are flushed one by one, so a killed run has lost at most the line it was writing; `cut_after` removes a torn
-line and everything beyond the step that a resumed run continues from.
+Each line is flushed at once, so a killed run loses at most the line that it was writing. `cut_after` removes a torn
+line and everything beyond the step from which a resumed run continues.
 
 Fields of metrics.jsonl. Both kinds: `kind` ("train" or "test"), `step` and `epoch` (counted from 1 since the start of
 the run), `loss`, `time_s` (Unix time). A train line: `learning_rate`, `gradient_norm`, `audio_s_per_s` (all ranks),
@@ -20,14 +20,14 @@ the most that rank 0 has held since the attempt began (10^9 bytes). A test line:
 
 import contextlib
 import json
-import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from ddp_asr.errors import UserError
+from ddp_asr.files import json_lines, left_behind, read_json, read_json_lines, replace_file, sync
 from ddp_asr.runs.lease import Lease
 
 _GROWING = ("metrics.jsonl", "samples.jsonl")
@@ -50,9 +50,8 @@ class RunDirectory:
 
         for name in _GROWING:
             path = self.path / name
-            kept = [json.dumps(line) + "\n" for line in read_lines(path) if known(line)]
             if path.exists():
-                self.write(name, "".join(kept))
+                self.write(name, json_lines(line for line in read_json_lines(path) if known(line)))
 
     def append(self, name: str, line: dict[str, Any]) -> None:
         """Adds a line to a growing file."""
@@ -61,23 +60,23 @@ class RunDirectory:
             file = self._files.get(name)
             if file is None:
                 file = self._files[name] = (self.path / name).open("a", encoding="utf8")
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json_lines([line]))
             file.flush()
 
     def sync(self) -> None:
         """Returns when the growing files are on the disk; called before a checkpoint that counts on their lines."""
         for name, file in self._files.items():
             with _naming_the_file(self.path / name):
-                os.fsync(file.fileno())
+                sync(file)
 
     def write(self, name: str, text: str) -> None:
-        """Replaces a whole file, at once."""
+        """Replaces a whole file at once; removes what a killed attempt has left of such a write."""
+        abandoned = left_behind(self.path, name)
         self._lease.check()
-        aside = self.path / f".{name}.tmp"
         with _naming_the_file(self.path / name):
-            aside.write_text(text, encoding="utf8")
-            self._lease.check()
-            aside.replace(self.path / name)
+            for file in abandoned:
+                file.unlink(missing_ok=True)
+            replace_file(self.path / name, text, before_rename=self._lease.check)
 
     def produce(self, name: str, make: Callable[[], object]) -> None:
         """Runs `make`, which writes and replaces the file `name` itself."""
@@ -129,46 +128,21 @@ class RunDirectory:
                 file.close()
 
 
-class _naming_the_file:
+@contextlib.contextmanager
+def _naming_the_file(path: Path) -> Iterator[None]:
     """Turns a failed write into one sentence."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            raise UserError(
-                f"cannot write {self.path} ({error.strerror or error}): free space or mend the directory, then start "
-                "again; the run goes on from its newest checkpoint"
-            ) from error
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file; torn lines are passed over, and a missing file has none."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf8", errors="replace") as file:
-        for text in file:
-            # A machine that loses power leaves blocks of zeros, too, so a line's end does not prove it whole.
-            with contextlib.suppress(ValueError):
-                if text.endswith("\n") and text.startswith("{"):
-                    yield json.loads(text)
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error.strerror or error}): free space or mend the directory, then start again; "
+            "the run goes on from its newest checkpoint"
+        ) from error
 
 
 def read_status(path: Path) -> dict[str, Any] | None:
-    """status.json of a run directory; None where there is none."""
+    """status.json of a run directory; None where there is none, or a file of something else."""
     try:
-        record = json.loads((path / "status.json").read_text(encoding="utf8"))
-        return record if isinstance(record, dict) else None
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return None  # whether the run can be written is the lease's to find out
-    except ValueError:
-        return None  # only ever renamed into place, so this is somebody's own file: treated as none
-
-
-def json_lines(objects: Iterable[dict[str, Any]]) -> str:
-    """The objects as JSONL text."""
-    return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in objects)
+        return read_json(path / "status.json")
+    except PermissionError:
+        return None  # whether the run can be written is found out when the lease is taken

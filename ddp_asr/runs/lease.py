@@ -1,23 +1,23 @@
-"""One writer a run: `lease.json` says which process may write into the run directory, and proves that it lives.
+"""One writer per run: `lease.json` names the process that may write into the run directory, and shows that it runs.
 
     lease = Lease.acquire(run_directory, job_id="4711", attempt=2)   # UserError: another living run holds it
     lease.start_renewing()                                           # a thread changes the file every 10 s
-    lease.check()                                                    # before every rename or append; LeaseLost
+    lease.check()                                                    # before every rename or append; or LeaseLost
     lease.release()
 
 A lease is dead when a reader has watched it unchanged for 60 s by its own clock, and at once when its process is gone
-on this host; a higher attempt of the same job takes a living one over. No two clocks are ever compared.
+on this host. A higher attempt of the same job takes over even a living one. The clocks of two hosts are never compared.
 
-It holds on NFS, where flock does not, because three things are enough:
+It works on NFS, where flock does not, because it needs three things only:
 
-- Taking is `open(O_CREAT | O_EXCL)`: of any number of starters exactly one succeeds.
-- A dead lease is first renamed aside, then read again: a starter that was too slow, and has a fresh lease in its hands,
+- A lease is taken with `open(O_CREAT | O_EXCL)`: of any number of processes exactly one succeeds.
+- A dead lease is first renamed aside, then read again: a process that was too slow, and has moved a fresh lease aside,
   puts it back. A crash in between leaves no lease at all, which is free to take.
-- The owner renews through the descriptor that it opened when it took the lease: a frozen owner that wakes after a
-  take-over writes into its own removed file, never into its successor's.
+- The owner renews through the descriptor that it opened when it took the lease: an owner that was frozen and continues
+  after another process took over writes into its own removed file, never into the new one.
 
-Between `check` and the write that it allows, a process can still be frozen. What it then writes is a complete file of
-the same training, so nothing is torn; the next `check` ends it.
+A process can still be frozen between `check` and the write that it allows. It then writes a complete file of the same
+training, so nothing is torn; the next `check` ends it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from ddp_asr.errors import UserError
 RENEW_EVERY_S = 10.0
 DEAD_AFTER_S = 60.0
 POLL_S = 0.5
-# A starter that has taken a living lease aside by mistake puts it back within microseconds.
+# A process that has moved a living lease aside by mistake puts it back within microseconds.
 PUT_BACK_WITHIN_S = 1.0
 # Every renewal overwrites the same bytes in place, so that a full disk stops none and a reader finds no half-old file.
 FILE_BYTES = 1024
@@ -83,14 +83,8 @@ def this_process(job_id: str | None, attempt: int) -> Owner:
     )
 
 
-def read_owner(run_directory: Path) -> Owner | None:
-    """Who holds the run, for people and launchers; None: nobody, or a lease that is just being written."""
-    content = _read(run_directory / "lease.json")
-    return _parse(content) if content is not None else None
-
-
 def is_gone(owner: Owner) -> bool:
-    """Whether the process surely runs no more: only this host knows, and only of its own pid namespace."""
+    """Whether the process has certainly ended: known only on its own host and in its pid namespace."""
     if owner.start_time is None or (owner.host, owner.pid_space) != (socket.gethostname(), _pid_space()):
         return False
     process = _process(owner.pid)
@@ -141,25 +135,8 @@ class Watch:
         return _parse(self.content) if self.content is not None else None
 
 
-def is_dead(
-    run_directory: Path,
-    *,
-    dead_after_s: float = DEAD_AFTER_S,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
-) -> bool:
-    """Whether nobody writes the run any more: at once where that is known, else after up to `dead_after_s`.
-
-    A launcher with many runs keeps one `Watch` each instead, and waits for none.
-    """
-    watch = Watch(run_directory, dead_after_s=dead_after_s, clock=clock)
-    while (verdict := watch.verdict()) == "unknown":
-        sleep(POLL_S)
-    return verdict != "alive"
-
-
 class Lease:
-    """The right to write into one run directory; made by `Lease.acquire`."""
+    """The right to write into one run directory; `Lease.acquire` takes it."""
 
     def __init__(
         self,
@@ -192,16 +169,15 @@ class Lease:
         *,
         job_id: str | None,
         attempt: int,
-        wait: bool = True,
         renew_every_s: float = RENEW_EVERY_S,
         dead_after_s: float = DEAD_AFTER_S,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
         on_wait: Callable[[str], None] = print,
     ) -> Lease:
-        """Takes the lease; with `wait`, watches one that may be dead for up to `dead_after_s` first.
+        """Takes the lease; watches one that may be dead for up to `dead_after_s` first.
 
-        Raises UserError when another living run holds it or the directory cannot be written.
+        Raises UserError if another living run holds it or the directory cannot be written.
         """
         owner = this_process(job_id, attempt)
         path = run_directory / "lease.json"
@@ -209,7 +185,7 @@ class Lease:
         with _explained(run_directory):
             run_directory.mkdir(parents=True, exist_ok=True)
             while (descriptor := _create(path)) is None:
-                _clear_the_way(path, owner, watch, wait, dead_after_s, sleep, on_wait)
+                _clear_the_way(path, owner, watch, dead_after_s, sleep, on_wait)
             lease = cls(
                 run_directory,
                 owner,
@@ -221,11 +197,11 @@ class Lease:
             )
             try:
                 lease.renew()
-            except OSError:  # a full disk: an empty lease would make the next starter wait
+            except OSError:  # a full disk: an empty lease would make the next process wait
                 path.unlink(missing_ok=True)
                 os.close(descriptor)
                 raise
-        lease.check()  # a slower starter may have taken it away between the two
+        lease.check()  # a slower process may have moved it aside in the meantime
         return lease
 
     def renew(self) -> None:
@@ -244,8 +220,8 @@ class Lease:
 
     def _keep_renewing(self) -> None:
         while not self._released.wait(self._renew_every_s):
-            # Renewed after so long, it could come back to life while a starter is already taking it over.
-            if self._lost or self._is_overdue():
+            # After so long another process may already be taking it over: a renewal would make the lease look alive.
+            if self._is_overdue():
                 return
             try:
                 self.renew()
@@ -267,7 +243,7 @@ class Lease:
         while not self._is_overdue():
             try:
                 content = _read(self._path)
-            except OSError:  # a network file system that stumbles may come back until the lease is overdue
+            except OSError:  # a network file system may answer again before the lease is overdue
                 self._sleep(POLL_S)
                 continue
             holder = _parse(content) if content is not None else None
@@ -293,7 +269,7 @@ class Lease:
         )
 
     def release(self) -> None:
-        """Gives the directory free; a lease that is another's by now stays as it is. May be called twice."""
+        """Removes the lease, unless it is another process's by now. May be called twice."""
         if self._released.is_set():
             return
         self._released.set()
@@ -308,12 +284,11 @@ def _clear_the_way(
     path: Path,
     starter: Owner,
     watch: Watch,
-    wait: bool,
     dead_after_s: float,
     sleep: Callable[[float], None],
     on_wait: Callable[[str], None],
 ) -> None:
-    """Removes the lease in the way once it may be removed; returns also when it is gone or changed hands."""
+    """Removes the lease in the way as soon as that is allowed; returns, too, if it is gone or has another owner."""
     told = False
     while (verdict := watch.verdict()) != "free":
         holder, content = watch.owner, watch.content
@@ -324,7 +299,7 @@ def _clear_the_way(
             _remove(path, partial(operator.eq, content))
             return
         whose = str(holder) if holder is not None else "just starting"
-        if verdict == "alive" or not wait:
+        if verdict == "alive":
             raise UserError(
                 f"another run holds {path.parent} ({whose}): stop it, or wait until it has been silent for "
                 f"{dead_after_s:g} s, or train elsewhere with --run.name=ANOTHER"
@@ -348,7 +323,7 @@ def _create(path: Path) -> int | None:
 
 
 def _remove(path: Path, may_go: Callable[[bytes], bool]) -> None:
-    """Removes the lease if, alone in our hands, it is still one that may go; else puts it back."""
+    """Moves the lease aside and removes it there if it still may go; puts it back otherwise."""
     aside = path.with_name(f".lease-{secrets.token_hex(8)}.aside")
     content = _read(path)
     if content is None or not may_go(content):
@@ -359,7 +334,7 @@ def _remove(path: Path, may_go: Callable[[bytes], bool]) -> None:
         return
     content = _read(aside)
     if content is not None and not may_go(content):
-        # link, not rename: meanwhile a third starter may have created its own.
+        # link, not rename: a third process may have created its own in the meantime.
         with contextlib.suppress(OSError):
             os.link(aside, path)
     aside.unlink(missing_ok=True)
@@ -374,7 +349,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _parse(content: bytes) -> Owner | None:
-    """None for the moment in which a new lease is still empty, and for a file of something else."""
+    """The owner; None while a new lease is still empty, and for a file of something else."""
     try:
         record = json.loads(content)
         return Owner(**{name: record[name] for name in Owner.__dataclass_fields__})

@@ -35,7 +35,7 @@ from ddp_asr.data.targets import explain_left_out
 from ddp_asr.errors import UserError
 from ddp_asr.features import masks as augment
 from ddp_asr.features.log_mel import LogMel
-from ddp_asr.files import finite
+from ddp_asr.files import finite, json_lines, read_json_lines
 from ddp_asr.model import AcousticModel, count_parameters, make_model
 from ddp_asr.objective import Objective
 from ddp_asr.ranks.world import World
@@ -43,7 +43,7 @@ from ddp_asr.recognition.evaluation import gather, recognise
 from ddp_asr.recognition.recogniser import Recogniser, make_recogniser
 from ddp_asr.runs import checkpoint, comet, display, plots, tracking
 from ddp_asr.runs.checkout import git_checkout
-from ddp_asr.runs.directory import RunDirectory, json_lines, read_lines, read_status
+from ddp_asr.runs.directory import RunDirectory, read_status
 from ddp_asr.runs.lease import Lease
 from ddp_asr.settings import describe, differences, to_dict
 from ddp_asr.text import Tokeniser, tokeniser_from_state
@@ -206,7 +206,7 @@ class Session:
         best = self.path / "best.pt"
         if resume == "auto" and self.checkpoint_saved is False:
             return best if best.exists() else None  # an evaluation may come before the first checkpoint is due
-        step = max((line["step"] for line in read_lines(self.path / "metrics.jsonl")), default=0)
+        step = max((line["step"] for line in read_json_lines(self.path / "metrics.jsonl")), default=0)
         go_on = f"go on from its best one with --resume {best}, " if best.exists() else ""
         raise UserError(
             f"{self.path} holds the results of a run up to step {step} and no checkpoint in {self.path}/checkpoints: "
@@ -214,7 +214,7 @@ class Session:
         )
 
     def _has_results(self) -> bool:
-        return (self.path / "best.pt").exists() or any(read_lines(self.path / "metrics.jsonl"))
+        return (self.path / "best.pt").exists() or any(read_json_lines(self.path / "metrics.jsonl"))
 
     def _read_checkpoint(self, path: Path | None, corpus: Corpus) -> dict[str, Any] | None:
         """The state in `path`, after a check that it is of this very run."""
