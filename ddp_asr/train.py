@@ -22,7 +22,7 @@ from ddp_asr.errors import UserError, run_entry_point
 from ddp_asr.settings import help_text
 
 if TYPE_CHECKING:
-    from ddp_asr.training.session import Session
+    from ddp_asr.training.attempt import Attempt
 
 DEFAULT_CONFIG = Path("configs/librispeech_100.yaml")
 
@@ -114,33 +114,34 @@ def run(config: Config, *, resume: str = "auto", profile_steps: int = 0, mistake
     from ddp_asr.ranks.rendezvous import join
     from ddp_asr.ranks.signals import StoppedBeforeTraining
     from ddp_asr.ranks.world import PeerLost, RaisedElsewhere, describe
-    from ddp_asr.training.session import Session
+    from ddp_asr.training import session
+    from ddp_asr.training.attempt import Attempt
 
-    session: Session | None = None
+    attempt: Attempt | None = None
     world = join(config.distributed, Path(config.run.dir) / config.run.name)
 
     def end(state: str, reason: str, *, retry: bool) -> None:
         world.watchdog.announce_exit(reason)  # before all that may take a while: others may be waiting for this rank
-        if session is not None:
-            session.end(state, reason, retry=retry)
+        if attempt is not None:
+            attempt.end(state, reason, retry=retry)
         if state == "failed":
             world.watchdog.wait_for_readers()
 
     try:
         world.run_on_all(lambda: _raise(mistake))
-        session = Session(config, world)
-        session.open()
-        with _profiled(profile_steps, session) as on_step:
-            outcome = session.run(resume, on_step)
-        session.end(outcome.state, outcome.reason, retry=outcome.retry)
+        attempt = Attempt(config, world)
+        attempt.open()
+        with _profiled(profile_steps, attempt) as on_step:
+            outcome = session.run(attempt, resume, on_step)
+        attempt.end(outcome.state, outcome.reason, retry=outcome.retry)
         world.leave()
         return 0
     except StoppedBeforeTraining as stop:
         end("stopped", f"{stop} before the first step", retry=True)
         return 0
     except UserError as error:
-        if session is not None and isinstance(error, PeerLost) and session.stop.came_before_training(within_s=2.0):
-            end("stopped", f"{session.stop.reason} before the first step", retry=True)
+        if attempt is not None and isinstance(error, PeerLost) and attempt.stop.came_before_training(within_s=2.0):
+            end("stopped", f"{attempt.stop.reason} before the first step", retry=True)
             return 0
         end("failed", str(error), retry=isinstance(error, PeerLost))
         if isinstance(error, RaisedElsewhere):
@@ -162,17 +163,17 @@ def _quiet_torch() -> None:
 
 
 @contextlib.contextmanager
-def _profiled(steps: int, session: Session) -> Iterator[Callable[[], None]]:
+def _profiled(steps: int, attempt: Attempt) -> Iterator[Callable[[], None]]:
     """Traces `steps` steps of rank 0, after two to warm up, as a Chrome trace in the run directory."""
-    if not steps or session.world.rank != 0:
+    if not steps or attempt.world.rank != 0:
         yield lambda: None
         return
     from torch.profiler import profile, schedule
 
     def save(profiler: profile) -> None:
-        path = session.path / f"trace-step-{session.progress.step}.json"
+        path = attempt.path / f"trace-step-{attempt.reached.progress.step}.json"
         profiler.export_chrome_trace(str(path))
-        session.message(f"trace of {steps} steps: {path} (open it in chrome://tracing or ui.perfetto.dev)")
+        attempt.message(f"trace of {steps} steps: {path} (open it in chrome://tracing or ui.perfetto.dev)")
 
     with profile(schedule=schedule(wait=1, warmup=1, active=steps, repeat=1), on_trace_ready=save) as profiler:
         yield profiler.step

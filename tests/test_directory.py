@@ -23,6 +23,9 @@ class FakeLease:
         if self.asked > self.lost_after:
             raise LeaseLost("another run holds the directory")
 
+    def release(self):
+        pass
+
 
 def train(step):
     return {"kind": "train", "step": step, "loss": 1 / step}
@@ -214,9 +217,11 @@ def test_the_status_is_what_launchers_read(files, tmp_path):
     }
 
 
-def test_a_refused_attempt_leaves_the_status_of_the_run(files, tmp_path):
+def test_a_refused_attempt_leaves_the_status_of_the_run(tmp_path):
     former = {"state": "done", "reason": "all 3 epochs", "retry": False, "step": 12, "attempt": 1, "job_id": None}
-    files.refuse(former, "bad shards")
+    (tmp_path / "status.json").write_text(json.dumps(former))
+    files = RunDirectory(tmp_path, FakeLease(), job_id="4711", attempt=3)
+    files.refuse("bad shards")
     assert read_status(tmp_path) == former | {"refused": "bad shards", "attempt": 3, "job_id": "4711"}
     files.status("running", "training", retry=True, step=1, epoch=0)
     assert "refused" not in read_status(tmp_path)

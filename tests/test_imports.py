@@ -36,7 +36,17 @@ MAY_IMPORT = {
 }
 
 # The loop drives callables that it does not know: no Comet, no decoder and no WER in it.
-UNKNOWN_TO_THE_LOOP = {"tracking", "runs", "decoding", "recognition", "text", "train", "training.session"}
+UNKNOWN_TO_THE_LOOP = {
+    "tracking",
+    "runs",
+    "decoding",
+    "recognition",
+    "text",
+    "train",
+    "training.attempt",
+    "training.recorder",
+    "training.session",
+}
 NEVER = dict.fromkeys(("training.loop", "training.learner", "training.rehearsal"), UNKNOWN_TO_THE_LOOP)
 NEVER["training.loop"] = UNKNOWN_TO_THE_LOOP | {
     "model",

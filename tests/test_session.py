@@ -154,7 +154,10 @@ def test_a_run_starts_from_anothers_weights(run, tiny_corpus, tmp_path):
     [
         ("--vocabulary.symbols= ab'c", r"init_from = .* writes the symbols \" ab'\" and this run has .*: set --vocab"),
         ("--encoder.rnn_size=8", r"init_from = .* is of another model \(.*\): take over its encoder settings"),
-        ("--train.init_from=nowhere.pt", r"checkpoint nowhere.pt cannot be read: No such file"),
+        (
+            "--train.init_from=nowhere.pt",
+            r"^train.init_from: there is no nowhere.pt: name a run directory .* or a .pt file$",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(run, tiny_corpus, tmp_path, option, expected):

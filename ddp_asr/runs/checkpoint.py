@@ -153,7 +153,7 @@ def newest_good(run_directory: Path, on_damage: Callable[[Path, str], None]) -> 
     over weeks of training because of one bad disk.
     """
     damage: DamagedCheckpoint | None = None
-    for step, path in reversed(_checkpoints(run_directory)):
+    for step, path in reversed(numbered(run_directory)):
         try:
             return Found(path, step, read(path))
         except DamagedCheckpoint as error:
@@ -173,7 +173,7 @@ def set_aside_beyond(run_directory: Path, step: int, may_write: Callable[[], Non
     Called when a run goes on at `step`: a damaged or abandoned later one would otherwise be chosen by the next resume,
     and kept by `prune` in place of the good ones.
     """
-    beyond = [path for number, path in _checkpoints(run_directory) if number > step]
+    beyond = [path for number, path in numbered(run_directory) if number > step]
     for path in beyond:
         may_write()
         os.replace(path, path.with_name(path.name + ".aside"))
@@ -182,7 +182,7 @@ def set_aside_beyond(run_directory: Path, step: int, may_write: Callable[[], Non
 
 def prune(run_directory: Path, keep_last: int) -> None:
     """Removes all but the newest `keep_last` (at least one) checkpoints."""
-    for _, path in _checkpoints(run_directory)[: -max(1, keep_last)]:
+    for _, path in numbered(run_directory)[: -max(1, keep_last)]:
         path.unlink(missing_ok=True)
 
 
@@ -225,7 +225,7 @@ class BackgroundWriter:
             self._thread.shutdown()
 
 
-def _checkpoints(run_directory: Path) -> list[tuple[int, Path]]:
+def numbered(run_directory: Path) -> list[tuple[int, Path]]:
     """(step, path) of every checkpoint, the newest last."""
     matches = ((_STEP_FILE.fullmatch(path.name), path) for path in (run_directory / "checkpoints").glob("step-*.pt"))
     return sorted((int(match[1]), path) for match, path in matches if match)

@@ -20,9 +20,10 @@ the most that rank 0 has held since the attempt began (10^9 bytes). A test line:
 
 import contextlib
 import json
+import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,9 +39,30 @@ class RunDirectory:
 
     def __init__(self, path: Path, lease: Lease, job_id: str | None, attempt: int) -> None:
         self.path = path
+        self.former = read_status(path) or {}  # status.json of the attempt before
         self._lease = lease
         self._job_id, self._attempt = job_id, attempt
         self._files: dict[str, IO[str]] = {}
+
+    @classmethod
+    def take(cls, path: Path, on_wait: Callable[[str], None]) -> "RunDirectory":
+        """Takes the lease and keeps it; `on_wait` is told if it has to wait.
+
+        Raises:
+            UserError: another run holds it, or the directory cannot be written.
+        """
+        job_id = os.environ.get("SLURM_JOB_ID")
+        if job_id is not None:
+            attempt = int(os.environ.get("SLURM_RESTART_COUNT") or 0) + 1
+        else:
+            attempt = int((read_status(path) or {}).get("attempt", 0)) + 1
+        lease = Lease.acquire(path, job_id=job_id, attempt=attempt, on_wait=on_wait)
+        lease.start_renewing()
+        return cls(path, lease, job_id, attempt)
+
+    def check(self) -> None:
+        """Returns if this process may write now; raises LeaseLost otherwise."""
+        self._lease.check()
 
     def cut_after(self, step: int, evaluated_step: int) -> None:
         """Keeps of the metrics and samples only what a checkpoint at `step` knows of."""
@@ -116,16 +138,32 @@ class RunDirectory:
         }
         self.write("status.json", json.dumps(record, indent=1) + "\n")
 
-    def refuse(self, former: dict[str, Any], reason: str) -> None:
-        """Adds to `former`, the status of the attempt before, that this attempt was refused and changed nothing."""
-        record = former | {"refused": reason, "attempt": self._attempt, "job_id": self._job_id}
+    def refuse(self, reason: str) -> None:
+        """Adds to the status of the attempt before that this attempt was refused and changed nothing."""
+        record = self.former | {"refused": reason, "attempt": self._attempt, "job_id": self._job_id}
         self.write("status.json", json.dumps(record, indent=1) + "\n")
 
     def close(self) -> None:
-        """Closes the growing files."""
+        """Closes the growing files and gives up the lease."""
         for file in self._files.values():
             with contextlib.suppress(OSError):  # a line that is still unwritten was reported when it was added
                 file.close()
+        self._lease.release()
+
+
+class NoDirectory:
+    """In place of a RunDirectory on ranks other than 0, which write none of its files."""
+
+    former: Mapping[str, Any] = {}
+
+    def status(self, state: str, reason: str, **facts: Any) -> None:
+        """Nothing."""
+
+    def refuse(self, reason: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 @contextlib.contextmanager

@@ -1,0 +1,150 @@
+"""What an attempt goes on from, and what must match; this module only reads.
+
+path = find_checkpoint(run, "auto", checkpoint_saved, message)   # rank 0 decides; None: the run begins at step 0
+state = read_state(path, config, fingerprint)                    # every rank; UserError: it is of another run
+progress = make_progress(path, state, run)
+load_weights(model, config.train.init_from, tokeniser)           # where a run begins at step 0
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ddp_asr.config import Config, config_from_dict
+from ddp_asr.errors import UserError
+from ddp_asr.files import read_json_lines
+from ddp_asr.model import AcousticModel
+from ddp_asr.recognition.recogniser import read_trained
+from ddp_asr.runs import checkpoint
+from ddp_asr.settings import differences
+from ddp_asr.text import Tokeniser, tokeniser_from_state
+from ddp_asr.training.loop import Progress
+
+
+def has_results(run: Path) -> bool:
+    """Whether the run directory holds metrics or a best checkpoint."""
+    return (run / "best.pt").exists() or any(read_json_lines(run / "metrics.jsonl"))
+
+
+def find_checkpoint(
+    run: Path, resume: str, checkpoint_saved: bool | None, message: Callable[[str], None]
+) -> Path | None:
+    """The checkpoint to go on from; None where the run begins at step 0.
+
+    Args:
+        resume: auto, never, or the path of a checkpoint.
+        checkpoint_saved: whether the run ever had a complete checkpoint; None: unknown.
+        message: is told of each damaged checkpoint on the way.
+
+    Raises:
+        UserError: the run must not begin anew, or the checkpoint that was named is missing or damaged.
+    """
+    if resume not in ("auto", "never"):
+        checkpoint.read(Path(resume))
+        return Path(resume)
+    found = checkpoint.newest_good(
+        run, on_damage=lambda path, why: message(f"{path} is damaged ({why}): trying the one before")
+    )
+    if found is None:
+        return _find_without_checkpoints(run, resume, checkpoint_saved)
+    if resume == "never":
+        raise UserError(
+            f"{run} holds checkpoints, the newest of step {found.step}, and --resume never was given: choose another "
+            "--run.name, or remove the directory"
+        )
+    return found.path
+
+
+def _find_without_checkpoints(run: Path, resume: str, checkpoint_saved: bool | None) -> Path | None:
+    """Where a run goes on whose checkpoints/ is empty or missing; refuses to train over results.
+
+    A run that was killed before its first checkpoint must start again without a human, because Slurm requeues it.
+    Its status.json says `checkpoint_saved: false`. Any other run with results has lost its checkpoints: somebody
+    deleted them, or copied the directory without them.
+    """
+    if not has_results(run):
+        return None
+    best = run / "best.pt"
+    if resume == "auto" and checkpoint_saved is False:
+        return best if best.exists() else None  # an evaluation may come before the first checkpoint is due
+    step = max((line["step"] for line in read_json_lines(run / "metrics.jsonl")), default=0)
+    go_on = f"go on from its best one with --resume {best}, " if best.exists() else ""
+    raise UserError(
+        f"{run} holds the results of a run up to step {step} and no checkpoint in {run}/checkpoints: "
+        f"{go_on}choose another --run.name, or remove the directory to begin anew"
+    )
+
+
+def read_state(path: Path | None, config: Config, fingerprint: str) -> dict[str, Any] | None:
+    """The state in `path`, which must be of a run with these settings on the data with this fingerprint."""
+    if path is None:
+        return None
+    state = checkpoint.read(path)
+    if not {"progress", "config", "fingerprint", "model", "optimizer"} <= state.keys():
+        raise UserError(f"{path} is no checkpoint of ddp_asr.train: choose one under runs/NAME/checkpoints")
+    theirs = config_from_dict(state["config"], f"the checkpoint {path}")
+    for name, ours, other in differences(config, theirs):
+        raise UserError(
+            f"{path} was trained with {name} = {other!r} and this run has {ours!r}: set --{name}={_shown(other)} "
+            f"to go on, or {_begin_anew(name, path)}"
+        )
+    if state["fingerprint"] != fingerprint:
+        raise UserError(
+            f"{path} was trained on other utterances than those in {', '.join(config.data.train)}: name the "
+            "shards it was trained on in data.train, or choose another --run.name to begin anew"
+        )
+    return state
+
+
+def _begin_anew(name: str, path: Path) -> str:
+    if name != "train.epochs":
+        return "choose another --run.name to begin anew"
+    # The learning rate's cycle spans all epochs, so more of them are another training from the first step on.
+    run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    return (
+        "to train longer begin a new run from its weights, with a learning rate cycle of its own: "
+        f"--run.name=NEW --train.init_from={run}"
+    )
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def is_of_run(path: Path, run: Path) -> bool:
+    """Whether the checkpoint lies in the run's own directory."""
+    return run.resolve() in path.resolve().parents
+
+
+def make_progress(path: Path | None, state: dict[str, Any] | None, run: Path) -> Progress:
+    """Where the run stands that goes on from this state."""
+    if path is None or state is None:
+        return Progress()
+    progress = Progress(**state["progress"])
+    if not is_of_run(path, run):  # another run's best checkpoint and evaluations are not in this directory
+        progress.best, progress.best_step, progress.evaluated_step = None, 0, 0
+    return progress
+
+
+def load_weights(model: AcousticModel, init_from: str, tokeniser: Tokeniser) -> None:
+    """Starts from the weights of train.init_from, a run directory or a checkpoint: from their moving average if there is one.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is of other symbols or of another model.
+    """
+    try:
+        trained = read_trained(init_from)
+    except UserError as error:
+        raise UserError(f"train.init_from: {error}") from None
+    named = f"train.init_from = {trained.path}"
+    theirs = tokeniser_from_state(trained.tokeniser)
+    if list(theirs.symbols) != list(tokeniser.symbols):
+        raise UserError(
+            f"{named} writes the symbols {theirs.symbols!r} and this run has {tokeniser.symbols!r}: "
+            "set --vocabulary.symbols to the former"
+        )
+    try:
+        model.load_state_dict(trained.weights)
+    except RuntimeError as error:
+        first = str(error).splitlines()[-1].strip()
+        raise UserError(f"{named} is of another model ({first}): take over its encoder settings") from None
