@@ -49,15 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         config, mistake = Config(), error  # every rank has made it, and one of them says it
     if options.dry_run:
-        return _dry_run(config)
+        return _dry_run(config, options.resume)
     return run(config, resume=options.resume, profile_steps=options.profile, mistake=mistake)
 
 
-def _dry_run(config: Config) -> int:
+def _dry_run(config: Config, resume: str) -> int:
     from ddp_asr.training.dry_run import report
 
     if os.environ.get("RANK", "0") == "0":
-        print(report(config, int(os.environ.get("WORLD_SIZE") or 1)))
+        print(report(config, int(os.environ.get("WORLD_SIZE") or 1), resume))
     return 0
 
 

@@ -270,7 +270,11 @@ def test_a_finished_run_says_so(undisturbed, tiny_corpus, tmp_path):
             r"trained with encoder.rnn_size = 16 and this run has 8: set --encoder.rnn_size=16",
         ),
         (["--augment.speeds=1.0"], r"trained with augment.speeds = \[0.9, 1.0, 1.1\] .* set --augment.speeds=0.9,1.0"),
-        (["--train.epochs=9"], r"trained with train.epochs = 3 and this run has 9: set --train.epochs=3 to go on"),
+        (
+            ["--train.epochs=9"],
+            r"trained with train.epochs = 3 and this run has 9: set --train.epochs=3 to go on, or to train longer "
+            r"begin a new run from its weights, .*: --run.name=NEW --train.init_from=\S*/run$",
+        ),
         (["--data.train=TEST"], r"trained on other utterances than those in .*name the shards it was trained on"),
         (["--resume", "TINY/tiny.yaml"], r"checkpoint .*tiny.yaml is damaged.*--resume PATH"),
         (["--resume", "nowhere.pt"], r"checkpoint nowhere.pt cannot be read: No such file.*give the path of a .pt"),
@@ -281,11 +285,52 @@ def test_what_does_not_fit_the_checkpoint_is_named(tiny_corpus, stopped, options
     options = [
         option.replace("TEST", str(tiny_corpus.test)).replace("TINY", str(tiny_corpus.directory)) for option in options
     ]
+    sentence = tiny.start([*tiny_corpus.arguments(stopped.parent), *options, "--dry-run"]).fail()
+    assert tiny.matches(expected, sentence) and tiny.status(stopped) == status
     sentence = tiny.start([*tiny_corpus.arguments(stopped.parent), *options], 2).fail()
     assert tiny.matches(expected, sentence)
     assert {path: path.read_bytes() for path in stopped.rglob("*.pt")} == before
     # Neither `failed` nor another epoch over a run that nothing is wrong with.
     assert tiny.status(stopped) == status | {"refused": sentence, "attempt": 2}
+
+
+@pytest.mark.parametrize(
+    "former", [("running", True), ("failed", True), ("done", False)], ids=["killed", "failed", "finished"]
+)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_refusal_leaves_the_status_of_any_run(tiny_corpus, stopped, former, processes):
+    status = tiny.status(stopped) | {"state": former[0], "retry": former[1]}
+    (stopped / "status.json").write_text(json.dumps(status))
+    sentence = tiny.start(tiny_corpus.arguments(stopped.parent, "run", "--train.epochs=7"), processes).fail()
+    assert tiny.status(stopped) == status | {"refused": sentence, "attempt": 2}
+
+
+@pytest.mark.parametrize("options", [["--train.epoch=7"], ["--train.epochs=0"], ["--batch.micro_batches=1"]], ids=str)
+def test_a_mistake_in_the_settings_changes_no_file_of_the_run(tiny_corpus, stopped, options):
+    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+    tiny.start([*tiny_corpus.arguments(stopped.parent), *options], 2).fail()
+    assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
+
+
+def test_a_dry_run_says_from_where_the_run_would_go_on(tiny_corpus, stopped):
+    arguments = [*tiny_corpus.arguments(stopped.parent), "--dry-run", "--train.precision=auto"]
+    newest = checkpoint.step_path(stopped, 7)
+    assert f"starts            from step 7: {newest}\n" in tiny.train(arguments)
+    damage(newest, "truncated")
+    output = tiny.train(arguments)
+    assert f"warning           {newest} is damaged" in output and "starts            from step 6: " in output
+    chosen = checkpoint.step_path(stopped, 3)
+    assert "starts            from step 3: " in tiny.train([*arguments, "--resume", str(chosen)])
+
+
+def test_the_last_error_rate_is_known_after_a_resume(tiny_corpus, stopped):
+    (line,) = [line for line in tiny.metrics(stopped) if line["kind"] == "test"]
+    gate = tiny.Gate(stopped.parent, step=9)
+    ranks = tiny.start(tiny_corpus.arguments(stopped.parent), 1, [gate])
+    gate.wait()
+    assert "step 8/12  loss" in ranks.output and f"last WER {100 * line['wer']:.1f} %" in ranks.output
+    gate.open()
+    ranks.succeed()
 
 
 def files_of(run: Path) -> dict[Path, bytes]:

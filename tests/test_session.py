@@ -80,6 +80,16 @@ def test_evaluation_on_the_way_is_that_of_the_command(run, tiny_corpus, processe
     assert found["loss"] == pytest.approx(line["loss"], rel=1e-5)
 
 
+def test_a_finished_run_names_its_results_and_the_next_command(run, tiny_corpus):
+    """Here one that is started again: its display and its evaluation are long gone."""
+    found = tiny.status(run)
+    best_step = checkpoint.read(run / "best.pt")["step"]
+    output = tiny.train(tiny_corpus.arguments(run.parent), 2)
+    assert f"best WER {100 * found['best_wer']:.1f} % at step {best_step}: {run / 'best.pt'}\n" in output
+    assert f"curves: {run / 'curves.png'}\n" in output
+    assert output.endswith(f"next: ddp-asr evaluate {run} {tiny_corpus.test}\n")
+
+
 def test_left_out_utterances_are_listed(tiny_corpus, tmp_path):
     arguments = tiny_corpus.arguments(tmp_path, "run", "--vocabulary.symbols= ab", "--train.epochs=1")
     output = tiny.train([*arguments, "--batch.micro_batches=2"])
@@ -156,10 +166,20 @@ def test_a_run_starts_from_anothers_weights(run, tiny_corpus, tmp_path):
         ("--encoder.rnn_size=8", r"init_from = .* is of another model \(.*\): take over its encoder settings"),
         (
             "--train.init_from=nowhere.pt",
-            r"^train.init_from: there is no nowhere.pt: name a run directory .* or a .pt file$",
+            r"^train.init_from: there is no nowhere.pt: name a run directory",
         ),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(run, tiny_corpus, tmp_path, option, expected):
     arguments = tiny_corpus.arguments(tmp_path, "run", f"--train.init_from={checkpoint.step_path(run, 12)}", option)
     assert tiny.matches(expected, tiny.start(arguments, 2).fail())
+    assert tiny.matches(expected, tiny.start([*arguments, "--dry-run"]).fail())
+
+
+def test_a_run_directory_stands_for_its_best_weights(run, tiny_corpus, tmp_path):
+    """As for evaluation: best.pt, else the newest good checkpoint."""
+    arguments = tiny_corpus.arguments(tmp_path, "run", f"--train.init_from={run}", "--optim.learning_rate=1e-30")
+    assert f"starts            at step 0, from the weights of {run}" in tiny.train([*arguments, "--dry-run"])
+    tiny.train([*arguments, "--train.stop_at_step=1"])
+    averages = checkpoint.read(run / "best.pt")["averages"]
+    assert all(torch.equal(w, averages[name]) for name, w in tiny.final_state(tmp_path / "run", 1)["model"].items())

@@ -26,7 +26,7 @@ from ddp_asr.runs.directory import NoDirectory, RunDirectory
 from ddp_asr.runs.display import percent
 from ddp_asr.training.loop import Progress
 from ddp_asr.training.precision import resolve
-from ddp_asr.training.resume import has_results
+from ddp_asr.training.resume import checkpoint_was_saved
 
 
 def print_at_once(text: str) -> None:
@@ -103,8 +103,8 @@ class Attempt:
 
     def _take_directory(self) -> None:
         self.files = RunDirectory.take(self.path, on_wait=self.message)
-        saved = self.files.former.get("checkpoint_saved") if has_results(self.path) else False
-        self.reached = Reached.by_status(self.files.former, saved)
+        former = self.files.former
+        self.reached = Reached.by_status(former, checkpoint_was_saved(self.path, former))
 
     def _open_log(self) -> None:
         """Opens the rank's own log in the run directory: the console shows rank 0 only."""

@@ -1,4 +1,4 @@
-"""`--dry-run`: what a run would be, from the index and the settings alone; no audio is read and nothing is started."""
+"""`--dry-run`: what a run would be, from settings, index and checkpoints; reads no audio and starts nothing."""
 
 from pathlib import Path
 
@@ -12,20 +12,28 @@ from ddp_asr.data.index import read_index
 from ddp_asr.data.plan import share, speed_samples
 from ddp_asr.data.targets import explain_left_out
 from ddp_asr.model import AcousticModel, count_parameters, make_model
+from ddp_asr.runs.directory import read_status
 from ddp_asr.settings import describe
+from ddp_asr.training.resume import (
+    checkpoint_was_saved,
+    find_checkpoint,
+    load_weights,
+    make_progress,
+    read_state,
+)
 
 _FLOAT_BYTES = 4
 _OPTIMISER_COPIES = 4  # weights, gradients and AdamW's two moments
 _WORLD_SIZES = (2, 4, 8, 16, 32)
 
 
-def report(config: Config, world_size: int) -> str:
+def report(config: Config, world_size: int, resume: str = "auto") -> str:
     """The report as text; raises the UserErrors that the run itself would raise before its first step."""
     share(config.batch.micro_batches, 0, world_size)
     corpus = read_corpus(config)
     model = make_model(config, corpus.tokeniser.size)
     sections = [
-        _run_lines(config, corpus, count_parameters(model)),
+        _run_lines(config, corpus, count_parameters(model)) + _start_lines(config, corpus, model, resume),
         _plan_lines(config, corpus, world_size),
         _memory_lines(config, corpus, model),
         _left_out_lines(corpus),
@@ -43,6 +51,24 @@ def _run_lines(config: Config, corpus: Corpus, parameters: int) -> list[str]:
         f"training data     {len(corpus.index):,} utterances, {corpus.hours:.2f} h",
         f"test data         {tested}",
     ]
+
+
+def _start_lines(config: Config, corpus: Corpus, model: AcousticModel, resume: str) -> list[str]:
+    """What the run would go on from, after the checks that it would make."""
+    run, lines = Path(config.run.dir) / config.run.name, []
+
+    def note(text: str) -> None:
+        lines.append(f"warning           {text}")
+
+    saved = checkpoint_was_saved(run, read_status(run) or {})
+    found = find_checkpoint(run, resume, saved, note)
+    state = read_state(found, config, corpus.whole.fingerprint())
+    if state is not None:
+        return [*lines, f"starts            from step {make_progress(found, state, run).step}: {found}"]
+    if not config.train.init_from:
+        return [*lines, "starts            at step 0, from random weights"]
+    load_weights(model, config.train.init_from, corpus.tokeniser)
+    return [*lines, f"starts            at step 0, from the weights of {config.train.init_from}"]
 
 
 def _plan_lines(config: Config, corpus: Corpus, world_size: int) -> list[str]:

@@ -6,7 +6,7 @@ progress = make_progress(path, state, run)
 load_weights(model, config.train.init_from, tokeniser)           # where a run begins at step 0
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,11 @@ def has_results(run: Path) -> bool:
     return (run / "best.pt").exists() or any(read_json_lines(run / "metrics.jsonl"))
 
 
+def checkpoint_was_saved(run: Path, status: Mapping[str, Any]) -> bool | None:
+    """Whether the run ever had a complete checkpoint, by its status.json; None: unknown."""
+    return status.get("checkpoint_saved") if has_results(run) else False
+
+
 def find_checkpoint(
     run: Path, resume: str, checkpoint_saved: bool | None, message: Callable[[str], None]
 ) -> Path | None:
@@ -33,7 +38,7 @@ def find_checkpoint(
 
     Args:
         resume: auto, never, or the path of a checkpoint.
-        checkpoint_saved: whether the run ever had a complete checkpoint; None: unknown.
+        checkpoint_saved: see `checkpoint_was_saved`.
         message: is told of each damaged checkpoint on the way.
 
     Raises:
@@ -84,6 +89,8 @@ def read_state(path: Path | None, config: Config, fingerprint: str) -> dict[str,
         raise UserError(f"{path} is no checkpoint of ddp_asr.train: choose one under runs/NAME/checkpoints")
     theirs = config_from_dict(state["config"], f"the checkpoint {path}")
     for name, ours, other in differences(config, theirs):
+        if (name, ours) == ("train.precision", "auto"):  # a dry run, which may be on another machine than the run
+            continue
         raise UserError(
             f"{path} was trained with {name} = {other!r} and this run has {ours!r}: set --{name}={_shown(other)} "
             f"to go on, or {_begin_anew(name, path)}"
@@ -127,7 +134,7 @@ def make_progress(path: Path | None, state: dict[str, Any] | None, run: Path) ->
 
 
 def load_weights(model: AcousticModel, init_from: str, tokeniser: Tokeniser) -> None:
-    """Starts from the weights of train.init_from, a run directory or a checkpoint: from their moving average if there is one.
+    """Starts from the weights of a run directory or checkpoint: from their moving average if there is one.
 
     Raises:
         UserError: there is no such checkpoint, or it is of other symbols or of another model.
