@@ -3,8 +3,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
-# torchrun hands these on to its ranks, which checkpoint and stop; without being told so it leaves out the last two.
-SIGNALS := SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2
 DEMO_RUN := demo/runs/demo
 
 .DEFAULT_GOAL := help
@@ -28,8 +26,7 @@ demo: $(STAMP)  ## synthesise a corpus, shard, train with two processes, evaluat
 	$(BIN)/python -m synthetic_speech --out demo/corpus
 	$(BIN)/python -m ddp_asr.shard demo/corpus/train --out demo/shards/train
 	$(BIN)/python -m ddp_asr.shard demo/corpus/test --out demo/shards/test
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 --signals-to-handle=$(SIGNALS) \
-		-m ddp_asr.train --config configs/demo.yaml
+	OMP_NUM_THREADS=1 $(BIN)/python -m ddp_asr train --processes 2 --config configs/demo.yaml
 	$(BIN)/python -m ddp_asr.evaluate $(DEMO_RUN) demo/shards/test
 	@set -- $$($(BIN)/python -m synthetic_speech --out demo/corpus --example); \
 		echo "A sentence and a voice that training has not met:"; \

@@ -33,7 +33,7 @@ EXAMPLES = """
 examples:
   python -m ddp_asr.evaluate runs/librispeech_100 shards/test-clean
   python -m ddp_asr.evaluate runs/an4/best.pt shards/an4-dev --out hyps.jsonl --json
-  torchrun --nproc_per_node=8 -m ddp_asr.evaluate runs/librispeech_960 shards/test-clean shards/test-other
+  ddp-asr evaluate --processes 8 runs/librispeech_960 shards/test-clean shards/test-other
 """
 
 

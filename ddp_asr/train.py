@@ -1,10 +1,10 @@
-"""Training: `torchrun --nproc_per_node=8 -m ddp_asr.train --config FILE`, or plain `python -m ddp_asr.train`.
+"""Training on one rank: `python -m ddp_asr.train`, alone or under torchrun, which `ddp-asr train` starts.
 
     settings -> join the other ranks -> lease -> corpus and plan -> checkpoint to go on from -> learner
       -> rehearsal -> Trainer.run -> status, curves, Comet
 
-Everything a rank can find wrong before the first step is found together: one rank's mistake is every rank's sentence
-and exit. Rank 0 alone writes, under the lease. However an attempt ends, `status.json` says so, and why.
+An error that one rank finds before the first step is raised on all ranks, and one of them reports it. Only rank 0
+writes into the run directory, under the lease. However an attempt ends, `status.json` says how and why.
 """
 
 from __future__ import annotations
@@ -28,10 +28,14 @@ DEFAULT_CONFIG = Path("configs/librispeech_100.yaml")
 
 EXAMPLES = """\
 examples:
-  torchrun --nproc_per_node=8 -m ddp_asr.train --config configs/librispeech_100.yaml
-  python -m ddp_asr.train --config configs/an4.yaml --dry-run
-  torchrun --nproc_per_node=2 -m ddp_asr.train --config configs/an4.yaml --train.epochs=3 --run.name=trial
-  python -m ddp_asr.train --config configs/an4.yaml --resume runs/an4/checkpoints/step-00000400.pt
+  ddp-asr train --processes 8 --config configs/librispeech_100.yaml
+  ddp-asr train --config configs/an4.yaml --dry-run
+  ddp-asr train --config configs/an4.yaml --train.epochs=3 --run.name=trial
+  ddp-asr train --config configs/an4.yaml --resume runs/an4/checkpoints/step-00000400.pt
+  torchrun --standalone --nproc_per_node=8 -m ddp_asr.train --config configs/librispeech_100.yaml
+
+`ddp-asr train` starts --processes N ranks on this machine: one per GPU if N is not given, one without GPUs. A rank
+alone, or each under torchrun, is `python -m ddp_asr.train`, which has no --processes.
 
 A run is stopped with Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2, SIGHUP or SIGQUIT: it writes a checkpoint at the next step and
 ends. The same command goes on from there, on as many processes as you like, up to batch.micro_batches.
@@ -39,15 +43,14 @@ ends. The same command goes on from there, on as many processes as you like, up 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options, rest = _parse(sys.argv[1:] if argv is None else argv)
+    options, rest = parse(sys.argv[1:] if argv is None else argv)
     mistake: UserError | None = None
     try:
-        config = load_config(_config_path(options.config), list(_joined(rest)))
-        require_shards(config)
+        config = read_settings(options, rest)
     except UserError as error:
         if os.environ.get("WORLD_SIZE", "1") == "1" or options.dry_run:
             raise
-        config, mistake = Config(), error  # every rank has made it, and one of them says it
+        config, mistake = Config(), error  # all ranks have found it, and one of them reports it
     if options.dry_run:
         return _dry_run(config, options.resume)
     return run(config, resume=options.resume, profile_steps=options.profile, mistake=mistake)
@@ -61,7 +64,15 @@ def _dry_run(config: Config, resume: str) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def read_settings(options: argparse.Namespace, settings: Sequence[str]) -> Config:
+    """The settings of the command line that `parse` has split; the shards that they name exist."""
+    config = load_config(_config_path(options.config), list(_joined(settings)))
+    require_shards(config)
+    return config
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and the settings (`--section.key=value`)."""
     parser = argparse.ArgumentParser(
         prog="python -m ddp_asr.train",
         description="Trains a CTC speech recogniser on one process or many; the result is the same.",

@@ -9,6 +9,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 ENTRY_POINTS = [
+    "ddp_asr",
     *(f"ddp_asr.{name}" for name in ("shard", "train", "evaluate", "transcribe", "tracking", "bandwidth")),
     *(f"launch.{name}" for name in ("submit", "doctor", "sweep", "status", "job", "node")),
 ]

@@ -198,15 +198,18 @@ def _run_rank(arguments: list[str], place: dict[str, str], log: Path, patches: l
 
 
 class Torchrun:
-    """The real command, in a process group of its own."""
+    """The real command, in a process group of its own: torchrun, or `ddp-asr COMMAND`, which is one, too."""
 
-    def __init__(self, arguments: Sequence[str], processes: int, module: str = "ddp_asr.train") -> None:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        signals = ",".join(number.name for number in STOP_SIGNALS)
-        command += [f"--signals-to-handle={signals}", "-m", module, *arguments]
+    def __init__(
+        self, arguments: Sequence[str], processes: int, module: str = "ddp_asr.train", command: str = ""
+    ) -> None:
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        launcher += [f"--signals-to-handle={','.join(number.name for number in STOP_SIGNALS)}", "-m", module]
+        if command:
+            launcher = ["ddp_asr", command, f"--processes={processes}"]
         self.processes = processes
         self.popen = subprocess.Popen(
-            command,
+            [sys.executable, "-m", *launcher, *arguments],
             cwd=REPOSITORY,
             env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
             stdout=subprocess.PIPE,

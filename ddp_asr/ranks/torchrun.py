@@ -11,8 +11,12 @@ import sys
 from collections.abc import Sequence
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs torchrun; 128 + N when signal N has stopped it, 1 when a rank has failed or the nodes have not met."""
+def run(argv: Sequence[str] | None = None) -> tuple[int, str]:
+    """Runs torchrun; returns an exit status and the sentence that belongs to it.
+
+    128 + N if signal N has stopped it; the status of the rank that failed first, 1 if a signal ended it; 1 if the
+    nodes did not meet; 0 and no sentence otherwise.
+    """
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -20,19 +24,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         run.main(argv)
-        return 0
+        return 0, ""
     except SignalException as stop:
-        print(f"torchrun was stopped by {stop.sigval.name}", file=sys.stderr, flush=True)
-        return 128 + stop.sigval
+        return 128 + stop.sigval, f"torchrun was stopped by {stop.sigval.name}"
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        print(f"torchrun: rank {rank} {how}, before all others", file=sys.stderr, flush=True)
+        return code if 0 < code < 128 else 1, f"torchrun: rank {rank} {how}, before all others"
     except RendezvousError as error:
         what = "the nodes did not meet, or the first one has ended"
-        print(f"error: {what} ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
-    return 1
+        return 1, f"error: {what} ({type(error).__name__}: {error})"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs torchrun; 128 + N when signal N has stopped it, 1 when a rank has failed or the nodes have not met."""
+    status, sentence = run(argv)
+    if sentence:
+        print(sentence, file=sys.stderr, flush=True)
+    return status if status > 128 else min(status, 1)
 
 
 if __name__ == "__main__":
