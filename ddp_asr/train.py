@@ -121,7 +121,8 @@ def run(config: Config, *, resume: str = "auto", profile_steps: int = 0, mistake
 
     A `mistake` that this rank has found in the settings is raised once the ranks have met.
     """
-    _quiet_torch()
+    # torch logs broken sockets by itself, beside our one sentence; it reads this variable when it is loaded.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from ddp_asr.ranks.rendezvous import join
     from ddp_asr.ranks.signals import StoppedBeforeTraining
     from ddp_asr.ranks.world import PeerLost, RaisedElsewhere, describe
@@ -132,7 +133,7 @@ def run(config: Config, *, resume: str = "auto", profile_steps: int = 0, mistake
     world = join(config.distributed, Path(config.run.dir) / config.run.name)
 
     def end(state: str, reason: str, *, retry: bool) -> None:
-        world.watchdog.announce_exit(reason)  # before all that may take a while: others may be waiting for this rank
+        world.watchdog.announce_exit(reason)  # first, because other ranks may be waiting for this one
         if attempt is not None:
             attempt.end(state, reason, retry=retry)
         if state == "failed":
@@ -156,9 +157,9 @@ def run(config: Config, *, resume: str = "auto", profile_steps: int = 0, mistake
             return 0
         end("failed", str(error), retry=isinstance(error, PeerLost))
         if isinstance(error, RaisedElsewhere):
-            return 2  # the rank that raised it says so
+            return 2  # the rank that raised it reports it
         raise
-    except BaseException as error:  # not swallowed: the launcher reads of it, Ctrl-C's too, and it is raised again
+    except BaseException as error:  # recorded for the launcher, then raised again; Ctrl-C is one, too
         end("failed", describe(error), retry=True)
         raise
 
@@ -166,11 +167,6 @@ def run(config: Config, *, resume: str = "auto", profile_steps: int = 0, mistake
 def _raise(mistake: UserError | None) -> None:
     if mistake is not None:
         raise mistake
-
-
-def _quiet_torch() -> None:
-    """One message a mistake: torch's C++ side logs broken sockets on its own; it asks as it is loaded."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 @contextlib.contextmanager

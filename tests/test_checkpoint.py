@@ -233,9 +233,9 @@ def test_prune_keeps_the_newest(tmp_path):
     save(tmp_path, 1, 2, 3, 10)
     (tmp_path / "best.pt").write_bytes(b"")
     prune(tmp_path, keep_last=2)
-    assert [step for step, _ in checkpoint._checkpoints(tmp_path)] == [3, 10]
+    assert [step for step, _ in checkpoint.numbered(tmp_path)] == [3, 10]
     prune(tmp_path, keep_last=0)  # never all
-    assert [step for step, _ in checkpoint._checkpoints(tmp_path)] == [10]
+    assert [step for step, _ in checkpoint.numbered(tmp_path)] == [10]
     assert (tmp_path / "best.pt").exists()
 
 

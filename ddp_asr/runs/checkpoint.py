@@ -6,8 +6,8 @@
     runs/NAME/checkpoints/step-00001234.pt
     runs/NAME/best.pt
 
-A state is nested dicts, lists and tuples of tensors, numbers, strings and None, nothing else, so that it is read with
-`weights_only=True` and runs no code. `write` refuses anything else, because the reader would find out hours later.
+A state consists of dicts, lists and tuples of tensors, numbers, strings and None only, so that it can be read with
+`weights_only=True`, which runs no code. `write` refuses anything else: it would be noticed hours later, at reading.
 
 A file is written beside its place, synced and renamed. `may_write` (the lease's `check`) is called before anything is
 touched and once more just before the rename. `read` checks the zip's CRCs. `torch.load` does not, and would load a
@@ -93,9 +93,9 @@ def check_plain(state: Any, where: str = "state") -> None:
 
 
 def write(path: Path, state: dict[str, Any], may_write: Callable[[], None]) -> None:
-    """Writes a checkpoint so that under its name there is always a complete one.
+    """Writes a checkpoint; a file of that name is complete at any time.
 
-    Raises what `may_write` raises, and UserError when the disk is full or the directory unwritable; nothing is left.
+    Raises what `may_write` raises, and UserError if the disk is full or the directory unwritable; leaves nothing then.
     """
     check_plain(state)
     # Listed before may_write: if another process takes the run over in between, none of its files is in the list.
@@ -138,9 +138,9 @@ class _Watched:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The state, on the CPU, after every byte of it was checked. Raises DamagedCheckpoint, UserError without a file."""
+    """The state, on the CPU, after a check of every byte. Raises DamagedCheckpoint; UserError if there is no file."""
     try:
-        with path.open("rb") as file:  # opened once, so that what was checked is what is loaded
+        with path.open("rb") as file:  # opened once, so that the file that was checked is the one that is loaded
             return _read_checked(path, file)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise UserError(f"checkpoint {path} cannot be read: {error.strerror}; give the path of a .pt file") from error
@@ -149,8 +149,8 @@ def read(path: Path) -> dict[str, Any]:
 def newest_good(run_directory: Path, on_damage: Callable[[Path, str], None]) -> Found | None:
     """The newest undamaged checkpoint of a run; None where there are none at all.
 
-    `on_damage` is told each damaged one on the way. Raises DamagedCheckpoint where all are: a run must not begin anew
-    over weeks of training because of one bad disk.
+    `on_damage` is called with each damaged one that is passed over. Raises UserError if all are damaged: a run must
+    not begin anew over weeks of training because of one bad disk.
     """
     damage: DamagedCheckpoint | None = None
     for step, path in reversed(numbered(run_directory)):
@@ -170,8 +170,8 @@ def newest_good(run_directory: Path, on_damage: Callable[[Path, str], None]) -> 
 def set_aside_beyond(run_directory: Path, step: int, may_write: Callable[[], None]) -> list[Path]:
     """Renames the checkpoints beyond `step` to `.aside`; returns them.
 
-    Called when a run goes on at `step`: a damaged or abandoned later one would otherwise be chosen by the next resume,
-    and kept by `prune` in place of the good ones.
+    Called when a run goes on at `step`. Otherwise the next resume would choose a damaged or abandoned later one, and
+    `prune` would keep it in place of the good ones.
     """
     beyond = [path for number, path in numbered(run_directory) if number > step]
     for path in beyond:

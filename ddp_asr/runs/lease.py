@@ -158,7 +158,7 @@ class Lease:
         self._renewals = 0
         self._renewed_at_s = clock()
         self._renewal_error = "this process did not run for so long"
-        self._lost: str | None = None
+        self._lost_because: str | None = None
         self._released = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -182,10 +182,10 @@ class Lease:
         owner = this_process(job_id, attempt)
         path = run_directory / "lease.json"
         watch = Watch(run_directory, dead_after_s=dead_after_s, clock=clock)
-        with _explained(run_directory):
+        with _naming_the_remedy(run_directory):
             run_directory.mkdir(parents=True, exist_ok=True)
             while (descriptor := _create(path)) is None:
-                _clear_the_way(path, owner, watch, dead_after_s, sleep, on_wait)
+                _remove_when_allowed(path, owner, watch, dead_after_s, sleep, on_wait)
             lease = cls(
                 run_directory,
                 owner,
@@ -221,26 +221,27 @@ class Lease:
     def _keep_renewing(self) -> None:
         while not self._released.wait(self._renew_every_s):
             # After so long another process may already be taking it over: a renewal would make the lease look alive.
-            if self._is_overdue():
+            if self._is_lost():
                 return
             try:
                 self.renew()
             except OSError as error:
                 self._renewal_error = str(error)
 
-    def _is_overdue(self) -> bool:
-        if self._lost is None and self._clock() - self._renewed_at_s >= self._dead_after_s:
-            self._lost = (
+    def _is_lost(self) -> bool:
+        """Whether the lease is lost, which it is for good; it is if it could not be renewed for too long."""
+        if self._lost_because is None and self._clock() - self._renewed_at_s >= self._dead_after_s:
+            self._lost_because = (
                 f"the lease of {self.run_directory} could not be renewed for {self._dead_after_s:g} s "
                 f"({self._renewal_error}), so another run may have taken it over: this one ends without writing; "
                 "start it again, it goes on from the newest checkpoint"
             )
-        return self._lost is not None
+        return self._lost_because is not None
 
     def check(self) -> None:
         """Returns when this process may write now; reads the file anew. Raises LeaseLost, then always."""
         missing_since_s: float | None = None
-        while not self._is_overdue():
+        while not self._is_lost():
             try:
                 content = _read(self._path)
             except OSError:  # a network file system may answer again before the lease is overdue
@@ -254,8 +255,8 @@ class Lease:
                 if self._clock() - missing_since_s < PUT_BACK_WITHIN_S:
                     self._sleep(PUT_BACK_WITHIN_S / 20)
                     continue
-            self._lost = self._taken_by(content, holder)
-        raise LeaseLost(self._lost)
+            self._lost_because = self._taken_by(content, holder)
+        raise LeaseLost(self._lost_because)
 
     def _taken_by(self, content: bytes | None, holder: Owner | None) -> str:
         if content is None:
@@ -280,7 +281,7 @@ class Lease:
         os.close(self._descriptor)
 
 
-def _clear_the_way(
+def _remove_when_allowed(
     path: Path,
     starter: Owner,
     watch: Watch,
@@ -363,7 +364,7 @@ def _is_of(content: bytes, nonce: str) -> bool:
 
 
 @contextlib.contextmanager
-def _explained(run_directory: Path) -> Iterator[None]:
+def _naming_the_remedy(run_directory: Path) -> Iterator[None]:
     """Turns an OSError into what the user can do about it."""
     try:
         yield
