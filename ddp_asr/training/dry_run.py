@@ -62,7 +62,7 @@ def _start_lines(config: Config, corpus: Corpus, model: AcousticModel, resume: s
 
     saved = checkpoint_was_saved(run, read_status(run) or {})
     found = find_checkpoint(run, resume, saved, note)
-    state = read_state(found, config, corpus.whole.fingerprint())
+    state = read_state(found, config, corpus.whole)
     if state is not None:
         return [*lines, f"starts            from step {make_progress(found, state, run).step}: {found}"]
     if not config.train.init_from:

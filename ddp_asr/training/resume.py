@@ -1,7 +1,7 @@
 """What an attempt goes on from, and what must match; this module only reads.
 
 path = find_checkpoint(run, "auto", checkpoint_saved, message)   # rank 0 decides; None: the run begins at step 0
-state = read_state(path, config, fingerprint)                    # every rank; UserError: it is of another run
+state = read_state(path, config, corpus.whole)                   # every rank; UserError: it is of another run
 progress = make_progress(path, state, run)
 load_weights(model, config.train.init_from, tokeniser)           # where a run begins at step 0
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ddp_asr.config import Config, config_from_dict
+from ddp_asr.data.index import Index
 from ddp_asr.errors import UserError
 from ddp_asr.files import read_json_lines
 from ddp_asr.model import AcousticModel
@@ -80,8 +81,8 @@ def _find_without_checkpoints(run: Path, resume: str, checkpoint_saved: bool | N
     )
 
 
-def read_state(path: Path | None, config: Config, fingerprint: str) -> dict[str, Any] | None:
-    """The state in `path`, which must be of a run with these settings on the data with this fingerprint."""
+def read_state(path: Path | None, config: Config, corpus: Index) -> dict[str, Any] | None:
+    """The state in `path`, which must be of a run with these settings on this training corpus, all rows of it."""
     if path is None:
         return None
     state = checkpoint.read(path)
@@ -95,7 +96,7 @@ def read_state(path: Path | None, config: Config, fingerprint: str) -> dict[str,
             f"{path} was trained with {name} = {other!r} and this run has {ours!r}: set --{name}={_shown(other)} "
             f"to go on, or {_begin_anew(name, path)}"
         )
-    if state["fingerprint"] != fingerprint:
+    if state["fingerprint"] != corpus.fingerprint():
         raise UserError(
             f"{path} was trained on other utterances than those in {', '.join(config.data.train)}: name the "
             "shards it was trained on in data.train, or choose another --run.name to begin anew"

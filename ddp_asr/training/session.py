@@ -57,7 +57,7 @@ def run(attempt: Attempt, resume: str, on_step: Callable[[], None]) -> Outcome:
     world.set_phase(0, "reading the corpus")
     corpus, test = world.run_on_all(lambda: _read_data(config, world))
     world.set_phase(0, "reading the checkpoint")
-    state = world.run_on_all(lambda: read_state(found, config, corpus.whole.fingerprint()))
+    state = world.run_on_all(lambda: read_state(found, config, corpus.whole))
     schedule = make_schedule(config, corpus.plan.steps_per_epoch)
     progress = make_progress(found, state, attempt.path)
     attempt.reached = Reached(
