@@ -1,4 +1,4 @@
-"""Who may import whom. The table is the design's (docs/architecture.md); a module that is in no room fails here.
+"""Who may import whom. docs/architecture.md has the same table; a module that is in no room fails here.
 
 A room is a package of `ddp_asr`; the modules at its top level stand in groups of their own.
 """

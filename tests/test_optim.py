@@ -116,7 +116,7 @@ def test_the_allocated_optimiser_steps_bit_for_bit_as_a_lazy_one():
 
 
 def test_the_allocated_state_is_all_that_a_step_needs():
-    """DESIGN 2.6: the rehearsal stands for a step's memory, so the first step may allocate no state of its own."""
+    """Property 6: the rehearsal stands for a step's memory, so the first step may allocate no state of its own."""
     model = small_model()
     optimizer = make_optimizer(model, config.Optim())
     before = {id(tensor) for state in optimizer.state.values() for tensor in state.values()}

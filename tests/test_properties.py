@@ -1,4 +1,4 @@
-"""The design's properties 1, 2, 5 and 6 on one to four real processes: the same training, whoever runs it."""
+"""Properties 1, 2, 5 and 6 (docs/architecture.md) on one to four real processes: the same training for any number."""
 
 import json
 from dataclasses import replace

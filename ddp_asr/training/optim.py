@@ -35,7 +35,7 @@ def _between(start: float, end: float, share: float, anneal: str) -> float:
 def make_optimizer(model: nn.Module, settings: config.Optim) -> torch.optim.AdamW:
     """AdamW with decay on matrices and kernels only: on biases and norms it only pulls towards a worse scale.
 
-    Its state is allocated at once, exactly as the first step would: the rehearsal needs it in memory (DESIGN 2.6).
+    Its state is allocated at once, exactly as the first step would: the rehearsal needs it in memory (property 6).
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
