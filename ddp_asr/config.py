@@ -374,7 +374,7 @@ class Train:
     )
     seed: int = setting(
         0,
-        "seed of order, initial weights, masks, noise and dropout",
+        "seed of all that is random: order, initial weights, speed, noise, masks and dropout",
         at_least=0,
         shapes_result=True,
         also_called=("random_seed", "manual_seed"),

@@ -24,7 +24,7 @@ def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def seed_of(*address: int | str) -> int:
-    """A 63-bit seed for a generator that serves one purpose: `seed_of("dropout", seed, epoch, step, micro_batch)`."""
+    """A 63-bit seed for a generator that serves one purpose: `seed_of("dropout", seed, step, micro_batch)`."""
     text = "/".join(map(str, address)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 

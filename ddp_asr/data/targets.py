@@ -5,12 +5,12 @@
     for key, reason in targets.left_out(index): ... # the run directory's left_out.jsonl
     explain_left_out(targets)                       # the same as lines to print: counts, characters, a warning
 
-An utterance of the source can be missing from a training in three ways. Each is decided in one place and written to one
-place, with its reason:
+An utterance of the source can be left out at three stages. At each it is decided and listed, with the reason, in one
+place:
 
-    dropped      no transcript, no readable audio, a key used twice    shard         dropped.jsonl beside the shards
-    left out     these settings cannot train it: `REASONS`             here          left_out.jsonl of the run
-    unreadable   no longer decodes to what the index says              data.loader   `MicroBatch.bad`, the run's log
+    sharding   no transcript, no readable audio, a key used twice    data/writer   dropped.jsonl beside the shards
+    planning   these settings cannot train it: `REASONS`             here          left_out.jsonl of the run
+    reading    no longer decodes to what the index says              data/loader   `MicroBatch.bad`, the run's log
 """
 
 from __future__ import annotations
