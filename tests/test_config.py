@@ -65,9 +65,9 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [
     ("vocabulary.symbols", [" ab"], ["", "aba"]),
     ("vocabulary.lowercase", ["on", "off"], []),
     ("objective.intermediate_layers", ["1", "2,4", ""], ["0", "2,2", "-1"]),
-    ("encoder.kind", ["rescnn_bigru"], ["", "conformer"]),
-    ("vocabulary.kind", ["characters"], ["", "word_pieces"]),
-    ("decoder.kind", ["greedy"], ["", "beam"]),
+    ("encoder.kind", ["rescnn_bigru"], ["", "none_such"]),
+    ("vocabulary.kind", ["characters"], ["", "none_such"]),
+    ("decoder.kind", ["greedy"], ["", "none_such"]),
     # any text
     ("run.name run.dir data.cache_dir data.test vocabulary.drop train.init_from", ["x"], []),
     ("tracking.project tracking.workspace tracking.tags", ["x"], []),
