@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "ranks": {"ground"},
     "runs": {"ground"},
     "recognition": {*("ground", "data", "text", "features", "objective", "decoding", "ranks", "runs", "training")},
-    "training": {*("ground", "objective", *ROOMS), "doors"},
+    "training": {"ground", "objective", *ROOMS},
     "doors": {*("ground", "objective", "doors", *ROOMS)},
 }
 
