@@ -3,8 +3,9 @@
 The way of an utterance (docs/architecture.md#the-way-of-an-utterance says more)::
 
     shard --tar + index--> data/index --rows--> data/plan --micro-batches--> data/loader --int16 waveforms (B, S)-->
-    features --log-mel (B, T, F)--> encoders --hidden (B, T', D)--> model --logits (B, T', V)--> objective --losses (B,)-->
-    training --> runs (checkpoints, metrics) --> evaluate, transcribe: recognition, decoding, text/score
+    features --log-mel (B, T, F)--> encoders --hidden (B, T', D)--> model --logits (B, T', V)--> objective
+    --losses (B,)--> training --> runs (checkpoints, metrics)
+    evaluate, transcribe: the same way to the logits --> decoding --hypotheses--> text/score
 
 Axes, the same letters in every module:
 

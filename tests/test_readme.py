@@ -4,7 +4,6 @@ And the other way round: documents, sections and properties that the code names 
 every module and the same rules of import as tests/test_imports.py.
 """
 
-import dataclasses
 import re
 import subprocess
 import sys
@@ -29,8 +28,8 @@ def text_of(page: str) -> str:
 
 def commands(text: str) -> list[str]:
     """Lines that run one of our modules, continued lines joined, without their comments."""
-    lines = text.replace("\\\n", " ").splitlines()
-    return [re.split(r"\s#\s", line)[0] for line in lines if re.search(rf"-m {OURS}\.", line)]
+    lines = [line.removeprefix("# ") for line in re.sub(r"\\\n#?", " ", text).splitlines()]
+    return [re.split(r"\s#\s", line)[0] for line in lines if re.search(rf"-m {OURS}\b|\bddp-asr \w", line)]
 
 
 def sections(text: str) -> dict[str, str]:
@@ -101,18 +100,19 @@ def test_make_help_lists_every_target():
     assert [line.split()[0] for line in listed.splitlines()] == phony
 
 
-@pytest.mark.parametrize("page", [*PAGES, "Makefile"])
+CONFIGS = [str(path.relative_to(REPOSITORY)) for path in sorted((REPOSITORY / "configs").rglob("*.yaml"))]
+
+
+@pytest.mark.parametrize("page", [*PAGES, "Makefile", *CONFIGS])
 def test_options_and_settings_exist(page):
-    sections = {section.name: section.default_factory() for section in dataclasses.fields(Config)}
-    for command in commands(text_of(page)):
-        module = re.search(rf"-m ({OURS}\.\w+)", command).group(1)
-        options = re.findall(r"(?<!\S)(--[a-z][\w.-]*)", command.split(module, 1)[1])
-        for option in options:
-            section, _, setting = option[2:].partition(".")
-            if setting:
-                assert hasattr(sections.get(section), setting), f"{page}: {command}"
+    for line in commands(text_of(page)):
+        module, rest = re.search(rf"(-m {OURS}(?:[. ]\w+)?|ddp-asr \w+)(.*)", line).groups()
+        module = module.removeprefix("-m ").replace("ddp-asr ", "ddp_asr.").replace(" ", ".")
+        for option in re.findall(r"(?<!\S)(--[a-z][\w.-]*)", rest):
+            if "." in option:
+                assert option[2:] in flatten(Config()), f"{page}: {line}"
             else:
-                assert option in help_of(module), f"{page}: {command}"
+                assert option in help_of(module), f"{page}: {line}"
 
 
 @pytest.mark.parametrize("page", PAGES)
