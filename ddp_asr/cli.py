@@ -118,8 +118,9 @@ def _torchrun(processes: int, module: str, arguments: Sequence[str]) -> tuple[in
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     from ddp_asr.ranks import torchrun
 
-    # What is ignored now, as SIGHUP is under nohup, torchrun must not handle either.
-    handled = [number.name for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    # Under nohup SIGHUP is ignored, so that the run outlives its terminal.
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+    handled = [number.name for number in STOP_SIGNALS if number not in ignored]
     command = ["--standalone", f"--nproc-per-node={processes}", f"--signals-to-handle={','.join(handled)}"]
     return torchrun.run([*command, "-m", module, *arguments])
 
