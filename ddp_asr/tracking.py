@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     mode = resolve_mode(arguments.mode)
     if mode == "online" and not os.environ.get("COMET_API_KEY"):
         raise UserError(NO_KEY)
-    status = track(run_directory, mode, follow=arguments.follow, parent=arguments.parent, close_s=arguments.close_s)
+    status = track(run_directory, mode, parent=arguments.parent, close_s=arguments.close_s)
     print(status.summary(run_directory), flush=True)
     return 0 if status.finished else 1
 
@@ -44,14 +44,13 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
-    parser.add_argument("--follow", action="store_true", help="continue until the run ends")
     parser.add_argument(
         "--mode",
         choices=("auto", "online", "offline"),
         default="offline",
         help="auto: online when COMET_API_KEY is set (default: offline)",
     )
-    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # pid of the rank that started this process
+    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # pid of the rank to follow
     parser.add_argument("--close-s", type=float, default=CLOSE_S, help=argparse.SUPPRESS)
     return parser
 

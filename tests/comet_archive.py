@@ -5,14 +5,14 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
-from ddp_asr.runs.comet import TrackingStatus
+from ddp_asr.runs.comet import archive_path
 
 
 def in_archive(run: Path) -> tuple[Counter, list[dict], dict]:
     """Returns how often each (context, metric, step) is in the archive, the messages of other kinds, and the head."""
     counts: Counter = Counter()
     others = []
-    with zipfile.ZipFile(run / TrackingStatus.load(run).archive) as archive:
+    with zipfile.ZipFile(archive_path(run)) as archive:
         assert archive.testzip() is None
         for line in archive.read("messages.json").splitlines():
             message = json.loads(line)
