@@ -6,12 +6,12 @@ import pty
 import subprocess
 import sys
 import textwrap
-import threading
 from pathlib import Path
 
 import pytest
 
 from ddp_asr.runs.display import PLAIN_EVERY_S, Display, duration
+from tests.run_files import read_to_end
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -120,26 +120,13 @@ SHOW = """
 def on_a_terminal(term):
     """Returns what a program that shows a few steps writes to a terminal."""
     reader, writer = pty.openpty()
-    written = bytearray()
-
-    def drain():
-        while True:
-            try:
-                data = os.read(reader, 65536)
-            except OSError:  # EIO: the last writer has gone
-                return
-            written.extend(data)
-
-    thread = threading.Thread(target=drain)
     command = [sys.executable, "-c", textwrap.dedent(SHOW)]
     environment = {**os.environ, "TERM": term, "COLUMNS": "80"}
     with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=writer, stderr=writer) as process:
         os.close(writer)
-        thread.start()
-    thread.join()
-    os.close(reader)
-    assert process.returncode == 0, written.decode()
-    return written.decode()
+        written = read_to_end(reader).decode()
+    assert process.returncode == 0, written
+    return written
 
 
 def test_a_terminal_gets_a_live_display_and_is_given_back(tmp_path):

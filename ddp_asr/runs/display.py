@@ -69,19 +69,22 @@ class Display:
             self._live.update(line, epochs=self.epochs, left=self.time_left(), wer=percent(self.last_wer))
         elif self._clock() - self._plain_at >= PLAIN_EVERY_S or line["step"] >= self.total_steps:
             self._plain_at = self._clock()
-            self._print(self._plain(line))
+            self.message(self._plain(line))
 
     def test(self, line: dict[str, Any]) -> None:
         """Takes an evaluation's line of metrics.jsonl."""
         self.last_wer = line.get("wer")
-        self._print(
+        self.message(
             f"epoch {line['epoch']}/{self.epochs}  step {line['step']}/{self.total_steps}"
             f"  test loss {number(line.get('loss'))}  WER {percent(line.get('wer'))}  CER {percent(line.get('cer'))}"
         )
 
     def message(self, text: str) -> None:
         """Shows a sentence, above the live line where there is one."""
-        self._print(text)
+        if self._live:
+            self._live.print(text)
+        else:
+            print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
         """Leaves the terminal as it was."""
@@ -94,8 +97,6 @@ class Display:
         if len(self._steps) < 2:
             return "-"
         (first, began), (last, now) = self._steps[0], self._steps[-1]
-        if last <= first:
-            return "-"
         return duration((self.total_steps - last) * (now - began) / (last - first))
 
     def _plain(self, line: dict[str, Any]) -> str:
@@ -105,12 +106,6 @@ class Display:
             f"  rate {line['learning_rate']:.2e}  {number(speed, 0)} audio-s/s  left {self.time_left()}"
             f"  last WER {percent(self.last_wer)}"
         )
-
-    def _print(self, text: str) -> None:
-        if self._live:
-            self._live.print(text)
-        else:
-            print(text, file=self._stream, flush=True)
 
 
 class _Live:
