@@ -8,7 +8,9 @@ matplotlib is imported when a picture is drawn and not before: it takes a second
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +53,9 @@ def smooth(values: list[float], width: int) -> list[float]:
 
 def draw_curves(run_directory: Path) -> Path:
     """Draws curves.png from metrics.jsonl: loss, error rates, learning rate, speed. Returns its path."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     train, test = read_metrics(run_directory)
-    with matplotlib.rc_context(_look()):
-        figure = Figure(figsize=(12, 7.5), layout="constrained")
-        FigureCanvasAgg(figure)
+    path = run_directory / "curves.png"
+    with _picture(path, (12, 7.5)) as figure:
         (loss, errors), (rate, speed) = figure.subplots(2, 2, sharex=True)
         _draw_loss(loss, train, test)
         _draw_errors(errors, test)
@@ -67,38 +64,33 @@ def draw_curves(run_directory: Path) -> Path:
         for axis in (rate, speed):
             axis.set_xlabel("step")
         figure.suptitle(run_directory.resolve().name, fontsize=14, fontweight="bold")
-        return _save(figure, run_directory / "curves.png")
+    return path
 
 
 def draw_spectrogram(run_directory: Path, key: str, before: Any, after: Any) -> Path:
     """Draws spectrogram.png: one utterance's features (T, F) without masks and with them."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({**_look(), "axes.grid": False}):
-        figure = Figure(figsize=(10, 6), layout="constrained")
-        FigureCanvasAgg(figure)
+    path = run_directory / "spectrogram.png"
+    with _picture(path, (10, 6)) as figure:
         for axis, features, title in zip(
             figure.subplots(2, 1, sharex=True), (before, after), ("before SpecAugment", "after"), strict=True
         ):
             image = axis.imshow(features.T, origin="lower", aspect="auto", cmap="magma", vmin=-2.5, vmax=2.5)
             axis.set_title(title)
             axis.set_ylabel("mel band")
+            axis.grid(False)
             figure.colorbar(image, ax=axis, label="deviations from the band's mean")
         axis.set_xlabel("frame")
         figure.suptitle(key)
-        return _save(figure, run_directory / "spectrogram.png")
-
-
-def _save(figure: Any, path: Path) -> Path:
-    with writing_aside(path) as file:
-        figure.savefig(file, dpi=120, format="png")
     return path
 
 
-def _look() -> Any:  # matplotlib types its own keys, which is 300 names
-    return {
+@contextlib.contextmanager
+def _picture(path: Path, size: tuple[float, float]) -> Iterator[Any]:
+    """A matplotlib figure to draw on, which is saved at the end."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    look: Any = {  # matplotlib types its own keys, which is 300 names
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
@@ -108,6 +100,11 @@ def _look() -> Any:  # matplotlib types its own keys, which is 300 names
         "legend.frameon": False,
         "font.size": 10,
     }
+    with matplotlib.rc_context(look):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure
+        with writing_aside(path) as file:
+            figure.savefig(file, dpi=120, format="png")
 
 
 def _width(lines: list[dict[str, Any]]) -> int:
