@@ -76,8 +76,8 @@ def resolve_mode(mode: str) -> str:
 def experiment_key(run_directory: Path, known: str | None = None) -> str:
     """Returns the run's experiment key from comet.json; where there is none, `known` (a checkpoint's) or a new one."""
     path = run_directory / "comet.json"
-    if isinstance(key := (read_json(path) or {}).get("experiment_key"), str):
-        return key
+    if key := (read_json(path) or {}).get("experiment_key"):
+        return str(key)
     key = known or uuid.uuid4().hex  # Comet wants 32 to 50 letters and digits
     replace_file(path, json.dumps({"experiment_key": key}, indent=1) + "\n")
     return key

@@ -19,6 +19,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import yaml
+
 from ddp_asr.files import parse_json_line, read_json, sha256_of
 
 PLACE = ("kind", "step", "epoch", "time_s")  # fields of a line in metrics.jsonl that say where a value belongs
@@ -217,14 +219,8 @@ def _file(role: str, name: str, path: Path) -> Item:
 
 
 def read_settings(run_directory: Path) -> dict[str, Any]:
-    """The settings in config.yaml; empty where the file is missing or is no YAML, as a crash may leave it."""
-    import yaml
-
-    try:
-        value = yaml.safe_load((run_directory / "config.yaml").read_text(encoding="utf8"))
-    except (FileNotFoundError, yaml.YAMLError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    """The settings in config.yaml as plain values: they may be those of another version."""
+    return yaml.safe_load((run_directory / "config.yaml").read_text(encoding="utf8")) or {}
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
