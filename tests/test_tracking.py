@@ -592,8 +592,13 @@ def test_the_follower_outlives_a_killed_parent_and_makes_the_archive(run):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_continues_its_experiment_and_sends_no_step_twice(run, comet):
-    assert "train steps to 120" in track(run, "--mode", "online")
+def test_a_run_killed_and_resumed_continues_its_experiment_and_sends_no_step_twice(run, comet):
+    follower = tracking.start(run, "online")
+    while "code" not in TrackingStatus.load(run).sent.versions:  # which is sent last
+        assert follower.process.poll() is None
+        time.sleep(0.05)
+    follower.process.kill()
+    assert not follower.close().finished
     assert comet.counts() == dict.fromkeys(VALUES_120, 1)
     assert comet.created == [comet_module.experiment_key(run)] and comet.resumed == []
     assert_holds_the_rest(comet)

@@ -305,7 +305,7 @@ class Upload:
         self.status.save(self.run_directory)
 
     def close(self) -> None:
-        """Ends the connection. What comet_ml reports meanwhile follows from the failure before, or concerns nothing."""
+        """Ends the connection. What comet_ml reports meanwhile follows from an earlier failure and is not counted."""
         experiment, self._experiment = self._experiment, None
         failures, last_error = self.status.failures, self.status.last_error
         if experiment is not None:
