@@ -17,9 +17,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from ddp_asr import SAMPLE_RATE_HZ
 from ddp_asr.errors import UserError
@@ -31,38 +31,25 @@ class Run:
     """Where the files of the run are."""
 
     name: str = setting("", "directory of the run inside run.dir; empty: named after the config file")
-    dir: str = setting("runs", "directory that holds the runs", also_called=("output_dir", "save_dir", "log_dir"))
+    dir: str = setting("runs", "directory that holds the runs", also_called="output_dir")
 
 
 @dataclass(frozen=True)
 class Data:
     """Training and test data, and how they are read."""
 
-    train: list[str] = setting(
-        ["shards/train-clean-100"],
-        "shard directories to train on, mixed",
-        not_empty=True,
-        also_called=("train_data", "train_dir", "train_manifest"),
-    )
+    train: list[str] = setting(["shards/train-clean-100"], "shard directories to train on, mixed", not_empty=True)
     test: list[str] = setting(
-        ["shards/dev-clean"],
-        "shard directories to evaluate on during training; may be empty",
-        also_called=("valid", "validation", "val", "dev", "test_data", "eval_data"),
+        ["shards/dev-clean"], "shard directories to evaluate on; may be empty", also_called="valid validation dev"
     )
     cache_dir: str = setting(
         "", "local directory to copy the shards to, once for all ranks of a node; empty: read them where they are"
     )
     threads: int = setting(
-        2,
-        "threads of each rank that decode audio; 0: the rank's main thread decodes",
-        at_least=0,
-        also_called=("workers", "num_workers", "dataloader_num_workers", "n_workers"),
+        2, "threads of a rank that decode audio; 0: its main thread", at_least=0, also_called="workers num_workers"
     )
     prefetch: int = setting(
-        8,
-        "micro-batches that the threads of a rank together decode ahead, and at least one for each thread",
-        at_least=1,
-        also_called=("prefetch_factor",),
+        8, "micro-batches that a rank's threads decode ahead together, at least one for each thread", at_least=1
     )
     max_bad_samples: int = setting(10, "the run stops after more utterances than this fail to decode", at_least=0)
 
@@ -71,15 +58,12 @@ class Data:
 class Characters:
     """Every character is a class; the blank is one more class, the last."""
 
-    kind: ClassVar[str] = "characters"
+    kind: str = field(default="characters", init=False)
 
     symbols: str = setting(
-        "' abcdefghijklmnopqrstuvwxyz",
-        "every character that can be written, in class order",
-        not_empty=True,
-        also_called=("alphabet", "labels", "characters"),
+        "' abcdefghijklmnopqrstuvwxyz", "all characters, in class order", not_empty=True, also_called="alphabet labels"
     )
-    lowercase: bool = setting(True, "lower-case transcripts first", also_called=("lower",))
+    lowercase: bool = setting(True, "lower-case transcripts first")
     drop: str = setting("", "characters to remove from transcripts first, such as punctuation")
 
     def check(self) -> None:
@@ -96,22 +80,16 @@ class Batch:
     """How an epoch is divided into steps (see data/plan.py)."""
 
     max_seconds: float = setting(
-        120.0,
-        "maximum seconds of audio in a micro-batch, with padding: utterances x longest of them",
-        above=0,
-        also_called=("batch_size", "max_duration", "batch_duration", "per_device_train_batch_size"),
+        120.0, "maximum seconds of a micro-batch: utterances x longest", above=0, also_called="batch_size max_duration"
     )
     micro_batches: int = setting(
         8,
-        "K, the micro-batches in a step; also the maximum number of processes",
+        "K, the micro-batches in a step, and the maximum number of processes",
         at_least=1,
-        also_called=("grad_accum", "gradient_accumulation_steps", "accumulate_grad_batches", "accum_grad"),
+        also_called="accumulate_grad_batches",
     )
     buckets: int = setting(
-        30,
-        "maximum number of duration buckets; small data gets fewer, so that micro-batches stay full",
-        at_least=1,
-        also_called=("num_buckets",),
+        30, "maximum number of duration buckets; small data gets fewer, so that micro-batches stay full", at_least=1
     )
 
 
@@ -119,15 +97,9 @@ class Batch:
 class Features:
     """Log-mel features (see features/log_mel.py)."""
 
-    mel_bands: int = setting(
-        128, "F, the number of mel bands", at_least=1, also_called=("n_mels", "num_mels", "num_mel_bins", "nfilt")
-    )
-    window_ms: float = setting(
-        25.0, "length of the analysis window", above=0, also_called=("win_length", "window_size", "frame_length")
-    )
-    hop_ms: float = setting(
-        12.5, "distance between two frames", above=0, also_called=("hop_length", "window_stride", "frame_shift")
-    )
+    mel_bands: int = setting(128, "F, the number of mel bands", at_least=1, also_called="n_mels num_mel_bins")
+    window_ms: float = setting(25.0, "length of the analysis window", above=0, also_called="win_length window_size")
+    hop_ms: float = setting(12.5, "distance between two frames", above=0, also_called="hop_length window_stride")
     n_fft: int = setting(1024, "points of the Fourier transform; the window is padded to it", at_least=1)
 
     @property
@@ -161,9 +133,9 @@ class Features:
 class Noise:
     """White noise added to waveforms."""
 
-    share: float = setting(0.0, "fraction of utterances that get noise", at_least=0, at_most=1, also_called=("prob",))
-    snr_db_min: float = setting(15.0, "signal-to-noise ratio of the loudest noise, in dB", also_called=("min_snr",))
-    snr_db_max: float = setting(40.0, "signal-to-noise ratio of the faintest noise, in dB", also_called=("max_snr",))
+    share: float = setting(0.0, "fraction of utterances that get noise", at_least=0, at_most=1)
+    snr_db_min: float = setting(15.0, "signal-to-noise ratio of the loudest noise, in dB")
+    snr_db_max: float = setting(40.0, "signal-to-noise ratio of the faintest noise, in dB")
 
     def check(self) -> None:
         if self.snr_db_min > self.snr_db_max:
@@ -177,28 +149,14 @@ class Noise:
 class Augment:
     """Augmentation of training utterances, seeded by utterance and epoch (see features/masks.py and data/loader.py)."""
 
-    frequency_masks: int = setting(
-        1, "SpecAugment frequency masks for each utterance", at_least=0, also_called=("num_freq_masks", "freq_masks")
-    )
-    frequency_mask_bands: int = setting(
-        15, "maximum width of a frequency mask, in mel bands", at_least=0, also_called=("freq_mask_param", "freq_width")
-    )
-    time_masks: int = setting(
-        2, "SpecAugment time masks for each utterance", at_least=0, also_called=("num_time_masks",)
-    )
+    frequency_masks: int = setting(1, "SpecAugment frequency masks for each utterance", at_least=0)
+    frequency_mask_bands: int = setting(15, "maximum width of a frequency mask, in mel bands", at_least=0)
+    time_masks: int = setting(2, "SpecAugment time masks for each utterance", at_least=0)
     time_mask_share: float = setting(
-        0.05,
-        "maximum width of a time mask, as a fraction of the utterance's frames",
-        at_least=0,
-        at_most=1,
-        also_called=("time_mask_param", "time_width"),
+        0.05, "maximum width of a time mask, as a fraction of the utterance", at_least=0, at_most=1
     )
     speeds: list[float] = setting(
-        [1.0],
-        "speed factors, one of which is drawn for each utterance and epoch",
-        not_empty=True,
-        above=0,
-        also_called=("speed_perturb", "speed_perturbation"),
+        [1.0], "speed factors, one is drawn for each utterance and epoch", not_empty=True, above=0
     )
     noise: Noise = section(Noise)
 
@@ -207,26 +165,16 @@ class Augment:
 class RescnnBigru:
     """Residual convolutions and bidirectional GRUs (see encoders/rescnn_bigru.py)."""
 
-    kind: ClassVar[str] = "rescnn_bigru"
+    kind: str = field(default="rescnn_bigru", init=False)
 
-    conv_channels: int = setting(32, "channels of every convolution", at_least=1, also_called=("channels",))
+    conv_channels: int = setting(32, "channels of every convolution", at_least=1)
     time_strides: list[int] = setting(
-        [2],
-        "time stride of each strided convolution; each of them also halves the mel bands",
-        not_empty=True,
-        at_least=1,
-        also_called=("subsampling", "subsampling_factor"),
+        [2], "time stride of each strided convolution, which also halves the mel bands", not_empty=True, at_least=1
     )
     residual_blocks: int = setting(3, "pre-activation residual blocks of two convolutions", at_least=0)
-    rnn_layers: int = setting(
-        5, "bidirectional GRU layers", at_least=1, also_called=("num_layers", "n_layers", "layers", "num_rnn_layers")
-    )
-    rnn_size: int = setting(
-        512, "GRU units in each direction", at_least=1, also_called=("hidden_size", "hidden_dim", "d_model", "rnn_dim")
-    )
-    dropout: float = setting(
-        0.1, "dropout of every layer", at_least=0, below=1, also_called=("dropout_rate", "dropout_p")
-    )
+    rnn_layers: int = setting(5, "bidirectional GRU layers", at_least=1, also_called="num_layers")
+    rnn_size: int = setting(512, "GRU units in each direction", at_least=1, also_called="hidden_size d_model")
+    dropout: float = setting(0.1, "dropout of every layer", at_least=0, below=1)
 
     @property
     def layers(self) -> int:
@@ -255,28 +203,17 @@ class Objective:
     """The training loss of an utterance (see objective.py)."""
 
     intermediate_weight: float = setting(
-        0.0,
-        "weight of the CTC losses of intermediate layers; the last layer's CTC loss gets the rest; 0: none",
-        at_least=0,
-        below=1,
-        also_called=("interctc_weight",),
+        0.0, "weight of the CTC losses of intermediate layers; the last layer's gets the rest", at_least=0, below=1
     )
     intermediate_layers: list[int] = setting(
-        [1],
-        "encoder layers, counted from 1, whose hidden states get a CTC loss of their own",
-        at_least=1,
-        also_called=("interctc_layers", "interctc_layer_idx"),
+        [1], "encoder layers, counted from 1, that get a CTC loss of their own", at_least=1
     )
     consistency_weight: float = setting(
-        0.0,
-        "weight of the divergence between two differently masked views of each utterance (CR-CTC); 0: one view only",
-        at_least=0,
-        also_called=("cr_loss_scale", "cr_weight"),
+        0.0, "weight of the divergence between two masked views of each utterance (CR-CTC); 0: one view", at_least=0
     )
     short_context_s: list[float] = setting(
         [],
-        "restricts the encoder's context in the second view to spans of so many seconds, drawn for each step between "
-        "two bounds; empty: full context",
+        "two bounds, in seconds, of the encoder's context in the second view, drawn for each step; empty: all of it",
         above=0,
     )
 
@@ -302,62 +239,42 @@ class Objective:
 class Greedy:
     """The most probable class of each frame (see decoding/greedy.py)."""
 
-    kind: ClassVar[str] = "greedy"
+    kind: str = field(default="greedy", init=False)
 
 
 @dataclass(frozen=True)
 class Optim:
     """AdamW with a one-cycle learning rate (see training/optim.py)."""
 
-    learning_rate: float = setting(
-        5e-4, "maximum of the learning rate", above=0, also_called=("lr", "max_lr", "peak_lr", "base_lr")
-    )
+    learning_rate: float = setting(5e-4, "maximum of the learning rate", above=0, also_called="lr max_lr")
     weight_decay: float = setting(
-        0.01,
-        "decoupled weight decay of AdamW, for matrices and convolution kernels only",
-        at_least=0,
-        also_called=("wd", "l2", "decay"),
+        0.01, "decoupled weight decay of AdamW, for matrices and convolution kernels only", at_least=0, also_called="wd"
     )
-    beta1: float = setting(
-        0.9, "AdamW's decay of the first moment", at_least=0, below=1, also_called=("betas", "momentum", "adam_beta1")
-    )
-    beta2: float = setting(
-        0.999, "AdamW's decay of the second moment", at_least=0, below=1, also_called=("betas", "adam_beta2")
-    )
+    beta1: float = setting(0.9, "AdamW's decay of the first moment", at_least=0, below=1)
+    beta2: float = setting(0.999, "AdamW's decay of the second moment", at_least=0, below=1)
     warmup_share: float = setting(
         0.3,
-        "fraction of all steps in which the learning rate rises",
+        "fraction of the steps in which the learning rate rises",
         at_least=0,
         at_most=1,
-        also_called=("warmup", "warmup_steps", "warmup_ratio", "pct_start", "num_warmup_steps"),
+        also_called="warmup warmup_steps",
     )
-    start_divisor: float = setting(
-        25.0, "the first learning rate is learning_rate / start_divisor", above=0, also_called=("div_factor",)
-    )
-    end_divisor: float = setting(
-        1e4,
-        "the last learning rate is learning_rate / start_divisor / end_divisor",
-        above=0,
-        also_called=("final_div_factor", "min_lr"),
-    )
+    start_divisor: float = setting(25.0, "the first learning rate is learning_rate / start_divisor", above=0)
+    end_divisor: float = setting(1e4, "the last learning rate is learning_rate / start_divisor / end_divisor", above=0)
     anneal: str = setting(
-        "linear",
-        "shape of the learning rate's rise and fall",
-        choices=("linear", "cosine"),
-        also_called=("scheduler", "schedule", "lr_scheduler", "lr_schedule", "anneal_strategy"),
+        "linear", "shape of the learning rate's rise and fall", choices=("linear", "cosine"), also_called="scheduler"
     )
     clip_norm: float = setting(
         5.0,
-        "maximum gradient norm; gradients with a larger one are scaled down to it",
+        "maximum gradient norm; larger gradients are scaled down to it",
         above=0,
-        also_called=("grad_clip", "gradient_clip", "gradient_clip_val", "max_grad_norm", "clip", "max_norm"),
+        also_called="grad_clip max_grad_norm",
     )
     ema_decay: float = setting(
         0.0,
-        "decay for each step of the weights' moving average, which is evaluated instead of the weights; 0: no average",
+        "decay of the moving average of the weights, which is evaluated in their place; 0: none",
         at_least=0,
         below=1,
-        also_called=("ema",),
     )
 
 
@@ -370,48 +287,31 @@ class Train:
         "number of epochs; each trains every usable utterance once",
         at_least=1,
         shapes_result=True,
-        also_called=("max_epochs", "num_epochs", "n_epochs", "num_train_epochs"),
+        also_called="max_epochs num_epochs",
     )
-    seed: int = setting(
-        0,
-        "seed of all that is random: order, initial weights, speed, noise, masks and dropout",
-        at_least=0,
-        shapes_result=True,
-        also_called=("random_seed", "manual_seed"),
-    )
+    seed: int = setting(0, "seed of order, weights, speed, noise, masks and dropout", at_least=0, shapes_result=True)
     precision: str = setting(
         "auto",
         "arithmetic of the network; auto: bf16 where the hardware has it, else fp32",
         choices=("auto", "bf16", "fp16", "tf32", "fp32"),
         shapes_result=True,
-        also_called=("amp", "dtype", "bf16", "fp16", "mixed_precision"),
+        also_called="amp bf16 fp16",
     )
     init_from: str = setting(
-        "",
-        "checkpoint of another run to take the first weights from (fine-tuning)",
-        also_called=("pretrained", "init_checkpoint", "load_from", "finetune_from"),
+        "", "checkpoint of another run to take the first weights from (fine-tuning)", also_called="pretrained"
     )
     eval_every_steps: int = setting(
-        0,
-        "evaluate every so many steps; 0: at the end of each epoch",
-        at_least=0,
-        also_called=("eval_steps", "eval_interval", "val_check_interval", "eval_every"),
+        0, "steps between evaluations; 0: at the end of each epoch", at_least=0, also_called="eval_steps"
     )
     save_every_steps: int = setting(
-        1000,
-        "write a checkpoint every so many steps; 0: not by steps",
-        at_least=0,
-        also_called=("save_steps", "save_interval", "checkpoint_interval", "save_every"),
+        1000, "steps between checkpoints; 0: not by steps", at_least=0, also_called="save_steps"
     )
-    save_every_min: float = setting(15.0, "write a checkpoint every so many minutes; 0: not by time", at_least=0)
+    save_every_min: float = setting(15.0, "minutes between checkpoints; 0: not by time", at_least=0)
     keep_last: int = setting(
-        3, "newest checkpoints to keep beside the best one", at_least=1, also_called=("save_total_limit", "save_top_k")
+        3, "newest checkpoints to keep beside the best one", at_least=1, also_called="save_total_limit"
     )
     stop_at_step: int = setting(
-        0,
-        "write a checkpoint after this step and stop, to be resumed; 0: train to the end",
-        at_least=0,
-        also_called=("max_steps", "max_updates"),
+        0, "step after which to write a checkpoint and stop; 0: train to the end", at_least=0, also_called="max_steps"
     )
     max_nonfinite_steps: int = setting(
         20, "the run stops after more steps than this are skipped for a non-finite loss or gradient", at_least=0
@@ -423,25 +323,19 @@ class Tracking:
     """Tracking with Comet, from the run's own files (see runs/comet.py)."""
 
     mode: str = setting(
-        "auto",
-        "auto: online when COMET_API_KEY is set, else offline",
-        choices=("auto", "online", "offline", "off"),
+        "auto", "auto: online when COMET_API_KEY is set, else offline", choices=("auto", "online", "offline", "off")
     )
-    project: str = setting("ddp-asr", "Comet project", also_called=("project_name",))
-    workspace: str = setting("", "Comet workspace; empty: the default of the account", also_called=("entity",))
+    project: str = setting("ddp-asr", "Comet project")
+    workspace: str = setting("", "Comet workspace; empty: the default of the account")
     samples: int = setting(20, "pairs of reference and hypothesis shown at each evaluation", at_least=0)
-    tags: list[str] = setting(
-        [], "tags of the run, beside its precision, number of processes and config file", also_called=("tag",)
-    )
+    tags: list[str] = setting([], "tags of the run, beside its precision, number of processes and config file")
 
 
 @dataclass(frozen=True)
 class Distributed:
     """How processes wait for each other."""
 
-    timeout_s: float = setting(
-        600.0, "maximum wait in a collective operation before the run ends with an error", above=0
-    )
+    timeout_s: float = setting(600.0, "maximum wait in a collective operation before the run fails", above=0)
     stop_grace_s: float = setting(
         20.0, "after a stop signal, a rank that does not finish its step within this time ends itself", above=0
     )
@@ -453,19 +347,17 @@ class Config:
 
     run: Run = section(Run)
     data: Data = section(Data)
-    vocabulary: Characters = section(
-        Characters, shapes_result=True, also_called=("tokenizer", "tokeniser", "text", "vocab")
-    )
+    vocabulary: Characters = section(Characters, shapes_result=True, also_called="tokenizer text")
     batch: Batch = section(Batch, shapes_result=True)
-    features: Features = section(Features, shapes_result=True, also_called=("preprocessor", "frontend"))
-    augment: Augment = section(Augment, shapes_result=True, also_called=("augmentation", "specaug", "spec_augment"))
-    encoder: RescnnBigru = section(RescnnBigru, shapes_result=True, also_called=("model", "network", "net"))
-    objective: Objective = section(Objective, shapes_result=True, also_called=("loss", "criterion"))
-    decoder: Greedy = section(Greedy, also_called=("decoding", "decode"))
-    optim: Optim = section(Optim, shapes_result=True, also_called=("optimizer", "optimiser", "scheduler"))
-    train: Train = section(Train, also_called=("trainer", "training"))
-    tracking: Tracking = section(Tracking, also_called=("comet", "wandb", "logger"))
-    distributed: Distributed = section(Distributed, also_called=("ddp",))
+    features: Features = section(Features, shapes_result=True, also_called="preprocessor frontend")
+    augment: Augment = section(Augment, shapes_result=True, also_called="specaug spec_augment")
+    encoder: RescnnBigru = section(RescnnBigru, shapes_result=True, also_called="model")
+    objective: Objective = section(Objective, shapes_result=True, also_called="loss")
+    decoder: Greedy = section(Greedy, also_called="decoding")
+    optim: Optim = section(Optim, shapes_result=True, also_called="optimizer")
+    train: Train = section(Train, also_called="trainer")
+    tracking: Tracking = section(Tracking, also_called="comet wandb")
+    distributed: Distributed = section(Distributed)
 
     @property
     def frame_s(self) -> float:

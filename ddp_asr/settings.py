@@ -3,8 +3,8 @@
     @dataclass(frozen=True)
     class Oven:
         \"\"\"Baking in an oven.\"\"\"
-        kind: ClassVar[str] = "oven"
-        degrees: float = setting(180.0, "temperature in Celsius", above=0, at_most=300, also_called=("temp",))
+        kind: str = field(default="oven", init=False)
+        degrees: float = setting(180.0, "temperature in Celsius", above=0, at_most=300, also_called="temp")
 
     @dataclass(frozen=True)
     class Cake:
@@ -18,7 +18,7 @@ line over the file; then the classes are built from it. Each text is converted b
 by YAML, because YAML 1.1 reads `off` as False, `5e-4` as a text and `0123` as 83.
 
 A section whose classes have a `kind` is a choice between them. Its `kind` decides which class is built and which names
-are valid. A method `check` of a class is called when its settings are converted and within their bounds; it raises a
+are valid. A method `check` of a class is called when all settings are converted and within their bounds; it raises a
 UserError for values that do not go together.
 
 The engine knows nothing of what is being set, and imports no torch: launchers read settings on login nodes.
@@ -26,8 +26,6 @@ The engine knows nothing of what is being set, and imports no torch: launchers r
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import difflib
 import functools
 import math
@@ -35,7 +33,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 from unicodedata import category
@@ -46,14 +44,42 @@ from ddp_asr.errors import UserError
 
 T = TypeVar("T")
 Flat = Mapping[str, Any]  # dotted name -> value, usually a text
+DEFAULTS: Flat = types.MappingProxyType({})  # no value is given
 
 
 # ---- declaring -----------------------------------------------------------------------------------------------------
 
 
+def _true_or_false(text: str) -> bool:
+    return {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}[text.lower()]
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)  # without a float in between, which would round large seeds
+    except ValueError:
+        if not float(text).is_integer():  # 1e3 is a whole number, too
+            raise
+        return int(float(text))
+
+
+def _finite_number(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError
+    return float(text)
+
+
+_TYPES: dict[Any, tuple[str, Any]] = {  # its name in messages, and how it is made from a text
+    str: ("a text", str),
+    bool: ("true or false", _true_or_false),
+    int: ("a whole number", _whole_number),
+    float: ("a finite number", _finite_number),
+}
+
+
 @dataclass(frozen=True)
 class Setting:
-    """What a field declares beside its type and default. Bounds of a list hold for each of its items."""
+    """A field of a settings class, a section too: what it declares, and where it stands. Bounds hold for each item."""
 
     meaning: str = ""
     above: float = -math.inf
@@ -62,26 +88,53 @@ class Setting:
     at_most: float = math.inf
     choices: tuple[str, ...] = ()
     not_empty: bool = False  # of a text or a list
-    shapes_result: bool = False  # on a section: everything in it does
-    also_called: tuple[str, ...] = ()  # names in other programs, for the hint beside an unknown name
+    shapes_result: bool = False  # of a section: everything in it does
+    also_called: str = ""  # names in other programs, with spaces between, for the hint beside an unknown name
+    # The engine adds these.
+    name: str = ""
+    type: Any = str
+    default: Any = ""
+
+    @property
+    def kinds(self) -> dict[str, type]:
+        """The classes of a section by kind, "" where there is no choice; {}: this is no section."""
+        classes = typing.get_args(self.type) if isinstance(self.type, types.UnionType) else (self.type,)
+        return {getattr(one, "kind", ""): one for one in classes if is_dataclass(one)}
 
     @property
     def allowed(self) -> str:
         """The choices or the range in words, to follow "must be"; empty: any value of the type."""
         if self.choices:
-            return f"{'one of ' if len(self.choices) > 1 else ''}{', '.join(self.choices)}"
-        if self.at_least > -math.inf and self.at_most < math.inf:
-            return f"between {self.at_least:g} and {self.at_most:g}"
-        if (self.above, self.below, self.at_most) == (-math.inf, math.inf, math.inf) and self.at_least > -math.inf:
-            return f"{self.at_least:g} or more"
+            return f"one of {', '.join(self.choices)}"
         ends = {"above": self.above, "at least": self.at_least, "below": self.below, "at most": self.at_most}
         return " and ".join(f"{words} {end:g}" for words, end in ends.items() if math.isfinite(end))
 
-    def admits(self, value: Any) -> bool:
-        """Whether one value, no list, is a choice or within the bounds."""
+    def read(self, value: Any) -> Any:
+        """`value`, a text or already of a plain type, as this setting's type; a UserError if it is not allowed."""
+        if self.not_empty and not value:
+            raise UserError(f"{self.name} must not be empty: give at least one value ({self.meaning})")
+        if typing.get_origin(self.type) is not list:
+            return self._read_item(value, self.type)
         if isinstance(value, str):
-            return not self.choices or value in self.choices
-        return self.above < value < self.below and self.at_least <= value <= self.at_most
+            value = [part.strip() for part in value.split(",")] if value else []
+        (kind,) = typing.get_args(self.type)
+        return [self._read_item(item, kind) for item in (value if isinstance(value, list) else [value])]
+
+    def _read_item(self, value: Any, kind: Any) -> Any:
+        words, convert = _TYPES[kind]
+        try:
+            if isinstance(value, list | dict):
+                raise ValueError
+            item = convert(str(value))
+        except (ValueError, KeyError):
+            raise UserError(f"{self.name} must be {words}, not {value!r}") from None
+        if isinstance(item, str):
+            allowed = not self.choices or item in self.choices
+        else:
+            allowed = self.above < item < self.below and self.at_least <= item <= self.at_most
+        if not allowed:
+            raise UserError(f"{self.name} must be {self.allowed}, not {item!r}")
+        return item
 
 
 def setting(default: Any, meaning: str, **declared: Any) -> Any:
@@ -97,63 +150,35 @@ def section(default: type, **declared: Any) -> Any:
     return field(default_factory=default, metadata={"setting": Setting(**declared)})
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A field of a settings class: a section if it has `kinds`, else a setting."""
-
-    key: str
-    type: Any
-    default: Any
-    setting: Setting
-    kinds: dict[str, type]  # "": a section without a choice
-
-    def chosen(self, name: str, flat: Flat) -> type:
-        """The class that `NAME.kind` chooses."""
-        if "" in self.kinds:
-            return self.kinds[""]
-        kind = convert(flat.get(f"{name}.kind", self.default.kind), str, f"{name}.kind")
-        check_bounds(kind, Setting(choices=tuple(self.kinds)), f"{name}.kind")
-        return self.kinds[kind]
-
-
 @functools.cache
-def _parts(cls: type) -> tuple[_Part, ...]:
-    hints = typing.get_type_hints(cls)
-    parts = []
-    for each in dataclasses.fields(cls):
-        hint = hints[each.name]
-        classes = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        sections = all(dataclasses.is_dataclass(one) for one in classes)
-        kinds = {getattr(one, "kind", ""): one for one in classes} if sections else {}
-        default = each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
-        parts.append(_Part(each.name, hint, default, each.metadata["setting"], kinds))
-    return tuple(parts)
+def _fields(cls: type) -> list[Setting]:
+    types_of, default = typing.get_type_hints(cls), cls()
+    return [
+        replace(each.metadata["setting"], name=each.name, type=types_of[each.name], default=getattr(default, each.name))
+        for each in fields(cls)
+        if each.init  # `kind` is the engine's
+    ]
 
 
-@dataclass(frozen=True)
-class Declared:
-    """A setting where it stands."""
-
-    name: str
-    type: Any
-    default: Any
-    setting: Setting
-    shapes_result: bool
-
-
-def declared(
-    cls: type, flat: Flat = types.MappingProxyType({}), prefix: str = "", shapes: bool = False
-) -> Iterator[Declared]:
-    """Every setting of `cls` in order, of the kinds that `flat` chooses."""
-    for part in _parts(cls):
-        name, shapes_result = prefix + part.key, shapes or part.setting.shapes_result
-        if not part.kinds:
-            yield Declared(name, part.type, part.default, part.setting, shapes_result)
+def declared(cls: type, flat: Flat = DEFAULTS, prefix: str = "", shapes_result: bool = False) -> Iterator[Setting]:
+    """Every setting of `cls` in order, by its dotted name, of the kinds that `flat` chooses."""
+    for found in _fields(cls):
+        each = replace(found, name=prefix + found.name, shapes_result=shapes_result or found.shapes_result)
+        if not each.kinds:
+            yield each
             continue
-        if "" not in part.kinds:
-            kind = Setting(f"which kind of {part.key}", choices=tuple(part.kinds))
-            yield Declared(f"{name}.kind", str, part.default.kind, kind, shapes_result)
-        yield from declared(part.chosen(name, flat), flat, f"{name}.", shapes_result)
+        chosen = type(each.default)
+        if "" not in each.kinds:
+            kind = Setting(
+                f"which kind of {found.name}",
+                choices=tuple(each.kinds),
+                shapes_result=each.shapes_result,
+                name=f"{each.name}.kind",
+                default=each.default.kind,
+            )
+            yield kind
+            chosen = each.kinds[kind.read(flat.get(kind.name, kind.default))]
+        yield from declared(chosen, flat, f"{each.name}.", each.shapes_result)
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -165,20 +190,23 @@ def load(cls: type[T], path: Path | None, overrides: Sequence[str] = ()) -> T:
     Raises:
         UserError: an unreadable file, an unknown name, or a value of the wrong type or out of its range.
     """
-    in_file = {} if path is None else _flattened(read_yaml(path), str(path))
-    on_top = dict(_override(cls, text) for text in overrides)
-    flat = in_file | on_top
-    _refuse_unknown(cls, in_file, flat, str(path))
-    _refuse_unknown(cls, on_top, flat, "the command line")
-    built: T = _build(cls, flat)
-    return built
+    return from_dict(cls, {} if path is None else read_yaml(path), str(path), overrides)
 
 
-def from_dict(cls: type[T], tree: Mapping[str, Any], origin: str) -> T:
+def from_dict(cls: type[T], tree: Mapping[str, Any], origin: str, overrides: Sequence[str] = ()) -> T:
     """The settings in a nested dict, or one by dotted names; checked like a file, which errors call `origin`."""
-    flat = _flattened(tree, origin)
-    _refuse_unknown(cls, flat, flat, origin)
-    built: T = _build(cls, flat)
+    given = _flattened(tree, origin)
+    on_top = dict(_override(cls, text) for text in overrides)
+    flat = given | on_top
+    known = {each.name: each for each in declared(cls, flat)}
+    _refuse_unknown(cls, known, given, flat, origin)
+    _refuse_unknown(cls, known, on_top, flat, "the command line")
+    values = {name: each.read(flat[name]) for name, each in known.items() if name in flat}
+    for name, value in values.items():  # YAML turns some into spaces: a saved file would not give the same settings
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and any(category(character) in ("Cc", "Zl", "Zp") for character in text):
+                raise UserError(f"{name} must be without control characters, not {text!r}")
+    built: T = _build(cls, values)
     return built
 
 
@@ -186,13 +214,11 @@ class _TextLoader(yaml.SafeLoader):
     """Keeps every value as its text, and refuses a key that is given twice, where YAML silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if isinstance(key_node, yaml.ScalarNode):
-                if key_node.value in seen:
-                    problem = f"{key_node.value!r} is given twice"
-                    raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-                seen.add(key_node.value)
+        seen: list[Any] = []
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.append(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -206,205 +232,111 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: the file cannot be read, or holds no mapping.
     """
     try:
-        tree = yaml.load(path.read_text(encoding="utf8"), Loader=_TextLoader)
+        tree = yaml.load(path.read_text(encoding="utf8"), Loader=_TextLoader) or {}
     except OSError as error:
         raise UserError(f"cannot read the settings {path}: {error.strerror}; give the path of a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
-    if tree is None:
-        return {}
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold settings by their names, each as 'name: value'")
     return tree
 
 
-def _flattened(tree: Mapping[str, Any], origin: str) -> dict[str, Any]:
+def _flattened(tree: Mapping[str, Any], origin: str, prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        below = {"": value}
-        if isinstance(value, Mapping) and value:
-            below = {f".{name}": inner for name, inner in _flattened(value, origin).items()}
-        for end, inner in below.items():
-            if f"{key}{end}" in flat:
-                raise UserError(f"{key}{end} is given twice in {origin}: remove one of the two")
-            flat[f"{key}{end}"] = inner
+        name = f"{prefix}{key}"
+        below = _flattened(value, origin, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
+        for twice in flat.keys() & below.keys():
+            raise UserError(f"{twice} is given twice in {origin}: remove one of the two")
+        flat |= below
     return flat
 
 
 def _override(cls: type, text: str) -> tuple[str, Any]:
     """(name, value) of `--section.key=value`; a value such as `[a, 'b, c']` is read as a YAML list."""
     name, separator, value = text.removeprefix("--").partition("=")
-    known = {each.name: each for each in declared(cls)}
-    if not (text.startswith("--") and separator and ("." in name or name in known)):
-        likely = _candidates(cls, name, known)
-        example = f"{likely[0]}={value or known[likely[0]].default}" if likely else _example(cls)
-        raise UserError(f"{text!r} is no setting: write --section.key=value, for instance --{example}")
+    if not (text.startswith("--") and separator):
+        likely = _candidates(cls, name, DEFAULTS) or ["section.key"]
+        raise UserError(f"{text!r} is no setting: write --{likely[0]}={value or 'value'}")
     try:
         return name, yaml.load(value, Loader=_TextLoader) if value[:1] == "[" else value
     except yaml.YAMLError:
         return name, value
 
 
-def _example(cls: type) -> str:
-    """`name=value` of the first number, for a message that shows how a setting is written."""
-    first = min(declared(cls), key=lambda each: each.type not in (int, float))
-    return f"{first.name}={first.default}"
-
-
-def _build(cls: type, flat: Flat, prefix: str = "") -> Any:
-    values = {}
-    for part in _parts(cls):
-        name = prefix + part.key
-        if part.kinds:
-            values[part.key] = _build(part.chosen(name, flat), flat, f"{name}.")
-        elif name in flat:
-            values[part.key] = value = convert(flat[name], part.type, name)
-            check_bounds(value, part.setting, name)
-            _refuse_control_characters(value, name)
-    built = cls(**values)
+def _build(cls: type, values: Flat, prefix: str = "") -> Any:
+    arguments = {}
+    for each in _fields(cls):
+        name = prefix + each.name
+        if each.kinds:
+            chosen = each.kinds.get(values.get(f"{name}.kind", ""), type(each.default))
+            arguments[each.name] = _build(chosen, values, f"{name}.")
+        elif name in values:
+            arguments[each.name] = values[name]
+    built = cls(**arguments)
     if hasattr(built, "check"):
         built.check()
     return built
 
 
-def convert(value: Any, kind: Any, name: str) -> Any:
-    """`value`, a text or already of a plain type, as the type `kind`; a UserError that says `name` otherwise."""
-    wrong = UserError(f"{name} must be {_describe_type(kind)}, not {value!r}")
-    if typing.get_origin(kind) is list:
-        if isinstance(value, str):
-            value = [part.strip() for part in value.split(",")] if value else []
-        if not isinstance(value, list):
-            value = [value]
-        (item,) = typing.get_args(kind)
-        return [convert(part, item, name) for part in value]
-    if kind is str:
-        if not isinstance(value, str):
-            raise wrong
-        return value
-    if kind is bool:
-        words = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
-        if str(value).lower() not in words:
-            raise wrong
-        return words[str(value).lower()]
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise wrong
-    try:
-        return float(value) if kind is float else _whole(value)
-    except (ValueError, OverflowError):
-        raise wrong from None
-
-
-def _whole(value: int | float | str) -> int:
-    """Accepts texts such as 1e3, but reads digits without a float in between, which would round large seeds."""
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            return int(value)
-    number = value if isinstance(value, int) else float(value)
-    if number != int(number):
-        raise ValueError(value)
-    return int(number)
-
-
-def _describe_type(kind: Any) -> str:
-    if typing.get_origin(kind) is list:
-        return f"a list, each item {_describe_type(typing.get_args(kind)[0])}"
-    return {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}[kind]
-
-
-def check_bounds(value: Any, setting: Setting, name: str) -> None:
-    """Raises a UserError unless `value`, or each of its items, is finite and one that `setting` allows."""
-    if setting.not_empty and not value:
-        raise UserError(f"{name} must not be empty: give at least one value ({setting.meaning})")
-    for item in value if isinstance(value, list) else [value]:
-        if isinstance(item, float) and not math.isfinite(item):
-            raise UserError(f"{name} must be a finite number, not {value!r}")
-        if not setting.admits(item):
-            close = difflib.get_close_matches(str(item), setting.choices, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise UserError(f"{name} must be {setting.allowed}, not {value!r}{hint}")
-
-
-def _refuse_control_characters(value: Any, name: str) -> None:
-    """YAML turns some line separators into spaces, so that a saved file would not give the same settings."""
-    for text in value if isinstance(value, list) else [value]:
-        for broken in (c for c in text if category(c) in ("Cc", "Zl", "Zp")) if isinstance(text, str) else ():
-            raise UserError(f"{name} holds the control character {broken!r}: take it out of {value!r}")
-
-
 # ---- unknown names -------------------------------------------------------------------------------------------------
 
 
-def _refuse_unknown(cls: type, given: Flat, flat: Flat, origin: str) -> None:
-    """Raises a UserError for a name in `given` that `cls` does not have with the kinds that `flat` chooses."""
-    known = {each.name for each in declared(cls, flat)}
+def _refuse_unknown(cls: type, known: Mapping[str, Setting], given: Flat, flat: Flat, origin: str) -> None:
+    """Raises a UserError for a name in `given` that is not in `known`, the settings with the kinds in `flat`."""
     for name, value in given.items():
-        if name in known:
-            continue
         inside = [each for each in known if each.startswith(f"{name}.")]
-        if not inside:
-            kind = _kind_above(cls, name, flat)
-            raise UserError(f"unknown setting {name!r} in {origin}{kind}; {suggest(cls, name, flat)}")
-        if value not in ("", {}):
-            example = next(each.name for each in declared(cls, flat) if each.name in inside)
-            raise UserError(f"{name} in {origin} is a section, not {value!r}: name a setting in it, such as {example}")
+        if name in known or (inside and value in ("", {})):
+            continue
+        if inside:
+            raise UserError(
+                f"{name} in {origin} is a section, not {value!r}: name a setting in it, such as {inside[0]}"
+            )
+        # The section could be of another kind, which may have that name.
+        kinds = [each for each in known if each.endswith(".kind") and len(known[each].choices) > 1]
+        above = [each for each in kinds if name.startswith(each.removesuffix("kind"))]
+        where = f", where {above[-1]} is {flat.get(above[-1], known[above[-1]].default)!r}" if above else ""
+        raise UserError(f"unknown setting {name!r} in {origin}{where}; {suggest(cls, name, flat)}")
 
 
-def _kind_above(cls: type, name: str, flat: Flat) -> str:
-    """ ", where bake.kind is 'oven'", if the unknown name stands in a section that could be of another kind."""
-    kinds = [each for each in declared(cls, flat) if each.name.endswith(".kind") and len(each.setting.choices) > 1]
-    above = [each for each in kinds if name.startswith(each.name.removesuffix("kind"))]
-    return f", where {above[-1].name} is {flat.get(above[-1].name, above[-1].default)!r}" if above else ""
-
-
-def suggest(cls: type, name: str, flat: Flat = types.MappingProxyType({})) -> str:
-    """What to say beside an unknown name: the settings that are probably meant, or all that stand beside it."""
-    known = {each.name: each for each in declared(cls, flat)}
-    found = _candidates(cls, name, known)
+def suggest(cls: type, name: str, flat: Flat = DEFAULTS) -> str:
+    """What to say beside an unknown name: the settings that are probably meant, or all in its section."""
+    found = _candidates(cls, name, flat)
     if found:
-        return f"did you mean {' or '.join(repr(each) for each in found[:3])}?"
-    above = _resolved(cls, name).rpartition(".")[0]
-    while above and not any(each.startswith(f"{above}.") for each in known):
-        above = above.rpartition(".")[0]
-    inside = f"{above}." if above else ""
-    names = dict.fromkeys(each.removeprefix(inside).partition(".")[0] for each in known if each.startswith(inside))
-    return f"known{' in ' + above if above else ''} are: {', '.join(names)}"
+        return f"did you mean {' or '.join(map(repr, found[:3]))}?"
+    above = _resolved(cls, name).partition(".")[0]
+    inside = [each.name.removeprefix(f"{above}.") for each in declared(cls, flat) if each.name.startswith(f"{above}.")]
+    names = inside or [each.name for each in _fields(cls)]
+    return f"known{f' in {above}' if inside else ''} are: {', '.join(names)}"
 
 
-def _candidates(cls: type, name: str, known: Mapping[str, Declared]) -> list[str]:
+def _candidates(cls: type, name: str, flat: Flat) -> list[str]:
     """Settings that an unknown name probably means.
 
     The same last part in any section counts most (`model.dropout`), then a name from other programs (`lr`), then
     the nearest spelling. So `train.lr` is `optim.learning_rate`, and not the `train.seed` that is spelled like it.
     """
-    wanted = _resolved(cls, name)
-    beside, _, key = wanted.rpartition(".")
-    exact = [each for each in known if each.rpartition(".")[2] == key]
-    other = [each.name for each in known.values() if key in each.setting.also_called]
-    for found in (exact, other):
-        if found:
-            return [each for each in found if each.startswith(f"{beside}.")] or found
+    known = {each.name: each for each in declared(cls, flat)}
+    beside, _, key = _resolved(cls, name).rpartition(".")
     inside = [each for each in known if each.startswith(f"{beside}.")]
-    for names, least in ((inside, 0.65), (known, 0.8)):
-        best = max(names, key=lambda each: _likeness(wanted, each), default="")
-        if _likeness(wanted, best) >= least:
-            return [best]
+    same_key = [each for each in known if each.rpartition(".")[2] == key]
+    for found in (same_key, [each for each in known if key in known[each].also_called.split()]):
+        if found:
+            return [each for each in found if each in inside] or found
+    in_section = {each.removeprefix(f"{beside}."): each for each in inside}
+    anywhere = {each.rpartition(".")[2]: each for each in known}
+    for names, cutoff in ((in_section, 0.65), (anywhere, 0.8)):
+        for close in difflib.get_close_matches(key, names, n=1, cutoff=cutoff):
+            return [names[close]]
     return []
 
 
 def _resolved(cls: type, name: str) -> str:
     """The name in lower case with `_` for `-`, and its section by our name if another program's is known."""
     head, dot, rest = name.replace("-", "_").lower().partition(".")
-    ours = [part.key for part in _parts(cls) if part.kinds and head in part.setting.also_called]
+    ours = [each.name for each in _fields(cls) if each.kinds and head in each.also_called.split()]
     return (ours[0] if ours else head) + dot + rest
-
-
-def _likeness(wanted: str, known: str) -> float:
-    """0 to 1; a section that both stand in does not count, or any two settings in it would look alike."""
-    ours, theirs = wanted.split("."), known.split(".")
-    while len(ours) > 1 and len(theirs) > 1 and ours[0] == theirs[0]:
-        ours, theirs = ours[1:], theirs[1:]
-    pairs = [(".".join(ours), ".".join(theirs)), (ours[-1], theirs[-1])]
-    return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -417,24 +349,14 @@ def nearest(name: str, names: Iterable[str]) -> str:
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
-def to_dict(settings: Any) -> dict[str, Any]:
-    """The settings as plain nested containers, as YAML files and checkpoints hold them."""
-    tree: dict[str, Any] = {"kind": settings.kind} if hasattr(settings, "kind") else {}
-    cls: type = type(settings)
-    for part in _parts(cls):
-        value = getattr(settings, part.key)
-        tree[part.key] = to_dict(value) if part.kinds else list(value) if isinstance(value, list) else value
-    return tree
-
-
 def flatten(settings: Any) -> dict[str, Any]:
     """The value of every setting by its dotted name, in order."""
-    return _flattened(to_dict(settings), "the settings")
+    return _flattened(asdict(settings), "the settings")
 
 
 def describe(settings: Any) -> str:
     """The settings as YAML text, which gives the same settings when it is loaded."""
-    return yaml.safe_dump(to_dict(settings), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(asdict(settings), sort_keys=False, allow_unicode=True, width=120)
 
 
 def differences(ours: Any, theirs: Any) -> list[tuple[str, Any, Any]]:
@@ -447,26 +369,18 @@ def differences(ours: Any, theirs: Any) -> list[tuple[str, Any, Any]]:
     return [(name, mine[name], other[name]) for name in shaping if mine[name] != other[name]]
 
 
-def help_text(cls: type) -> str:
+def help_text(cls: type, prefix: str = "") -> str:
     """Every setting with its default, meaning and range, and those of every kind, for an entry point's `--help`."""
-    return "\n".join(_help_lines(cls, ""))
-
-
-def _help_lines(cls: type, prefix: str) -> Iterator[str]:
-    parts = _parts(cls)
-    for part in (part for part in parts if not part.kinds):
-        shown = ",".join(map(str, part.default)) if isinstance(part.default, list) else part.default
-        yield from _help_entry(f"{prefix}{part.key}={shown}", part.setting)
-    for part in (part for part in parts if part.kinds):
-        name = prefix + part.key
-        for kind, below in part.kinds.items():
-            yield f"\n{name}: {(below.__doc__ or '').partition(chr(10))[0]}"
-            if kind:
-                choice = Setting(f"the kind with the settings below; default: {part.default.kind}")
-                yield from _help_entry(f"{name}.kind={kind}", choice)
-            yield from _help_lines(below, f"{name}.")
-
-
-def _help_entry(name: str, setting: Setting) -> list[str]:
-    text = f"{setting.meaning} ({setting.allowed})" if setting.allowed else setting.meaning
-    return [f"  --{name}", *textwrap.wrap(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 8)]
+    text = ""
+    for each in _fields(cls):
+        if not each.kinds:
+            default = ",".join(map(str, each.default)) if isinstance(each.default, list) else each.default
+            meaning = f"{each.meaning} ({each.allowed})" if each.allowed else each.meaning
+            indented = textwrap.fill(meaning, 100, initial_indent=" " * 8, subsequent_indent=" " * 8)
+            text += f"  --{prefix}{each.name}={default}\n{indented}\n"
+    for each in _fields(cls):
+        for kind, below in each.kinds.items():
+            name, is_default = prefix + each.name, " (default)" if below is type(each.default) else ""
+            choice = f", for --{name}.kind={kind}{is_default}" if kind else ""
+            text += f"\n{name}{choice}: {(below.__doc__ or '').splitlines()[0]}\n{help_text(below, f'{name}.')}"
+    return text

@@ -23,14 +23,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ddp_asr.errors import UserError
-from ddp_asr.settings import check_bounds, convert, nearest, read_yaml, setting
+from ddp_asr.settings import declared, nearest, read_yaml, setting
 
 EXECUTORS = ("slurm", "local", "debug")
 PROFILES = Path("configs/clusters")
@@ -78,7 +77,7 @@ class Request:
         return self.max_nodes * self.ranks_per_node
 
 
-_FIELDS = {field.name: field for field in dataclasses.fields(Request)}
+_FIELDS = {each.name: each for each in declared(Request)}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +94,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             option, repeated = f"--{name.replace('_', '-')}", name == "setup"
             metavar = "LINE" if repeated else name.rpartition("_")[2].upper()
             action = "append" if repeated else "store"
-            group.add_argument(option, metavar=metavar, action=action, help=field.metadata["setting"].meaning)
+            group.add_argument(option, metavar=metavar, action=action, help=field.meaning)
 
 
 def request_from(options: argparse.Namespace, **defaults: Any) -> Request:
@@ -106,11 +105,7 @@ def request_from(options: argparse.Namespace, **defaults: Any) -> Request:
     """
     values = defaults | _read_profile(options.cluster)
     values |= {name: given for name in _FIELDS if (given := getattr(options, name, None)) is not None}
-    types = typing.get_type_hints(Request)
-    values = {name: convert(value, types[name], name) for name, value in values.items()}
-    for name, value in values.items():
-        check_bounds(value, _FIELDS[name].metadata["setting"], name)
-    request = Request(**values)
+    request = Request(**{name: _FIELDS[name].read(value) for name, value in values.items()})
     _check(request)
     return request
 

@@ -28,8 +28,6 @@ from ddp_asr.config import Config, Run, load_config
 from ddp_asr.errors import UserError
 from ddp_asr.settings import (
     Setting,
-    check_bounds,
-    convert,
     differences,
     flatten,
     from_dict,
@@ -167,10 +165,9 @@ def _range(name: str, given: Mapping[str, Any], kind: type) -> Range:
     if not {"min", "max"} <= given.keys():
         raise UserError(f"the range of {name} needs both ends, such as {{min: 1e-4, max: 1e-2, scale: log}}")
     scale = given.get("scale", "linear")
-    check_bounds(scale, Setting(choices=("linear", "log")), f"scale of {name}")
-    low, high = (convert(given[key], kind, f"{key} of {name}") for key in ("min", "max"))
-    for key, value in (("min", low), ("max", high)):
-        check_bounds(value, Setting(above=0 if scale == "log" else -math.inf), f"{key} of {name}")
+    Setting(name=f"scale of {name}", choices=("linear", "log")).read(scale)
+    least = 0 if scale == "log" else -math.inf
+    low, high = (Setting(name=f"{key} of {name}", type=kind, above=least).read(given[key]) for key in ("min", "max"))
     if low >= high:
         raise UserError(f"min of {name} must be below its max, not {low:g} and {high:g}")
     return Range(low, high, log=scale == "log", whole=kind is int)

@@ -10,7 +10,7 @@ import pytest
 
 from ddp_asr.config import Config, config_from_dict, load_config
 from ddp_asr.errors import UserError
-from ddp_asr.settings import declared, describe, differences, flatten, help_text, suggest, to_dict
+from ddp_asr.settings import declared, describe, differences, flatten, help_text, suggest
 from tests.conftest import REPOSITORY
 
 SETTINGS = {each.name: each for each in declared(Config)}
@@ -90,10 +90,7 @@ def test_every_setting_has_its_bounds_and_names_itself(name, good, bad):
 
 def test_settings_at_odds_with_each_other_name_both():
     cases = {
-        (
-            "--features.mel_bands=20",
-            "--augment.frequency_mask_bands=20",
-        ): "= 20 would hide all bands of features.mel_bands = 20",
+        ("--augment.frequency_mask_bands=128",): "= 128 would hide all bands of features.mel_bands = 128",
         ("--features.mel_bands=90", "--encoder.time_strides=2,2"): "90 must be divisible by 4",
         ("--objective.short_context_s=0.4,1.2",): "objective.consistency_weight = 0 makes only one view",
         ("--objective.intermediate_weight=0.3", "--objective.intermediate_layers=1,6"): r"layers 1 to 5 .*\[1, 6\]",
@@ -113,15 +110,10 @@ def test_settings_at_odds_with_each_other_name_both():
         # names of other programs
         *((f"{section}.lr", "optim.learning_rate") for section in ("train", "optim", "optimizer", "model")),
         ("optim.wd", "optim.weight_decay"),
-        ("train.weight_decay", "optim.weight_decay"),
         ("train.batch_size", "batch.max_seconds"),
-        ("data.batch_size", "batch.max_seconds"),
         ("trainer.max_epochs", "train.epochs"),
-        ("train.num_epochs", "train.epochs"),
         ("data.workers", "data.threads"),
-        ("data.num_workers", "data.threads"),
         ("train.num_workers", "data.threads"),
-        ("optim.warmup", "optim.warmup_share"),
         ("train.warmup_steps", "optim.warmup_share"),
         ("train.grad_clip", "optim.clip_norm"),
         ("train.accumulate_grad_batches", "batch.micro_batches"),
@@ -133,15 +125,12 @@ def test_settings_at_odds_with_each_other_name_both():
         # the right key in another section
         *((f"{section}.dropout", "encoder.dropout") for section in ("train", "optim", "model")),
         ("model.rnn_size", "encoder.rnn_size"),
-        ("augment.consistency_weight", "objective.consistency_weight"),
         ("augment.short_context_s", "objective.short_context_s"),
         ("optim.epochs", "train.epochs"),
         # the layout before sections had kinds
         ("augment.noise_share", "augment.noise.share"),
-        ("augment.noise_snr_db_min", "augment.noise.snr_db_min"),
         ("model.intermediate_ctc_weight", "objective.intermediate_weight"),
         # spelling
-        ("train.epoch", "train.epochs"),
         ("trian.epoch", "train.epochs"),
         ("optim.learning-rate", "optim.learning_rate"),
         ("model.droput", "encoder.dropout"),
@@ -157,26 +146,13 @@ def test_a_hint_does_not_mislead_where_nothing_is_near(name):
 
 
 def test_names_of_other_programs_are_none_of_ours():
-    also = {(name, each) for name, setting in SETTINGS.items() for each in setting.setting.also_called}
+    also = {(name, each) for name, setting in SETTINGS.items() for each in setting.also_called.split()}
     assert {each for _, each in also} & {name.rpartition(".")[2] for name in NAMES} == set()
     assert {each for _, each in also if re.search("[^a-z0-9_]", each)} == set()
 
 
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [
-        ("--epochs=3", "'--epochs=3' is no setting: write --section.key=value, for instance --train.epochs=3"),
-        ("--lr=1e-3", "for instance --optim.learning_rate=1e-3"),
-        ("--resum=never", "'--resum=never' is no setting: write --section.key=value, for instance --data.threads=2"),
-    ],
-)
-def test_a_setting_without_its_section_is_answered_with_it(override, said):
-    with pytest.raises(UserError, match=re.escape(said)):
-        load_config(None, [override])
-
-
 def test_a_checkpoint_of_an_older_layout_is_refused_in_one_sentence():
-    tree = to_dict(Config())
+    tree = dataclasses.asdict(Config())
     older = {"run": tree["run"], "model": {"conv_channels": 32, "rnn_size": 512}, "optim": tree["optim"]}
     with pytest.raises(UserError) as error:
         config_from_dict(older, "the checkpoint best.pt")
@@ -193,17 +169,13 @@ def test_a_run_is_named_after_its_file_unless_it_has_a_name(tmp_path):
     assert load_config(None).run.name == "default"
 
 
-def test_the_saved_file_repeats_the_run(tmp_path):
-    for source in sorted((REPOSITORY / "configs").glob("*.yaml")):
-        config = load_config(source)
-        (tmp_path / "config.yaml").write_text(describe(config), encoding="utf8")
-        assert load_config(tmp_path / "config.yaml") == config
-        assert config_from_dict(to_dict(config), "a checkpoint") == config
-
-
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_config_in_the_repository_is_sound(path):
-    assert load_config(path).run.name == path.stem
+def test_every_config_in_the_repository_is_sound_and_repeats_as_it_is_saved(path, tmp_path):
+    config = load_config(path)
+    assert config.run.name == path.stem
+    (tmp_path / "config.yaml").write_text(describe(config), encoding="utf8")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert config_from_dict(dataclasses.asdict(config), "a checkpoint") == config
 
 
 FREE = {"run", "data", "decoder", "tracking", "distributed"}  # sections that may change between attempts of one run
@@ -228,12 +200,6 @@ def test_what_shapes_the_result_differs_and_nothing_else_does(name):
     theirs = changed(ours, path, key)
     free = path[0] in FREE or (path[0] == "train" and key in FREE_IN_TRAIN)
     assert differences(ours, theirs) == ([] if free else [(name, flatten(ours)[name], flatten(theirs)[name])])
-
-
-def test_the_first_difference_comes_first():
-    theirs = load_config(None, ["--encoder.rnn_size=7", "--batch.buckets=2", "--train.seed=9"])
-    names = [name for name, _, _ in differences(Config(), theirs)]
-    assert names == ["batch.buckets", "encoder.rnn_size", "train.seed"]
 
 
 def reads():
@@ -266,14 +232,9 @@ def test_no_setting_that_nothing_reads():
 def test_every_setting_has_a_meaning_and_stands_in_the_help():
     shown = " ".join(help_text(Config).split())
     for name, each in SETTINGS.items():
-        assert each.setting.meaning and f" --{name}=" in shown
+        assert each.meaning and f" --{name}=" in shown
         if not name.endswith(".kind"):
-            assert each.setting.meaning in shown
-
-
-def test_nothing_can_be_changed_afterwards():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Config().train.epochs = 3
+            assert each.meaning in shown
 
 
 def test_settings_are_read_without_torch():

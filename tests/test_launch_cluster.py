@@ -45,7 +45,7 @@ def test_ranks_are_gpus_unless_tasks_are_asked_for():
         (["--nodes=0"], "nodes must be a number such as 4, or a range such as 1-4, not '0'"),
         (["--nodes=4-1"], "nodes must be a number .* not '4-1'"),
         (["--nodes=two"], "nodes must be a number .* not 'two'"),
-        (["--gpus-per-node=-1"], "gpus_per_node must be 0 or more, not -1"),
+        (["--gpus-per-node=-1"], "gpus_per_node must be at least 0, not -1"),
         (["--gpus-per-node=many"], "gpus_per_node must be a whole number, not 'many'"),
         (["--partition=a\nb"], "partition must be one line"),
         (["--cluster=local", "--nodes=2"], "nodes = 2, but 'local' is this machine alone"),

@@ -101,7 +101,7 @@ def test_a_grid_needs_nothing_but_a_config_and_values(write, tmp_path):
         (f"{GRID}\nfixed: {{encoder.dropout: 0}}", "encoder.dropout is under both settings and fixed"),
         (f"{GRID}\nsearch: bayes", "search must be one of grid, random, not 'bayes'"),
         (f"{GRID}\nsearch: random", "trials must say how many to draw"),
-        (f"{GRID}\nsearch: random\ntrials: -1", "trials must be 0 or more, not -1"),
+        (f"{GRID}\nsearch: random\ntrials: -1", "trials must be at least 0, not -1"),
         (f"{GRID}\nsearch: random\ntrials: many", "trials must be a whole number, not 'many'"),
         (f"{GRID}\ntrials: 3", "trials and seed are for 'search: random'"),
         (f"{GRID}\nseed: 3", "trials and seed are for 'search: random'"),
@@ -128,7 +128,7 @@ def test_a_mistake_in_the_file_is_one_sentence(write, text, said):
         ("optim.learning_rate: {min: 2, max: 1}", "min of optim.learning_rate must be below its max, not 2 and 1"),
         ("optim.learning_rate: {min: 1, max: 1}", "must be below its max"),
         ("optim.learning_rate: {min: 1, max: inf}", "max of optim.learning_rate must be a finite number"),
-        ("optim.learning_rate: {min: a, max: 1}", "min of optim.learning_rate must be a number, not 'a'"),
+        ("optim.learning_rate: {min: a, max: 1}", "min of optim.learning_rate must be a finite number, not 'a'"),
         ("optim.learning_rate: {min: 0, max: 1, scale: log}", "min of optim.learning_rate must be above 0, not 0.0"),
         (
             "optim.learning_rate: {min: 0, max: 1, scale: exp}",
@@ -287,7 +287,7 @@ def test_each_trial_has_a_checked_config_and_a_directory(write, tmp_path):
         (
             "settings: {encoder.dropout: [0, high]}",
             [],
-            "trial dropout=high: encoder.dropout must be a number, not 'high'",
+            "trial dropout=high: encoder.dropout must be a finite number, not 'high'",
         ),
         ("settings: {encoder.dropout: [0, 1]}", [], "trial dropout=1: encoder.dropout must be at least 0 and below 1"),
         ("settings: {encoder.dropout: [0, 0.0]}", [], "trials dropout=0 and dropout=0.0 have the same settings"),
@@ -522,7 +522,7 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(write, tmp_path):
     for arguments, said in (
         ([write(GRID), "--cluster=debug"], "--cluster debug trains in this process"),
         ([tmp_path / "none.yaml"], "cannot read the settings"),
-        ([write(GRID), "--paralel=2"], "'--paralel=2' is no setting"),
+        ([write(GRID), "--paralel=2"], "unknown setting 'paralel' in the command line"),
         ([write(GRID), "--cluster=local"], "there are no shards at shards/train-clean-100"),
     ):
         answer = swept(*arguments)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import subprocess
-import sys
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import asdict, dataclass, field
 
 import pytest
 from hypothesis import given
@@ -15,7 +12,6 @@ from hypothesis import strategies as st
 
 from ddp_asr.errors import UserError
 from ddp_asr.settings import (
-    Setting,
     declared,
     describe,
     differences,
@@ -27,18 +23,16 @@ from ddp_asr.settings import (
     section,
     setting,
     suggest,
-    to_dict,
 )
-from tests.conftest import REPOSITORY
 
 
 @dataclass(frozen=True)
 class Oven:
     """Baking in an oven."""
 
-    kind: ClassVar[str] = "oven"
+    kind: str = field(default="oven", init=False)
 
-    degrees: float = setting(180.0, "temperature", above=0, at_most=300, also_called=("temp", "heat"))
+    degrees: float = setting(180.0, "temperature", above=0, at_most=300, also_called="temp heat")
     fan: bool = setting(False, "blow the air around")
 
 
@@ -46,7 +40,7 @@ class Oven:
 class Steamer:
     """Steaming in a pot."""
 
-    kind: ClassVar[str] = "steamer"
+    kind: str = field(default="steamer", init=False)
 
     water_ml: int = setting(500, "water in the pot", at_least=1)
 
@@ -77,18 +71,14 @@ class Cake:
     """A cake."""
 
     name: str = setting("", "name of the cake")
-    seed: int = setting(0, "seed of the decoration", shapes_result=True, also_called=("random_seed",))
+    seed: int = setting(0, "seed of the decoration", shapes_result=True, also_called="random_seed")
     notes: list[str] = setting([], "notes for the baker")
-    bake: Oven | Steamer = section(Oven, shapes_result=True, also_called=("cook",))
+    bake: Oven | Steamer = section(Oven, shapes_result=True, also_called="cook")
     top: Top = section(Top)
 
     def check(self) -> None:
         if self.top.nuts > 9 and self.bake.kind == "steamer":
             raise UserError("top.nuts would sink in steam: set bake.kind=oven")
-
-
-def given_on_command_line(name, text):
-    return flatten(load(Cake, None, [f"--{name}={text}"]))[name]
 
 
 def refusal(*overrides, path=None):
@@ -140,7 +130,7 @@ def test_a_text_becomes_what_its_field_declares_from_file_and_command_line_alike
     *sections, key = name.split(".")
     nested = "".join(f"{'  ' * depth}{part}:\n" for depth, part in enumerate(sections))
     from_file = flatten(load(Cake, file(f"{nested}{'  ' * len(sections)}{key}: {text}\n")))[name]
-    for value in (given_on_command_line(name, text), from_file):
+    for value in (flatten(load(Cake, None, [f"--{name}={text}"]))[name], from_file):
         assert value == expected and type(value) is type(expected)
 
 
@@ -158,45 +148,26 @@ def test_any_word_reads_alike_from_file_and_command_line(tmp_path_factory, text)
         ("seed", "", "seed must be a whole number, not ''"),
         ("seed", "inf", "seed must be a whole number, not 'inf'"),
         ("seed", "[3]", "seed must be a whole number, not ['3']"),
-        ("bake.degrees", "hot", "bake.degrees must be a number, not 'hot'"),
-        ("bake.degrees", "on", "bake.degrees must be a number, not 'on'"),
+        ("bake.degrees", "hot", "bake.degrees must be a finite number, not 'hot'"),
+        ("bake.degrees", "on", "bake.degrees must be a finite number, not 'on'"),
         ("bake.fan", "maybe", "bake.fan must be true or false, not 'maybe'"),
         ("bake.fan", "1", "bake.fan must be true or false, not '1'"),
-        ("top.layers", "2,x", "top.layers must be a number, not 'x'"),
+        ("top.layers", "2,x", "top.layers must be a finite number, not 'x'"),
         ("name", "[a]", "name must be a text, not ['a']"),
         # ranges
+        ("bake.degrees", "0", "bake.degrees must be above 0 and at most 300, not 0.0"),
         ("bake.degrees", "301", "bake.degrees must be above 0 and at most 300, not 301.0"),
-        ("bake.degrees", "nan", "bake.degrees must be a finite number, not nan"),
+        ("bake.degrees", "nan", "bake.degrees must be a finite number, not 'nan'"),
         ("top.icing.share", "1", "top.icing.share must be at least 0 and below 1, not 1.0"),
-        ("top.nuts", "-1", "top.nuts must be 0 or more, not -1"),
-        ("top.layers", "1,0", "top.layers must be above 0, not [1.0, 0.0]"),
+        ("top.nuts", "-1", "top.nuts must be at least 0, not -1"),
+        ("top.layers", "1,0", "top.layers must be above 0, not 0.0"),
         ("top.layers", "", "top.layers must not be empty: give at least one value (thickness of each layer)"),
-        ("top.icing.colour", "pnik", "top.icing.colour must be one of white, pink, not 'pnik'; did you mean 'pink'?"),
-        ("top.icing.colour", "blue", "top.icing.colour must be one of white, pink, not 'blue'"),
-        ("notes", "a\x85b", r"notes holds the control character '\x85': take it out of ['a\x85b']"),
+        ("top.icing.colour", "pnik", "top.icing.colour must be one of white, pink, not 'pnik'"),
+        ("notes", "a\x85b", r"notes must be without control characters, not 'a\x85b'"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_with_what_can(name, text, said):
     assert refusal(f"--{name}={text}") == said
-
-
-@pytest.mark.parametrize(
-    ("bounds", "words", "inside", "outside"),
-    [
-        ({"at_least": 0, "at_most": 1}, "between 0 and 1", [0, 0.5, 1], [-0.1, 1.1]),
-        ({"at_least": 0, "below": 1}, "at least 0 and below 1", [0, 0.5], [-0.1, 1]),
-        ({"above": 0}, "above 0", [1e-9], [0, -1]),
-        ({"above": 0, "at_most": 2}, "above 0 and at most 2", [1e-9, 2], [0, 2.1]),
-        ({"at_least": 1}, "1 or more", [1, 2], [0]),
-        ({"at_most": 3}, "at most 3", [3, -9], [4]),
-        ({"below": 3}, "below 3", [2], [3]),
-        ({}, "", [-1e300, 1e300], []),
-    ],
-)
-def test_a_range_in_words(bounds, words, inside, outside):
-    setting = Setting("", **bounds)
-    assert setting.allowed == words
-    assert all(setting.admits(value) for value in inside) and not any(setting.admits(value) for value in outside)
 
 
 def test_the_kind_decides_what_stands_in_a_section(file):
@@ -206,9 +177,7 @@ def test_the_kind_decides_what_stands_in_a_section(file):
     steamed = file("bake: {kind: steamer, water_ml: 7}")
     assert load(Cake, steamed).bake == Steamer(7)
     assert load(Cake, steamed, ["--bake.water_ml=8"]).bake == Steamer(8)
-    assert refusal("--bake.kind=steemer") == (
-        "bake.kind must be one of oven, steamer, not 'steemer'; did you mean 'steamer'?"
-    )
+    assert refusal("--bake.kind=steemer") == "bake.kind must be one of oven, steamer, not 'steemer'"
     assert refusal("--bake.kind=[oven]") == "bake.kind must be a text, not ['oven']"
     assert refusal("--bake.degree=9", "--bake.kind=steamer") == (
         "unknown setting 'bake.degree' in the command line, where bake.kind is 'steamer'; "
@@ -249,10 +218,9 @@ def test_an_unknown_name_is_answered_with_what_was_probably_meant(name, meant):
     assert said == f"did you mean {meant}?" if meant else said.startswith("known in top")
 
 
-def test_where_nothing_is_near_all_names_beside_it_are_listed():
-    assert suggest(Cake, "top.xy") == "known in top are: nuts, icing, layers"
-    assert suggest(Cake, "top.icing.xyz") == "known in top.icing are: share, colour"
-    assert suggest(Cake, "top.xy.z") == "known in top are: nuts, icing, layers"
+def test_where_nothing_is_near_all_names_in_the_section_are_listed():
+    in_top = "known in top are: nuts, icing.share, icing.colour, layers"
+    assert suggest(Cake, "top.xy") == suggest(Cake, "top.icing.xyz") == suggest(Cake, "top.xy.z") == in_top
     assert suggest(Cake, "zzz.q") == "known are: name, seed, notes, bake, top"
     assert nearest("slrum", ["slurm", "local"]) == "did you mean 'slurm'?"
     assert nearest("zz", ["slurm", "local"]) == "known are: slurm, local"
@@ -274,20 +242,18 @@ def test_a_name_in_several_sections_is_answered_with_all_of_them():
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("--fan=on", "'--fan=on' is no setting: write --section.key=value, for instance --bake.fan=on"),
-        ("--heat=9", "'--heat=9' is no setting: write --section.key=value, for instance --bake.degrees=9"),
-        ("--zzz=9", "'--zzz=9' is no setting: write --section.key=value, for instance --seed=0"),
-        ("bake.fan=on", "'bake.fan=on' is no setting: write --section.key=value, for instance --bake.fan=on"),
-        ("--bake.fan", "'--bake.fan' is no setting: write --section.key=value, for instance --bake.fan=False"),
-        ("--top=3", "'--top=3' is no setting: write --section.key=value, for instance --seed=0"),
-        (
-            "--top.icing=3",
-            "top.icing in the command line is a section, not '3': name a setting in it, such as top.icing.share",
-        ),
-        ("--seed.x=3", "unknown setting 'seed.x' in the command line; did you mean 'seed'?"),
+        ("bake.fan=on", "'bake.fan=on' is no setting: write --bake.fan=on"),
+        ("--bake.fan", "'--bake.fan' is no setting: write --bake.fan=value"),
+        ("--heat", "'--heat' is no setting: write --bake.degrees=value"),
+        ("zzz", "'zzz' is no setting: write --section.key=value"),
+        ("--fan=on", "unknown setting 'fan' in the command line; did you mean 'bake.fan'?"),
+        ("--heat=9", "unknown setting 'heat' in the command line; did you mean 'bake.degrees'?"),
+        ("--zzz=9", "unknown setting 'zzz' in the command line; known are: name, seed, notes, bake, top"),
+        ("--seed.x=3", "unknown setting 'seed.x' in the command line; known are: name, seed, notes, bake, top"),
+        ("--top=3", "top in the command line is a section, not '3': name a setting in it, such as top.nuts"),
     ],
 )
-def test_what_is_no_setting_is_answered_with_how_it_is_written(override, said):
+def test_what_is_no_setting_is_answered_with_one_that_is(override, said):
     assert refusal(override) == said
 
 
@@ -364,13 +330,12 @@ def test_what_is_written_gives_the_same_settings_again(tmp_path_factory, cake):
     path = tmp_path_factory.getbasetemp() / "written.yaml"
     path.write_text(describe(cake), encoding="utf8")
     assert load(Cake, path) == cake
-    assert from_dict(Cake, to_dict(cake), "a checkpoint") == cake
+    assert from_dict(Cake, asdict(cake), "a checkpoint") == cake
     assert from_dict(Cake, flatten(cake), "a checkpoint") == cake
-    assert load(Cake, None, [f"--{name}={value}" for name, value in flatten(cake).items() if name == "seed"])
 
 
 def test_the_kind_is_written_first():
-    assert list(to_dict(Cake())["bake"]) == ["kind", "degrees", "fan"]
+    assert list(asdict(Cake())["bake"]) == ["kind", "degrees", "fan"]
     assert (
         list(flatten(Cake()))
         == [each.name for each in declared(Cake)]
@@ -382,7 +347,7 @@ def test_the_kind_is_written_first():
 
 
 def test_differences_are_of_what_shapes_the_result_and_a_kind_is_one_difference():
-    ours = load(Cake, None, ["--seed=1", "--bake.fan=on", "--top.nuts=3"])
+    ours = load(Cake, None, ["--bake.fan=on", "--top.nuts=3", "--seed=1"])
     assert differences(ours, Cake()) == [("seed", 1, 0), ("bake.fan", True, False)]
     assert differences(ours, dataclasses.replace(ours, bake=Steamer())) == [("bake.kind", "oven", "steamer")]
 
@@ -390,10 +355,9 @@ def test_differences_are_of_what_shapes_the_result_and_a_kind_is_one_difference(
 def test_the_help_shows_every_setting_of_every_kind_with_its_range():
     shown = help_text(Cake)
     assert shown.splitlines()[:2] == ["  --name=", "        name of the cake"]
-    entry = (
-        "\nbake: Steaming in a pot.\n  --bake.kind=steamer\n        the kind with the settings below; default: oven\n"
-    )
-    assert f"{entry}  --bake.water_ml=500\n        water in the pot (1 or more)\n" in shown
+    assert "\nbake, for --bake.kind=oven (default): Baking in an oven.\n  --bake.degrees=180.0\n" in shown
+    entry = "  --bake.water_ml=500\n        water in the pot (at least 1)\n"
+    assert f"\nbake, for --bake.kind=steamer: Steaming in a pot.\n{entry}" in shown
     assert "\ntop.icing: Sugar on the top.\n  --top.icing.share=0.0\n" in shown
     assert "colour of the icing (one of white, pink)" in shown
     assert shown.index("--top.layers") < shown.index("--top.icing.share")  # under its own heading
@@ -403,10 +367,4 @@ def test_nothing_can_be_changed_afterwards_and_no_list_is_shared():
     cake = Cake()
     with pytest.raises(dataclasses.FrozenInstanceError):
         cake.top.nuts = 3
-    assert cake.notes is not Cake().notes and to_dict(cake)["notes"] is not cake.notes
-
-
-def test_the_engine_imports_neither_torch_nor_what_is_being_set():
-    program = "import ddp_asr.settings, sys; print(sorted({'torch', 'numpy', 'ddp_asr.config'} & set(sys.modules)))"
-    run = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True, capture_output=True, text=True)
-    assert run.stdout == "[]\n"
+    assert cake.notes is not Cake().notes and load(Cake, None).notes is not load(Cake, None).notes

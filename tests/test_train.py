@@ -66,7 +66,7 @@ MISTAKES = [
     (["--train.epochs=many"], r"^train.epochs must be a whole number, not 'many'$"),
     (["--train.epochs=0"], r"^train.epochs must be .*not 0$"),
     (["--train.epochs"], r"^--train.epochs has no value: write --train.epochs=VALUE$"),
-    (["epochs=3"], r"'epochs=3' is no setting: write --section.key=value"),
+    (["epochs=3"], r"'epochs=3' is no setting: write --train.epochs=3"),
     (["--config=nowhere.yaml"], r"^cannot read the settings nowhere.yaml: No such file.*give the path of a YAML file$"),
     (["--train.precision=fp16"], r"^train.precision = fp16 needs an NVIDIA GPU"),
     (["--batch.micro_batches=1"], r"^2 processes cannot share out 1 micro-batches a step: start at most 1, or train"),

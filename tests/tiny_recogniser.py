@@ -1,5 +1,6 @@
 """A checkpoint of a tiny model with random weights, and noises for it to hear."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import torch
 from ddp_asr import config
 from ddp_asr.model import make_model
 from ddp_asr.runs import checkpoint
-from ddp_asr.settings import to_dict
 from ddp_asr.text import make_tokeniser
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -33,7 +33,7 @@ def tiny_state(seed: int = 10, **sections: dict) -> dict:
     return {
         "model": dict(model.state_dict()),
         "averages": None,
-        "config": to_dict(settings),
+        "config": dataclasses.asdict(settings),
         "tokeniser": tokeniser.state(),
         "step": 7,
         "epoch": 2,

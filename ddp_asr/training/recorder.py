@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from ddp_asr.runs import checkpoint, comet, plots, tracking
 from ddp_asr.runs.checkout import git_checkout
 from ddp_asr.runs.directory import RunDirectory
 from ddp_asr.runs.display import Display
-from ddp_asr.settings import describe, to_dict
+from ddp_asr.settings import describe
 from ddp_asr.training.attempt import Attempt, print_at_once
 from ddp_asr.training.learner import Learner
 from ddp_asr.training.loop import Evaluation, Schedule
@@ -115,7 +116,7 @@ class Recorder:
         facts = {
             "step": reached.progress.step,
             "epoch": reached.epoch,
-            "config": to_dict(self._config),
+            "config": asdict(self._config),
             "tokeniser": self._corpus.tokeniser.state(),
             "fingerprint": self._fingerprint,
             "comet_key": comet.experiment_key(self._path),
