@@ -31,6 +31,9 @@ class _AnyLease:
     def check(self) -> None:
         pass
 
+    def release(self) -> None:
+        pass
+
 
 def write_run(
     path: Path, state: str | None = None, *, lines=(), job=None, reason="", retry=True, job_id=None, attempt=1, **more
