@@ -13,9 +13,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from ddp_asr.data.sources import Source, SourceOptions, Utterance
-from ddp_asr.data.sources.archive import stream_archive
+from ddp_asr.data.sources.archive import read_archive
 from ddp_asr.errors import UserError
 
 LIBRISPEECH_MD5 = {  # published beside the archives, in md5sum.txt
@@ -39,8 +40,7 @@ def try_open(name: str, options: SourceOptions) -> Source | None:
     md5 = LIBRISPEECH_MD5[name]
 
     def open_split() -> tuple[int, Iterator[Utterance]]:
-        archive = fetch(f"{options.openslr_url.rstrip('/')}/{name}.tar.gz", options.cache, md5)
-        return archive.stat().st_size, stream_archive(archive)
+        return read_archive(fetch(f"{options.openslr_url.rstrip('/')}/{name}.tar.gz", options.cache, md5))
 
     return Source({"kind": "split", "name": name, "digest": md5}, open_split)
 
@@ -48,36 +48,30 @@ def try_open(name: str, options: SourceOptions) -> Source | None:
 def fetch(url: str, cache: Path, md5: str) -> Path:
     """The file behind the URL, in `cache`; continues from what an earlier, interrupted run has downloaded."""
     archive = cache / url.rsplit("/", 1)[1]
-    part = archive.with_name(archive.name + ".part")
     try:
         cache.mkdir(parents=True, exist_ok=True)
         if not archive.exists():
-            with archive.with_name(archive.name + ".lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            part = archive.with_name(archive.name + ".part")
+            with part.open("ab") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
                 if not archive.exists():  # another process may have downloaded it while this one waited for the lock
-                    _download(url, part)
-                    if (found := _md5_of(part)) != md5:
-                        part.unlink()  # otherwise the next attempt would continue from it
-                        raise UserError(f"{url} is not what OpenSLR publishes (MD5 {found}, not {md5}); try again")
+                    _download(url, file)
+                    file.flush()
                     part.rename(archive)
-                    return archive
+        digest = hashlib.md5(usedforsecurity=False)
+        with archive.open("rb") as file:
+            while block := file.read(BLOCK_BYTES):
+                digest.update(block)
     except OSError as error:
         problem = f"{cache} cannot be written: {error.strerror or error}"
         raise UserError(f"{problem}; free some space or name another directory with --cache") from None
-    if (found := _md5_of(archive)) != md5:
-        raise UserError(f"{archive} is damaged (MD5 {found}, not {md5}); delete it and run the command again")
+    if digest.hexdigest() != md5:
+        problem = f"{archive} is damaged, or not what OpenSLR publishes (MD5 {digest.hexdigest()}, not {md5})"
+        raise UserError(f"{problem}; delete it and run the command again")
     return archive
 
 
-def _md5_of(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _download(url: str, part: Path) -> None:
+def _download(url: str, file: IO[bytes]) -> None:
     """Connects until the file is complete; gives up after the last pause without a single new byte."""
     from rich.console import Console
     from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
@@ -89,37 +83,33 @@ def _download(url: str, part: Path) -> None:
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("downloading", total=None)
         pauses_s = iter(RETRY_PAUSES_S)
-        while True:
-            before = _size(part)
-            problem = _receive(url, part, lambda done, total: bar.update(task, completed=done, total=total))
-            if not problem:
-                return
-            if _size(part) > before:
-                pauses_s = iter(RETRY_PAUSES_S)
+        before = file.tell()
+        while problem := _receive(url, file, lambda total: bar.update(task, completed=file.tell(), total=total)):
+            if file.tell() > before:
+                before, pauses_s = file.tell(), iter(RETRY_PAUSES_S)
             pause_s = next(pauses_s, None)
             if pause_s is None:
                 raise UserError(
-                    f"{url} cannot be downloaded: {problem}; the {_size(part):,} bytes so far are kept, "
+                    f"{url} cannot be downloaded: {problem}; the {before:,} bytes so far are kept, "
                     "run the same command again to continue, or name a mirror with --openslr-url"
                 )
             time.sleep(pause_s)
 
 
-def _receive(url: str, part: Path, report: Callable[[int, int], None]) -> str:
+def _receive(url: str, file: IO[bytes], report: Callable[[int], None]) -> str:
     """Appends what one connection sends; returns what went wrong, or "" if the file is complete."""
-    start = _size(part)
+    start = file.tell()
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
-            if response.status != 206:
-                start = 0  # the server cannot resume
-            done, total = start, start + int(response.headers.get("Content-Length") or 0)
-            with part.open("ab" if start else "wb") as file:
-                while block := response.read1(BLOCK_BYTES):  # ends early if the connection breaks
-                    file.write(block)
-                    done += len(block)
-                    report(done, total)
-            return f"the connection ended after {done:,} of {total:,} bytes" if done < total else ""
+            if response.status != 206:  # the server cannot resume
+                file.truncate(0)
+                start = file.seek(0)
+            total = start + int(response.headers.get("Content-Length") or 0)
+            while block := response.read1(BLOCK_BYTES):  # ends early if the connection breaks
+                file.write(block)
+                report(total)
+            return f"the connection ended after {file.tell():,} of {total:,} bytes" if file.tell() < total else ""
     except urllib.error.HTTPError as error:
         if error.code == 416 and start:
             return ""  # the server has nothing beyond what is here: complete, or the checksum will differ
@@ -128,7 +118,3 @@ def _receive(url: str, part: Path, report: Callable[[int, int], None]) -> str:
         return str(error)
     except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as error:
         return str(error) or type(error).__name__
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
