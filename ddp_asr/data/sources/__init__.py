@@ -1,7 +1,7 @@
 """Formats of audio with transcripts: a SOURCE named on the command line -> its `Utterance`s, always in the same order.
 
     source = open_source("train-clean-100", SourceOptions(cache=Path("data")))
-    size, utterances = source.open()
+    total, utterances = source.open()
 
 Each format is one module of this package and one line in `FORMATS`. The module defines
 
@@ -28,7 +28,7 @@ from ddp_asr.errors import UserError
 FORMATS = {  # module -> what it reads; tried in this order
     "librispeech": "a LibriSpeech directory (audio files beside *.trans.txt)",
     "archive": "a LibriSpeech archive from OpenSLR (.tar.gz)",
-    "manifest": "a JSONL manifest as NeMo's (audio_filepath, text)",
+    "manifest": "a JSONL manifest as NeMo's, named *.jsonl or *.json (audio_filepath, text)",
     "openslr": "the name of a LibriSpeech split (dev-clean, dev-other, test-clean, test-other, train-clean-100, "
     "train-clean-360, train-other-500)",
 }
@@ -60,7 +60,6 @@ class Utterance:
     duration_s: float | None = None  # counted from there; None: to the end of the file
     reason: str = ""  # one of REASONS
     detail: str = ""
-    position: int = 0  # bytes of the archive read so far; 0 if the source's size counts utterances
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Source:
     """A source that has been found but not read yet."""
 
     identity: dict[str, str]  # kind, name and digest; equal kind and digest mean equal utterances
-    open: Callable[[], tuple[int, Iterator[Utterance]]]  # the size counts utterances, or bytes of an archive
+    open: Callable[[], tuple[int, Iterator[Utterance]]]  # how many there are, and they one by one
 
 
 @dataclass(frozen=True)
@@ -86,21 +85,10 @@ def open_source(name: str, options: SourceOptions) -> Source:
             source: Source | None = importlib.import_module(f"{__name__}.{module}").try_open(name, options)
             if source is not None:
                 return source
-        problem = _describe(Path(name))
     except OSError as error:
         raise UserError(f"{error.filename or name} cannot be read: {error.strerror or error}") from None
-    raise UserError(f"{name}: no such source: {problem}; a source is {', or '.join(FORMATS.values())}")
-
-
-def _describe(path: Path) -> str:
-    """What is at a path that no format recognises."""
-    if path.is_file():
-        return f"it is a file of {path.stat().st_size:,} bytes in no known format"
-    if not path.is_dir():
-        return "there is neither a file nor a directory of this name"
-    names = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
-    more = ", ..." if len(names) > 5 else ""
-    return f"it is a directory in no known format, with {', '.join(names[:5])}{more}" if names else "it is empty"
+    kind = "is in no known format" if Path(name).exists() else "is neither a file nor a directory"
+    raise UserError(f"no such source: {name} {kind}; a source is {', or '.join(FORMATS.values())}")
 
 
 # ---- for the formats ------------------------------------------------------------------------------------------------

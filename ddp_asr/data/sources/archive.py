@@ -37,43 +37,45 @@ def try_open(name: str, options: SourceOptions) -> Source | None:
         edges += file.read()
     digest = hashlib.sha256(f"{size} ".encode() + edges).hexdigest()
     identity = {"kind": "archive", "name": valid_text(archive.name), "digest": digest}
-    return Source(identity, lambda: (size, stream_archive(archive)))
+    return Source(identity, lambda: read_archive(archive))
 
 
-def stream_archive(archive: Path) -> Iterator[Utterance]:
-    """The utterances in the order of the archive's audio, then those whose audio is missing.
+def read_archive(archive: Path) -> tuple[int, Iterator[Utterance]]:
+    """How many utterances there are, and they in the order of the archive's audio, then those without audio.
 
     Of several members with the same path the last counts, as when the archive is unpacked.
     """
+    audio: dict[str, int] = {}  # path -> number of its last member
+    transcripts: dict[str, bytes] = {}
     with _damage_reported(archive):
-        audio: dict[str, int] = {}  # path -> number of its last member
-        transcripts: dict[str, bytes] = {}
-        for number, (path, file, _) in enumerate(_members(archive)):
+        for number, (path, file) in enumerate(_members(archive)):
             if is_transcript(os.path.basename(path)):
                 transcripts[path] = file.read()
             elif is_audio(os.path.basename(path)):
                 audio[path] = number
-        listed = list_librispeech(audio, transcripts)
-        by_path = {path: utterance for path, utterance in listed if utterance.reason != MISSING_AUDIO}
-        position = 0
-        for number, (path, file, position) in enumerate(_members(archive)):
+    listed = list_librispeech(audio, transcripts)
+    return len(listed), _with_audio(archive, listed, audio)
+
+
+def _with_audio(archive: Path, listed: list[tuple[str, Utterance]], audio: dict[str, int]) -> Iterator[Utterance]:
+    by_path = {path: utterance for path, utterance in listed if utterance.reason != MISSING_AUDIO}
+    with _damage_reported(archive):
+        for number, (path, file) in enumerate(_members(archive)):
             if audio.get(path) == number:
                 utterance = by_path[path]
-                yield replace(utterance, data=None if utterance.reason else file.read(), position=position)
-    for _, utterance in listed:
-        if utterance.reason == MISSING_AUDIO:
-            yield replace(utterance, position=position)
+                yield replace(utterance, data=None if utterance.reason else file.read())
+    yield from (utterance for _, utterance in listed if utterance.reason == MISSING_AUDIO)
 
 
-def _members(archive: Path) -> Iterator[tuple[str, IO[bytes], int]]:
-    """Path, content and position of each file in the archive; read the content before the next member is asked for."""
+def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
+    """Path and content of each file in the archive; read the content before the next member is asked for."""
     # Through GzipFile and not mode "r|gz": tarfile ends silently if the stream is cut short, GzipFile raises.
     with archive.open("rb") as file, gzip.GzipFile(fileobj=file) as stream:
         with tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 20) as tar:
             for member in tar:
                 content = tar.extractfile(member) if member.isfile() else None
                 if content is not None:
-                    yield os.path.normpath(member.name), content, file.tell()
+                    yield os.path.normpath(member.name), content
                 # A public attribute that typeshed lacks. Without this, memory grows by a kilobyte a member.
                 tar.members.clear()  # type: ignore[attr-defined]
         while stream.read(1 << 20):

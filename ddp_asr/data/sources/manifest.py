@@ -9,24 +9,17 @@ not the audio is cut.
 
 import json
 import os
-import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ddp_asr.data.sources import BAD_LINE, Source, SourceOptions, Utterance, listed_source, make_key, valid_text
 from ddp_asr.errors import UserError
 
-HEAD_BYTES = 1 << 16
-
 
 def try_open(name: str, options: SourceOptions) -> Source | None:
-    """A file named *.jsonl or *.json, or one with a line near its start that begins with '{'."""
+    """A file named *.jsonl or *.json."""
     manifest = Path(name)
-    if not manifest.is_file():
-        return None
-    with manifest.open("rb") as file:
-        has_object = re.search(rb"^\s*\{", file.read(HEAD_BYTES), re.MULTILINE)
-    if manifest.suffix not in (".jsonl", ".json") and not has_object:
+    if not manifest.is_file() or manifest.suffix not in (".jsonl", ".json"):
         return None
     try:
         lines = manifest.read_bytes().decode("utf-8").split("\n")
