@@ -9,16 +9,12 @@ import argparse
 import math
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ddp_asr.data.sources import FORMATS, OPENSLR_URL, SourceOptions, open_source
-from ddp_asr.errors import run_entry_point
-
-if TYPE_CHECKING:
-    from ddp_asr.data.writer import Output
+from ddp_asr.errors import UserError, run_entry_point
 
 EXAMPLES = """examples:
   python -m ddp_asr.shard train-clean-100 --out shards/train-clean-100     download from OpenSLR, then shard
@@ -42,7 +38,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("source", nargs="?", default="", metavar="SOURCE", help=", or ".join(FORMATS.values()))
     add("--out", type=Path, required=True, metavar="DIR", help="directory for the shards")
     add("--shard-mb", type=float, default=256.0, help="maximum size of a shard in 10^6 bytes (256)")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of processes (one per core)")
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of threads (one per core)")
     add("--max-seconds", type=float, help="drop longer utterances (no limit)")
     add("--strict", action="store_true", help="exit with an error if any utterance cannot be used")
     verify = "compare checksums and decode every utterance, after sharding or, without SOURCE, alone"
@@ -71,53 +67,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make(options: argparse.Namespace) -> None:
     """Writes the shards and prints what is in them."""
-    from ddp_asr.data.writer import write_shards
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ddp_asr.data.writer import Output, write_shards
 
     source = open_source(options.source, SourceOptions(options.cache, options.openslr_url))
     complete = (options.out / "dataset.json").exists()
-    settings = {name: getattr(options, name) for name in ("shard_mb", "max_seconds", "workers", "strict")}
-    progress = Progress()
+    console = Console(stderr=True)
+    columns = (TextColumn("sharding"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+    task, printed = bar.add_task(""), 0
+
+    def report(output: Output, total: int) -> None:
+        """A bar on a terminal; elsewhere a line for each finished shard."""
+        nonlocal printed
+        bar.start()  # not before: a download shows its own bar, and rich before 14.1 allows only one
+        figures = f"{len(output.keys):,} utterances, {output.hours:.2f} h"
+        bar.update(task, completed=output.consumed, total=total, description=figures)
+        if len(output.finished) > printed and not console.is_terminal:
+            print(f"{output.finished[-1]['name']}: {figures}", flush=True)
+        printed = len(output.finished)
+
+    settings = {name: getattr(options, name) for name in ("shard_mb", "max_seconds", "workers")}
     try:
-        dataset = write_shards(source, options.out, **settings, report=progress)
+        dataset = write_shards(source, options.out, **settings, report=report)
     except KeyboardInterrupt:
         print(f"{options.out}: finished shards are kept; the same command continues from there", file=sys.stderr)
         raise
     finally:
-        progress.bar.stop()
+        bar.stop()
     if complete:
         print(f"{options.out} was complete already")
     print_table(options.out, dataset)
-
-
-class Progress:
-    """A bar with utterances/s and hours on a terminal; elsewhere a line for each finished shard."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
-
-        console = Console(stderr=True)
-        self.on_terminal = console.is_terminal
-        columns = (TextColumn("sharding"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-        self.bar = Bar(*columns, console=console, disable=not self.on_terminal, transient=True)
-        self.start_s: float | None = None
-
-    def __call__(self, output: Output, position: int, size: int) -> None:
-        """Called by `write_shards` before the first utterance and after each."""
-        if self.start_s is None:
-            self.start_s, self.consumed, self.shards = time.monotonic(), output.consumed, len(output.finished)
-            self.bar.start()  # not before: a download shows its own bar, and rich before 14.1 allows only one
-            self.task = self.bar.add_task("", total=size)
-            if output.consumed and not self.on_terminal:
-                print(f"continuing after {self.shards:,} finished shards, {output.consumed:,} utterances", flush=True)
-        rate = (output.consumed - self.consumed) / max(time.monotonic() - self.start_s, 1e-3)
-        figures = f"{len(output.keys):,} utterances, {rate:.0f}/s, {output.hours:.2f} h"
-        self.bar.update(self.task, completed=position, description=figures)
-        if len(output.finished) > self.shards:
-            self.shards = len(output.finished)
-            if not self.on_terminal:
-                print(f"{output.finished[-1]['name']}: {figures}", flush=True)
+    if options.strict and dataset["dropped"]:
+        raise UserError(
+            f"--strict: {sum(dataset['dropped'].values()):,} utterances cannot be used, as {options.out}/dropped.jsonl "
+            "says; mend the source and name a new --out, or use these shards without them"
+        )
 
 
 def print_table(out: Path, dataset: dict[str, Any]) -> None:
@@ -140,19 +127,17 @@ def print_table(out: Path, dataset: dict[str, Any]) -> None:
 def verify(options: argparse.Namespace) -> None:
     """Checks the shards and prints that they are good."""
     from rich.console import Console
-    from rich.progress import Progress as Bar
+    from rich.progress import track
 
     from ddp_asr.data import writer
+    from ddp_asr.data.index import read_dataset_json
 
-    console = Console(stderr=True)
-    with Bar(console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("verifying", total=None)
-
-        def report(done: int, shards: int) -> None:
-            bar.update(task, completed=done, total=shards)
-
-        dataset = writer.verify(options.out, options.workers, report)
+    dataset = read_dataset_json(options.out)
     shards, utterances = len(dataset["shards"]), dataset["utterances"]
+    console = Console(stderr=True)
+    good = writer.verify(options.out, options.workers)
+    for _ in track(good, "verifying", shards, console=console, disable=not console.is_terminal, transient=True):
+        pass
     print(f"{options.out}: {shards:,} shard(s) as written, all {utterances:,} utterances decode")
 
 

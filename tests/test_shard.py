@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,6 @@ from ddp_asr import shard
 from ddp_asr.data import sources, writer
 from ddp_asr.data.audio import Packed, pack
 from ddp_asr.data.index import read_index
-from ddp_asr.data.processes import in_order
 from ddp_asr.data.sources import openslr
 from ddp_asr.errors import UserError
 from tests import tiny_speech
@@ -122,7 +120,7 @@ def test_mono_16_khz_flac_passes_through_untouched(split, whole):
 def test_flac_of_24_bits_passes_through_untouched_too(tmp_path):
     flac = encode(noise().astype(np.int32) << 16, subtype="PCM_24")
     packed = pack(sources.Utterance("a", "a", "A", data=flac), None)
-    assert packed == Packed(None, 4800)
+    assert packed == Packed(flac, 4800)
 
 
 # ---- conversion -----------------------------------------------------------------------------------------------------
@@ -289,30 +287,22 @@ def test_every_drop_is_counted_listed_and_summed_up(poor, tmp_path, capsys):
 
 
 def test_strict_makes_any_drop_an_error_and_keeps_the_work(split, tmp_path):
-    (tmp_path / "out").mkdir()
     source = tiny_speech.librispeech(tmp_path / "split")
     bad = source / "101" / "7" / "101-7-0002.flac"
     bad.write_bytes(bad.read_bytes()[:3000])
-    with pytest.raises(UserError, match=r"--strict: .* cannot be used; dropped: 1 x undecodable.*101-7-0002.*"):
-        tiny_speech.shard(source, tmp_path / "out", "--strict", *SMALL)
-    assert not (tmp_path / "out" / "dataset.json").exists()
+    for _ in range(2):  # the second time the shards are complete already
+        with pytest.raises(UserError, match=r"--strict: 1 utterances cannot be used, as .*/out/dropped.jsonl says"):
+            tiny_speech.shard(source, tmp_path / "out", "--strict", *SMALL)
     assert [case["key"] for case in dropped(tmp_path / "out")] == ["101-7-0002"]
-    out = tiny_speech.shard(source, tmp_path / "out", *SMALL)
-    assert content(out) == content(tiny_speech.shard(source, tmp_path / "other", *SMALL))
-    with pytest.raises(UserError, match=r"--strict: .* dropped: 1 x undecodable"):
-        tiny_speech.shard(source, out, "--strict", *SMALL)
+    assert content(tmp_path / "out") == content(tiny_speech.shard(source, tmp_path / "other", *SMALL))
     tiny_speech.shard(split, tmp_path / "good", "--strict")
 
 
-@pytest.mark.parametrize("existed", [False, True])
-def test_a_source_with_nothing_usable_leaves_nothing(tmp_path, existed):
+def test_a_source_with_nothing_usable_leaves_nothing(tmp_path):
     source = tiny_speech.manifest(tmp_path / "m.jsonl", [{"audio_filepath": "gone.wav", "text": "A"}])
-    out = tmp_path / "out"
-    if existed:
-        out.mkdir()
     with pytest.raises(UserError, match=r"has no usable utterance.*1 x missing audio.*gone.wav"):
-        tiny_speech.shard(source, out)
-    assert out.exists() == existed and (not existed or not list(out.iterdir()))
+        tiny_speech.shard(source, tmp_path / "out")
+    assert content(tmp_path / "out") == {}
 
 
 SHARD_DEV_CLEAN = """
@@ -325,7 +315,7 @@ raise SystemExit(errors.run_entry_point(shard.main))
 
 
 @pytest.mark.slow
-def test_a_terminal_shows_a_bar_of_the_download_and_one_with_the_rate_and_the_hours(split, tmp_path):
+def test_a_terminal_shows_a_bar_of_the_download_and_one_with_the_hours(split, tmp_path):
     archive = tiny_speech.archive(tmp_path / "dev-clean.tar.gz", split).read_bytes()
     terminal, its_end = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "120", "no_proxy": "127.0.0.1"}
@@ -341,7 +331,7 @@ def test_a_terminal_shows_a_bar_of_the_download_and_one_with_the_rate_and_the_ho
                     shown += block
     os.close(terminal)
     assert process.returncode == 0, shown
-    assert re.search(rb"downloading .*sharding .* utterances, \d+/s, \d+\.\d\d h", shown, re.DOTALL)
+    assert re.search(rb"downloading .*sharding .* utterances, \d+\.\d\d h", shown, re.DOTALL)
 
 
 # ---- directories that are complete, foreign, full or taken ----------------------------------------------------------
@@ -399,7 +389,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(split, whole, tmp
         really(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="No space left on device; free some space"):
+    with pytest.raises(UserError, match="cannot be written: No space left on device; free some space"):
         tiny_speech.shard(split, tmp_path / "out", *SMALL)
     assert not (tmp_path / "out" / "dataset.json").exists()
     assert not list((tmp_path / "out" / ".partial").glob("*.tmp"))
@@ -498,7 +488,7 @@ def test_killed_at_every_step_it_still_ends_with_the_same_bytes(split, whole, tm
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_all_processes_leaves_whole_shards_and_no_traceback(split, whole, tmp_path):
+def test_ctrl_c_leaves_whole_shards_and_no_traceback(split, whole, tmp_path):
     arguments = (split, "--out", tmp_path / "out", "--workers", "2", *SMALL)
     run = run_python(CTRL_C, *arguments)
     assert run.returncode == 130
@@ -506,40 +496,6 @@ def test_ctrl_c_in_all_processes_leaves_whole_shards_and_no_traceback(split, who
     assert "Traceback" not in run.stderr
     assert not (tmp_path / "out" / "dataset.json").exists()
     assert content(tiny_speech.shard(split, tmp_path / "out", *SMALL)) == content(whole)
-
-
-@pytest.mark.slow
-def test_kill_9_ends_the_workers_too(split, tmp_path):
-    os.mkfifo(tmp_path / "never.wav")  # a worker that reads it waits until the test opens it for writing
-    entry = {"audio_filepath": "never.wav", "text": "A"}
-    source = tiny_speech.manifest(tmp_path / "m.jsonl", [entry | {"id": n} for n in range(2)])
-    command = [sys.executable, "-m", "ddp_asr.shard", source, "--out", tmp_path / "out", "--workers", "2"]
-    # Opening the pipe for writing returns when a worker has opened it for reading.
-    with subprocess.Popen(list(map(str, command))) as process, (tmp_path / "never.wav").open("wb"):
-        descendants = children(process.pid)
-        process.kill()
-        process.wait()
-        assert len(descendants) >= 2
-        wait_until(lambda: not any(map(alive, descendants)))
-
-
-def children(pid):
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in found]
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def wait_until(condition):
-    deadline_s = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
 
 
 def test_finished_shards_are_not_made_again(split, whole, tmp_path, monkeypatch):
@@ -572,12 +528,6 @@ def test_an_unfinished_output_of_another_source_is_refused(split, tmp_path, monk
         tiny_speech.shard(split, tmp_path / "out", *SMALL)
 
 
-@pytest.mark.slow
-def test_a_worker_that_is_killed_is_one_sentence():
-    with pytest.raises(UserError, match="fewer --workers"):
-        list(in_order(os._exit, [9], 2))
-
-
 # ---- verification ---------------------------------------------------------------------------------------------------
 
 
@@ -608,17 +558,15 @@ def test_a_changed_byte_is_found(copy, where):
         check(copy)
 
 
-@pytest.mark.parametrize("where", ["audio", "text"])
-def test_what_does_not_belong_to_its_row_is_found_behind_a_right_checksum(copy, where):
+def test_what_does_not_decode_is_found_behind_a_right_checksum(copy):
     index = read_index([copy])
     dataset = json.loads((copy / "dataset.json").read_text())
     tar = bytearray(Path(index.shards[0]).read_bytes())
-    tar[index.offset[0] + 3000 if where == "audio" else tar.index(b"SPEAKER")] ^= 1
+    tar[index.offset[0] + 3000] ^= 1
     Path(index.shards[0]).write_bytes(tar)
     dataset["shards"][0]["sha256"] = hashlib.sha256(tar).hexdigest()
     (copy / "dataset.json").write_text(json.dumps(dataset))
-    expected = {"audio": "undecodable or truncated audio", "text": "another transcript"}[where]
-    with pytest.raises(UserError, match=f"1 fault\\(s\\), the first: shard-000000.tar, 100-7-0000.*{expected}"):
+    with pytest.raises(UserError, match=r"shard-000000.tar, 100-7-0000: undecodable or truncated audio .*; delete"):
         check(copy)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import itertools
+import os
 import tarfile
 import tempfile
 import unicodedata
@@ -26,7 +27,6 @@ from ddp_asr.data.sources import (
     open_source,
     openslr,
 )
-from ddp_asr.data.sources.archive import stream_archive
 from ddp_asr.data.sources.librispeech import read_transcripts
 from ddp_asr.data.sources.openslr import fetch
 from ddp_asr.errors import UserError
@@ -108,10 +108,10 @@ def test_every_format_has_its_test():
 
 def test_a_source_gives_the_same_speech_in_every_format(lay_out):
     source = lay_out()
-    size, utterances = source.open()
+    total, utterances = source.open()
     found = {u.key: (u, pack(u)) for u in utterances}
     assert set(found) == set(SPEECH)
-    assert size >= len(SPEECH)
+    assert total == len(SPEECH)
     for key, (text, waveform) in SPEECH.items():
         utterance, packed = found[key]
         assert utterance.source and utterance.speaker == key[0]
@@ -119,8 +119,7 @@ def test_a_source_gives_the_same_speech_in_every_format(lay_out):
             assert packed.reason == (MISSING_AUDIO if waveform is None else MISSING_TRANSCRIPT)
             continue
         assert (utterance.text, packed.reason) == (text, "")
-        flac = utterance.data if packed.flac is None else packed.flac
-        assert np.array_equal(soundfile.read(io.BytesIO(flac), dtype="int16")[0], waveform)
+        assert np.array_equal(soundfile.read(io.BytesIO(packed.flac), dtype="int16")[0], waveform)
 
 
 def test_a_source_has_the_same_order_whenever_it_is_opened_and_can_be_continued_anywhere(lay_out):
@@ -128,8 +127,6 @@ def test_a_source_has_the_same_order_whenever_it_is_opened_and_can_be_continued_
     whole = list(source.open()[1])
     for consumed in range(len(whole) + 1):
         assert list(itertools.islice(source.open()[1], consumed, None)) == whole[consumed:]
-    positions = [u.position for u in whole]
-    assert positions == sorted(positions)
 
 
 def test_the_identity_of_a_source_is_its_content(lay_out):
@@ -254,18 +251,16 @@ def test_a_file_that_is_no_manifest_is_refused(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    ("files", "name", "seen"),
+    ("name", "seen"),
     [
-        ({}, ".", "it is empty"),
-        ({"a/b.doc": b"", "c.doc": b""}, ".", r"it is a directory in no known format, with a/, c\.doc;"),
-        ({f"{n}.doc": b"" for n in range(9)}, ".", r"with 0\.doc, .*, 4\.doc, \.\.\.;"),
-        ({"a.zip": b"PK\3\4"}, "a.zip", "it is a file of 4 bytes in no known format"),
-        ({}, "train-clean-101", "neither a file nor a directory"),
+        (".", "is in no known format"),
+        ("a.zip", "a.zip is in no known format"),
+        ("train-clean-101", "is neither a file nor a directory"),
     ],
 )
-def test_an_unknown_source_is_told_what_is_there_and_what_is_known(tmp_path, files, name, seen):
-    unpack(tmp_path, [(file, content) for file, content in files.items()])
-    with pytest.raises(UserError, match=rf"no such source: .*{seen}") as refused:
+def test_an_unknown_source_is_told_what_is_known(tmp_path, name, seen):
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match=f"no such source: .*{seen}") as refused:
         listed(tmp_path / name)
     assert all(format in str(refused.value) for format in FORMATS.values())
 
@@ -281,27 +276,25 @@ def test_a_file_or_directory_comes_before_a_split_of_the_same_name(tmp_path, mon
     assert open_source("dev-other", SourceOptions()).identity["kind"] == "split"
 
 
-def test_a_manifest_is_recognised_by_its_lines_too(tmp_path):
-    source = tiny_speech.manifest(tmp_path / "train.txt", ["broken", {"audio_filepath": "a.wav", "text": "A"}])
-    assert [u.key for u in listed(source)] == ["line-1", "a"]
-
-
 @pytest.mark.parametrize("transcripts", ["first", "last", "end"])
 def test_an_archive_gives_what_its_directory_gives_wherever_the_transcripts_lie(tmp_path, transcripts):
     root = tiny_speech.librispeech(tmp_path / "split")
     path = tiny_speech.archive(tmp_path / "split.tar.gz", root, transcripts)
-    streamed = list(stream_archive(path))
+    streamed = listed(path)
     assert [(u.key, u.text, u.speaker) for u in streamed] == [(u.key, u.text, u.speaker) for u in listed(root)]
     assert [u.data for u in streamed] == [u.path.read_bytes() for u in listed(root)]
-    assert streamed[-1].position <= path.stat().st_size
 
 
 @pytest.mark.parametrize("transcripts", ["first", "last", "end"])
 def test_no_audio_waits_in_memory_for_its_transcript(tmp_path, transcripts):
-    """Told by how far the archive is read when the first utterance comes out."""
+    """When the first utterance comes out, the second half of the archive has not been read."""
     root = tiny_speech.librispeech(tmp_path / "split", speakers=8, seconds=3)
     path = tiny_speech.archive(tmp_path / "split.tar.gz", root, transcripts)
-    assert next(stream_archive(path)).position < path.stat().st_size / 2
+    _, utterances = open_source(str(path), SourceOptions()).open()
+    next(utterances)
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(UserError, match="damaged or cut short"):
+        list(utterances)
 
 
 def tar_gz(path, members):
@@ -339,9 +332,7 @@ def test_chapters_in_one_folder_of_an_archive_keep_all_their_transcripts(tmp_pat
     chapters = [[(f"7-{c}-{n}.flac", b"%d-%d" % (c, n)) for n in range(3)] for c in range(2)]
     texts = [(f"7-{c}.trans.txt", b"".join(b"7-%d-%d TEXT\n" % (c, n) for n in range(3))) for c in range(2)]
     path = tar_gz(tmp_path / "a.tar.gz", [texts[0], *chapters[0], *chapters[1], texts[1]])
-    assert [(u.key, u.text) for u in stream_archive(path)] == [
-        (f"7-{c}-{n}", "TEXT") for c in range(2) for n in range(3)
-    ]
+    assert [(u.key, u.text) for u in listed(path)] == [(f"7-{c}-{n}", "TEXT") for c in range(2) for n in range(3)]
 
 
 def test_what_the_tar_of_a_mac_adds_is_no_transcript_and_no_audio(tmp_path):
@@ -381,17 +372,17 @@ def test_an_archive_gives_the_utterances_of_its_directory_in_any_layout_and_orde
     with tempfile.TemporaryDirectory() as folder:
         root = unpack(Path(folder) / "split", members)
         path = tar_gz(Path(folder) / "split.tar.gz", [(prefix + name, content) for name, content in members])
-        streamed = list(stream_archive(path))
+        streamed = listed(path)
         try:
             assert told(streamed) == told(listed(root))
         except UserError:  # a directory without any transcript is in no known format
             assert all(u.text is None for u in streamed)
         usable = [u.key for u in streamed if not u.reason and u.text and u.text.strip()]
         assert len(usable) == len(set(usable))  # else the order would decide which of them is dropped
-        assert list(stream_archive(path)) == streamed
+        assert listed(path) == streamed
         shuffled = list(dict(members).items())
         random.shuffle(shuffled)
-        assert told(stream_archive(tar_gz(path, shuffled))) == told(streamed)
+        assert told(listed(tar_gz(path, shuffled))) == told(streamed)
 
 
 @pytest.mark.parametrize("backwards", [False, True])
@@ -411,7 +402,7 @@ def test_the_first_path_of_a_key_is_the_utterance_and_the_others_are_duplicates(
 def test_an_archive_tells_what_is_missing(tmp_path):
     root = tiny_speech.librispeech(tmp_path / "split", speakers=1, utterances=2)
     (root / "100" / "7" / "100-7-0001.flac").rename(root / "100" / "7" / "100-7-0005.flac")
-    utterances = list(stream_archive(tiny_speech.archive(tmp_path / "split.tar.gz", root)))
+    utterances = listed(tiny_speech.archive(tmp_path / "split.tar.gz", root))
     assert [(u.key, u.text is None, u.reason) for u in utterances] == [
         ("100-7-0000", False, ""),
         ("100-7-0005", True, ""),
@@ -429,7 +420,7 @@ def test_a_damaged_archive_is_never_taken_for_a_short_one(tmp_path, damage):
     if damage == "not gzip":
         path.write_bytes(b"<html>" * 1000)
     with pytest.raises(UserError, match="damaged or cut short"):
-        list(stream_archive(path))
+        listed(path)
 
 
 CONTENT = bytes(range(256)) * 4000
@@ -474,16 +465,12 @@ def test_a_server_that_cannot_resume_is_asked_for_all_of_it(tmp_path):
         assert fetch(f"{server.url}/file.bin", tmp_path, MD5).read_bytes() == CONTENT
 
 
-def test_what_has_another_checksum_is_thrown_away(tmp_path):
-    with serving(CONTENT) as server, pytest.raises(UserError, match="not what OpenSLR publishes"):
-        fetch(f"{server.url}/file.bin", tmp_path, "0" * 32)
-    assert not list(tmp_path.glob("file.bin")) and not list(tmp_path.glob("*.part"))
-
-
-def test_a_damaged_file_in_the_cache_is_named(tmp_path):
-    (tmp_path / "file.bin").write_bytes(CONTENT[:-1])
-    with pytest.raises(UserError, match=r"file.bin is damaged .* delete it"):
-        fetch("http://unused/file.bin", tmp_path, MD5)
+def test_what_has_another_checksum_is_named_whenever_it_came(tmp_path):
+    with serving(CONTENT) as server:
+        for _ in range(2):
+            with pytest.raises(UserError, match=r"file.bin is damaged, or not what OpenSLR publishes .* delete it"):
+                fetch(f"{server.url}/file.bin", tmp_path, "0" * 32)
+        assert server.asked == [None]
 
 
 @pytest.mark.parametrize(("status", "asked"), [(404, 1), (503, 3)])

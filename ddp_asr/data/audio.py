@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 import re
-from typing import TYPE_CHECKING, Any, NamedTuple
+import threading
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from ddp_asr import SAMPLE_RATE_HZ
 from ddp_asr.data.sources import BAD_AUDIO, EMPTY_TRANSCRIPT, MISSING_AUDIO, MISSING_TRANSCRIPT, TOO_LONG, Utterance
@@ -24,11 +26,13 @@ if TYPE_CHECKING:
 DURATION_TOLERANCE_S = 0.25  # manifests round, some to tenths of a second
 BLOCK_SAMPLES = 1 << 20
 
+_opening = threading.Lock()
+
 
 class Packed(NamedTuple):
-    """FLAC and its number of samples, or a reason. `flac` is None if it is `Utterance.data`, to send it only once."""
+    """FLAC and its number of samples, or a reason why there is none."""
 
-    flac: bytes | None = None
+    flac: bytes = b""
     samples: int = 0
     reason: str = ""
     detail: str = ""
@@ -53,36 +57,51 @@ def pack(utterance: Utterance, max_seconds: float | None = None) -> Packed:
     except Unusable as error:
         return Packed(reason=error.args[0], detail=error.args[1])
     except (RuntimeError, ValueError, TypeError, MemoryError) as error:  # soundfile raises all of these
-        # libsndfile's words alone: soundfile adds the address of the file object, which differs between processes.
+        # libsndfile's words alone: soundfile adds the number of the descriptor, which depends on the threads.
         return Packed(reason=BAD_AUDIO, detail=getattr(error, "error_string", str(error)))
 
 
 def _pack(utterance: Utterance, max_seconds: float) -> Packed:
-    import soundfile
-
-    data = utterance.data or b""
-    opened: Any = None
-    if utterance.data is None and utterance.path:
-        if utterance.offset_s is not None:
-            opened = utterance.path.open("rb")  # of a long recording, only the segment is read
-        else:
-            data = utterance.path.read_bytes()
-    with opened or io.BytesIO(data) as file, soundfile.SoundFile(file) as audio:
+    with _descriptor_of(utterance) as file, _open(file.fileno(), closefd=False) as audio:
         start, stop = _bounds(utterance, audio)
         _check_length(stop - start, audio.samplerate, max_seconds)
         whole = utterance.offset_s is None and stop == audio.frames
-        as_it_is = whole and data[:4] == b"fLaC" and audio.samplerate == SAMPLE_RATE_HZ and audio.channels == 1
+        is_flac = os.pread(file.fileno(), 4, 0) == b"fLaC"
+        as_it_is = whole and is_flac and audio.samplerate == SAMPLE_RATE_HZ and audio.channels == 1
         dtype = "float32" if not as_it_is else "int16" if audio.subtype == "PCM_16" else "int32"
         audio.seek(start)
         waveform = _read(audio, stop - start, dtype)
         _check_truncation(utterance.duration_s, audio, len(waveform), stop - start, whole)
-    if as_it_is:
-        _check_md5(data, waveform)
-        flac, samples = None if utterance.data is not None else data, len(waveform)
-    else:
-        flac, samples = convert(waveform, audio.samplerate)
+        if as_it_is:
+            file.seek(0)
+            flac, samples = file.read(), len(waveform)
+            _check_md5(flac, waveform)
+        else:
+            flac, samples = convert(waveform, audio.samplerate)
     _check_length(samples, SAMPLE_RATE_HZ, max_seconds)
     return Packed(flac, samples)
+
+
+def _descriptor_of(utterance: Utterance) -> IO[bytes]:
+    """The utterance's file; an archive's is put into memory behind a descriptor.
+
+    libsndfile reads a descriptor by itself. From a Python object it would call back for every few kilobytes, and each
+    time wait for Python's lock.
+    """
+    if utterance.data is None and utterance.path:
+        return utterance.path.open("rb")
+    file = os.fdopen(os.memfd_create("audio"), "w+b")
+    file.write(utterance.data or b"")
+    file.seek(0)
+    return file
+
+
+def _open(*arguments: Any, **options: Any) -> soundfile.SoundFile:
+    """libsndfile keeps why a file could not be opened in a global, which another thread would overwrite."""
+    import soundfile
+
+    with _opening:
+        return soundfile.SoundFile(*arguments, **options)
 
 
 def _bounds(utterance: Utterance, audio: soundfile.SoundFile) -> tuple[int, int]:
@@ -148,7 +167,6 @@ def _check_md5(flac: bytes, waveform: np.ndarray) -> None:
 def convert(waveform: np.ndarray, rate_hz: int) -> tuple[bytes, int]:
     """(n, channels) in [-1, 1) -> 16 bit mono FLAC at 16 kHz and its number of samples."""
     import numpy as np
-    import soundfile
     import soxr
 
     mono = waveform.mean(axis=1)
@@ -159,10 +177,6 @@ def convert(waveform: np.ndarray, rate_hz: int) -> tuple[bytes, int]:
     if not len(mono):
         raise Unusable(BAD_AUDIO, "no samples")
     flac = io.BytesIO()
-    soundfile.write(flac, to_int16(mono), SAMPLE_RATE_HZ, format="FLAC", subtype="PCM_16")
+    with _open(flac, "w", SAMPLE_RATE_HZ, 1, "PCM_16", format="FLAC") as file:
+        file.write((mono * 32768).round().clip(-32768, 32767).astype("int16"))
     return flac.getvalue(), len(mono)
-
-
-def to_int16(waveform: np.ndarray) -> np.ndarray:
-    """Samples in [-1, 1) as int16, rounded; louder ones are clipped."""
-    return (waveform * 32768).round().clip(-32768, 32767).astype("int16")

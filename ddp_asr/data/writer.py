@@ -3,8 +3,8 @@
     dataset = write_shards(open_source("mine.jsonl", SourceOptions()), Path("shards/mine"), workers=4)
     verify(Path("shards/mine"), workers=4)
 
-Processes pack the utterances in parallel and the results are written in the source's order, so neither the number of
-processes nor their speed changes a byte.
+Threads pack the utterances in parallel and the results are written in the source's order, so neither the number of
+threads nor their speed changes a byte.
 
 Killed at any moment, the same call continues: a shard is written aside in `.partial/`, synced and renamed, and then a
 sidecar in `.partial/` with its rows, the dropped utterances and the number of source utterances used up says that it
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import errno
 import fcntl
 import functools
 import hashlib
@@ -30,27 +29,18 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import pyarrow.parquet
 
 from ddp_asr import SAMPLE_RATE_HZ, files
 from ddp_asr.data import index
 from ddp_asr.data.audio import Packed, pack
-from ddp_asr.data.processes import in_order
-from ddp_asr.data.sources import DUPLICATE, REASONS, Source, Utterance, valid_text
+from ddp_asr.data.sources import DUPLICATE, REASONS, Source, Utterance
+from ddp_asr.data.threads import in_order
 from ddp_asr.errors import UserError
 
 ENTRY_OVERHEAD_BYTES = 4096  # headers, metadata and padding of an utterance's three members
-
-
-class Entry(NamedTuple):
-    """An utterance that is about to be written; its text is stripped and valid."""
-
-    utterance: Utterance
-    text: str
-    flac: bytes
-    samples: int
 
 
 class Output:
@@ -80,10 +70,8 @@ class Output:
         """Hours of audio so far."""
         return self.samples / SAMPLE_RATE_HZ / 3600
 
-    def write(
-        self, packed: Iterable[tuple[Utterance, Packed]], shard_bytes: int, report: Callable[[int], None]
-    ) -> None:
-        """Writes all shards that are still missing; `report` gets the position in the source after each utterance."""
+    def write(self, packed: Iterable[tuple[Utterance, Packed]], shard_bytes: int, report: Callable[[], None]) -> None:
+        """Writes all shards that are still missing; calls `report` after each utterance."""
         entries = self._usable(packed, report)
         entry = next(entries, None)
         while entry is not None:
@@ -91,8 +79,8 @@ class Output:
             rows: list[list[Any]] = []
             with files.writing_aside(self.directory / name, aside_in=self.partial) as file:
                 tar = _Tar(file)
-                while entry is not None and (not rows or tar.bytes_with(entry) <= shard_bytes):
-                    rows.append(tar.add(entry))
+                while entry is not None and (not rows or tar.bytes_with(*entry) <= shard_bytes):
+                    rows.append(tar.add(*entry))
                     entry = next(entries, None)
                 tar.writer.close()
                 size = file.tell()
@@ -103,7 +91,9 @@ class Output:
             self.finished.append(sidecar)
             self.dropped = []
 
-    def _usable(self, packed: Iterable[tuple[Utterance, Packed]], report: Callable[[int], None]) -> Iterator[Entry]:
+    def _usable(
+        self, packed: Iterable[tuple[Utterance, Packed]], report: Callable[[], None]
+    ) -> Iterator[tuple[Utterance, Packed]]:
         """Yields what can be used and counts the rest; an entry is consumed when the next one is asked for."""
         for utterance, result in packed:
             reason = result.reason or (DUPLICATE if utterance.key in self.keys else "")
@@ -113,18 +103,13 @@ class Output:
             else:
                 self.keys.add(utterance.key)
                 self.samples += result.samples
-                flac = result.flac if result.flac is not None else utterance.data or b""
-                yield Entry(utterance, valid_text((utterance.text or "").strip()), flac, result.samples)
+                yield utterance, result
             self.consumed += 1
-            report(utterance.position or self.consumed)
+            report()
 
     def all_dropped(self) -> list[dict[str, str]]:
         """Every dropped utterance so far."""
         return [case for sidecar in self.finished for case in sidecar["dropped"]] + self.dropped
-
-    def write_dropped(self) -> None:
-        """Lists every dropped utterance in `dropped.jsonl`."""
-        self.replace_file(self.directory / "dropped.jsonl", files.json_lines(self.all_dropped()))
 
     def finish(self, description: dict[str, Any]) -> dict[str, Any]:
         """Writes the index, the list of dropped utterances and, last, `dataset.json`, which it returns."""
@@ -133,7 +118,8 @@ class Output:
         index.write_index(self.partial / "index.parquet", columns)
         table = (self.partial / "index.parquet").read_bytes()
         self.replace_file(self.directory / "index.parquet", table)
-        self.write_dropped()
+        dropped = self.all_dropped()
+        self.replace_file(self.directory / "dropped.jsonl", files.json_lines(dropped))
         dataset = description | {
             "utterances": len(rows),
             "samples": self.samples,
@@ -144,7 +130,7 @@ class Output:
                 for s in self.finished
             ],
             "index_sha256": hashlib.sha256(table).hexdigest(),
-            "dropped": count_reasons(self.all_dropped()),
+            "dropped": count_reasons(dropped),
         }
         self.replace_file(self.directory / "dataset.json", json.dumps(dataset, indent=2, ensure_ascii=False) + "\n")
         return dataset
@@ -169,15 +155,15 @@ class _Tar:
         self.sha256.update(data)
         return self.file.write(data)
 
-    def add(self, entry: Entry) -> list[Any]:
+    def add(self, utterance: Utterance, packed: Packed) -> list[Any]:
         """Writes KEY.flac, KEY.json, KEY.txt; returns the utterance's row in the index, without the shard."""
-        utterance, text, flac, samples = entry
-        self.writer.write({"__key__": utterance.key, "flac": flac})
-        offset = self.bytes - -(-len(flac) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        metadata = {"samples": samples, "source": utterance.source, "speaker": utterance.speaker}
+        self.writer.write({"__key__": utterance.key, "flac": packed.flac})
+        offset = self.bytes - -(-len(packed.flac) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        text = (utterance.text or "").strip()
+        metadata = {"samples": packed.samples, "source": utterance.source, "speaker": utterance.speaker}
         description = json.dumps(metadata, ensure_ascii=False, sort_keys=True)
         self.writer.write({"__key__": utterance.key, "json": description.encode(), "txt": text.encode()})
-        return [utterance.key, offset, len(flac), samples, text, utterance.speaker]
+        return [utterance.key, offset, len(packed.flac), packed.samples, text, utterance.speaker]
 
     @property
     def bytes(self) -> int:
@@ -187,9 +173,9 @@ class _Tar:
         # tests/test_shard.py fail. Tried with webdataset 1.0.2.
         return int(self.writer.tarstream.offset)
 
-    def bytes_with(self, entry: Entry) -> int:
-        """Estimate of the size after the entry is added."""
-        return self.bytes + len(entry.flac) + len(entry.text) + ENTRY_OVERHEAD_BYTES
+    def bytes_with(self, utterance: Utterance, packed: Packed) -> int:
+        """Estimate of the size after the utterance is added."""
+        return self.bytes + len(packed.flac) + len((utterance.text or "").strip()) + ENTRY_OVERHEAD_BYTES
 
 
 def _shard_name(number: int) -> str:
@@ -212,16 +198,14 @@ def write_shards(
     shard_mb: float = 256.0,
     max_seconds: float | None = None,
     workers: int = 1,
-    strict: bool = False,
-    report: Callable[[Output, int, int], None] = lambda output, position, size: None,
+    report: Callable[[Output, int], None] = lambda output, utterances: None,
 ) -> dict[str, Any]:
     """Writes the shards, or those that an interrupted run left over; leaves a complete directory as it is.
 
     Args:
         shard_mb: maximum size of a shard, in 10^6 bytes.
         max_seconds: longer utterances are dropped.
-        strict: refuse if any utterance cannot be used; what was written is kept.
-        report: called with the position in the source and its size, at the start and after each utterance.
+        report: called with the source's number of utterances, at the start and after each of them.
 
     Returns:
         What `dataset.json` says.
@@ -234,34 +218,28 @@ def write_shards(
     try:
         dataset = _read_complete(out, description)
         if dataset is None:
-            created = not out.exists()
             with _locked(out, description):
                 output = Output(out)
-                size, utterances = source.open()
-                report(output, 0, size)
+                total, utterances = source.open()
+                report(output, total)
                 unpacked = itertools.islice(utterances, output.consumed, None)
                 with contextlib.closing(in_order(pack, unpacked, workers, max_seconds)) as packed:
-                    output.write(packed, round(shard_mb * 1e6), lambda at: report(output, at, size))
-                dropped = output.all_dropped()
-                if not output.keys:
-                    shutil.rmtree(out if created else output.partial)
-                    raise UserError(f"{source.identity['name']} has no usable utterance; {_summary(dropped)}")
-                if strict and dropped:
-                    output.write_dropped()
-                    raise UserError(_strict(out, dropped))
-                dataset = output.finish(description)
+                    output.write(packed, round(shard_mb * 1e6), lambda: report(output, total))
+                if output.keys:
+                    dataset = output.finish(description)
                 shutil.rmtree(output.partial)
-        elif strict and dataset["dropped"]:
-            raise UserError(_strict(out, list(files.read_json_lines(out / "dropped.jsonl"))))
+            if dataset is None:
+                raise UserError(f"{source.identity['name']} has no usable utterance; {_summary(output.dropped)}")
     except OSError as error:
-        raise UserError(_writing_failed(out, error)) from None
+        raise UserError(
+            f"{out} cannot be written: {error.strerror or error}; free some space or name another directory with "
+            "--out; the same command continues after the last finished shard"
+        ) from None
     return dataset
 
 
 def _read_complete(out: Path, description: dict[str, Any]) -> dict[str, Any] | None:
     """`dataset.json` of a directory that is complete and was made from this source with these settings."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a directory")
     names = set(os.listdir(out)) if out.exists() else set()
     if names and not names & {"dataset.json", ".partial"}:
         raise UserError(f"--out {out} holds other files, such as {min(names)}; name a new or empty directory")
@@ -307,87 +285,46 @@ def _locked(out: Path, description: dict[str, Any]) -> Iterator[None]:
         yield
 
 
-def _writing_failed(out: Path, error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return (
-            f"{out}: {error.strerror}; free some space and run the same command again: it keeps every finished shard "
-            "and continues from there"
-        )
-    return f"{out} cannot be written: {error.strerror or error}; name a directory that you may write to with --out"
-
-
 def _summary(dropped: list[dict[str, str]]) -> str:
     if not dropped:
         return "it is empty"
     counts = ", ".join(f"{count:,} x {reason}" for reason, count in count_reasons(dropped).items())
-    first = dropped[0]
-    detail = f": {first['detail']}" if first["detail"] else ""
-    return f"dropped: {counts}; the first is {first['source']} ({first['reason']}{detail})"
-
-
-def _strict(out: Path, dropped: list[dict[str, str]]) -> str:
-    return (
-        f"--strict: the source has utterances that cannot be used; {_summary(dropped)}; {out}/dropped.jsonl lists all; "
-        "mend the source and name a new --out, or run the same command without --strict to leave them out"
-    )
+    return f"dropped: {counts}; the first is {dropped[0]['source']} ({dropped[0]['detail'] or dropped[0]['reason']})"
 
 
 # ---- verification ---------------------------------------------------------------------------------------------------
 
 
-def verify(
-    out: Path, workers: int = 1, report: Callable[[int, int], None] = lambda done, shards: None
-) -> dict[str, Any]:
-    """Compares every shard with its checksum and its rows, and decodes every utterance; returns `dataset.json`.
+def verify(out: Path, workers: int = 1) -> Iterator[dict[str, Any]]:
+    """Compares every shard with its checksum and decodes every utterance; yields the shards that are good.
 
     Raises:
         UserError: anything differs.
     """
-    dataset = index.read_dataset_json(out)
+    shards = index.read_dataset_json(out)["shards"]
     index.read_index([out])  # compares the checksum of index.parquet, too
     rows = pyarrow.parquet.read_table(out / "index.parquet").to_pylist()
     by_shard = {number: list(group) for number, group in itertools.groupby(rows, key=lambda row: row["shard"])}
-    checks = [(out / shard["name"], shard["sha256"], by_shard.get(n, [])) for n, shard in enumerate(dataset["shards"])]
-    faults: list[str] = []
-    with contextlib.closing(in_order(_verify_shard, checks, min(workers, len(checks)))) as results:
-        for done, (_, found) in enumerate(results, start=1):
-            faults += found
-            report(done, len(checks))
-    if faults:
-        raise UserError(
-            f"{out}: {len(faults):,} fault(s), the first: {faults[0]}; delete {out} and shard its source again"
-        )
-    return dataset
+    checks = [(out / shard["name"], shard["sha256"], by_shard.get(n, [])) for n, shard in enumerate(shards)]
+    with contextlib.closing(in_order(_first_fault, checks, workers)) as results:
+        for shard, (_, fault) in zip(shards, results, strict=True):
+            if fault:
+                raise UserError(f"{out}: {shard['name']}{fault}; delete {out} and shard its source again")
+            yield shard
 
 
-def _verify_shard(check: tuple[Path, str, list[dict[str, Any]]]) -> list[str]:
-    """Every difference between a shard and its checksum and rows."""
+def _first_fault(check: tuple[Path, str, list[dict[str, Any]]]) -> str:
+    """What differs between a shard and its checksum and rows; "" where nothing does."""
     path, sha256, rows = check
-    faults = [] if files.sha256_of(path) == sha256 else [f"{path.name}: another checksum"]
-    try:
-        with tarfile.open(path) as tar, path.open("rb") as file:
-            members = {member.name: (member.offset_data, member.size) for member in tar}
-            for row in rows:
-                faults += [f"{path.name}, {row['key']}: {fault}" for fault in _row_faults(row, members, file)]
-    except (OSError, tarfile.TarError) as error:
-        faults.append(f"{path.name}: {error}")
-    if not faults and len(members) != 3 * len(rows):
-        faults.append(f"{path.name}: {len(members)} members for {len(rows)} utterances")
-    return faults
-
-
-def _row_faults(row: dict[str, Any], members: dict[str, tuple[int, int]], file: IO[bytes]) -> Iterator[str]:
-    def content(offset: int, size: int) -> bytes:
-        file.seek(offset)
-        return file.read(size)
-
-    if members.get(f"{row['key']}.flac") != (row["offset"], row["bytes"]):
-        yield "is not where the index says"
-        return
-    if content(*members.get(f"{row['key']}.txt", (0, 0))) != row["text"].encode():
-        yield "has another transcript than the index"
-    packed = pack(Utterance(row["key"], row["key"], "decode only", data=content(row["offset"], row["bytes"])))
-    if packed.reason:
-        yield f"{packed.reason} ({packed.detail})"
-    elif packed.flac is not None or packed.samples != row["samples"]:
-        yield f"decodes to {packed.samples} samples, the index says {row['samples']}"
+    if files.sha256_of(path) != sha256:
+        return ": another checksum"
+    with path.open("rb") as file:
+        for row in rows:
+            file.seek(row["offset"])
+            flac = file.read(row["bytes"])
+            packed = pack(Utterance(row["key"], row["key"], "decode only", data=flac))
+            if packed.reason:
+                return f", {row['key']}: {packed.reason} ({packed.detail})"
+            if (packed.flac, packed.samples) != (flac, row["samples"]):
+                return f", {row['key']}: decodes to {packed.samples} samples, the index says {row['samples']}"
+    return ""
