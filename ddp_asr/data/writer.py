@@ -1,7 +1,8 @@
 """The directory of shards: packed utterances, in the order of the source -> tars, index.parquet, dataset.json.
 
-    dataset = write_shards(open_source("mine.jsonl", SourceOptions()), Path("shards/mine"), workers=4)
-    verify(Path("shards/mine"), workers=4)
+    source = open_source("mine.jsonl", SourceOptions())
+    dataset = write_shards(source, Path("shards/mine"), shard_mb=256, max_seconds=None, workers=4, report=report)
+    for shard in verify(Path("shards/mine"), workers=4): ...
 
 Threads pack the utterances in parallel and the results are written in the source's order, so neither the number of
 threads nor their speed changes a byte.
@@ -195,20 +196,15 @@ def write_shards(
     source: Source,
     out: Path,
     *,
-    shard_mb: float = 256.0,
-    max_seconds: float | None = None,
-    workers: int = 1,
-    report: Callable[[Output, int], None] = lambda output, utterances: None,
+    shard_mb: float,
+    max_seconds: float | None,
+    workers: int,
+    report: Callable[[Output, int], None],
 ) -> dict[str, Any]:
     """Writes the shards, or those that an interrupted run left over; leaves a complete directory as it is.
 
-    Args:
-        shard_mb: maximum size of a shard, in 10^6 bytes.
-        max_seconds: longer utterances are dropped.
-        report: called with the source's number of utterances, at the start and after each of them.
-
-    Returns:
-        What `dataset.json` says.
+    `report` is called with the source's number of utterances, at the start and after each of them. Returns what
+    `dataset.json` says.
 
     Raises:
         UserError: the source is empty or damaged, or the directory is in use, full, or made from something else.
@@ -229,7 +225,9 @@ def write_shards(
                     dataset = output.finish(description)
                 shutil.rmtree(output.partial)
             if dataset is None:
-                raise UserError(f"{source.identity['name']} has no usable utterance; {_summary(output.dropped)}")
+                counts = ", ".join(f"{n:,} x {reason}" for reason, n in count_reasons(output.dropped).items())
+                first = "".join(f"; the first is {case['source']} ({case['detail']})" for case in output.dropped[:1])
+                raise UserError(f"{source.identity['name']} has no usable utterance: {counts or 'it is empty'}{first}")
     except OSError as error:
         raise UserError(
             f"{out} cannot be written: {error.strerror or error}; free some space or name another directory with "
@@ -285,17 +283,10 @@ def _locked(out: Path, description: dict[str, Any]) -> Iterator[None]:
         yield
 
 
-def _summary(dropped: list[dict[str, str]]) -> str:
-    if not dropped:
-        return "it is empty"
-    counts = ", ".join(f"{count:,} x {reason}" for reason, count in count_reasons(dropped).items())
-    return f"dropped: {counts}; the first is {dropped[0]['source']} ({dropped[0]['detail'] or dropped[0]['reason']})"
-
-
 # ---- verification ---------------------------------------------------------------------------------------------------
 
 
-def verify(out: Path, workers: int = 1) -> Iterator[dict[str, Any]]:
+def verify(out: Path, workers: int) -> Iterator[dict[str, Any]]:
     """Compares every shard with its checksum and decodes every utterance; yields the shards that are good.
 
     Raises:
