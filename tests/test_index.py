@@ -1,6 +1,5 @@
 """The index: flat arrays that lead to the right bytes, several corpora, and every way of not fitting together."""
 
-import hashlib
 import io
 import json
 
@@ -120,9 +119,8 @@ def broken(corpora, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "format version 2, this program reads 1"),
-        ({"format": "something else"}, "not a description of shards"),
-        ({"utterances": 4}, "has 3 rows and .* says 4 utterances"),
+        ({"version": 2}, r"describes \('ddp_asr shards', 2\), this program reads \('ddp_asr shards', 1\)"),
+        ({"format": "something else"}, r"describes \('something else', 1\), this program reads"),
     ],
 )
 def test_a_description_that_does_not_fit_is_told(broken, change, message):
@@ -137,12 +135,6 @@ def test_a_broken_description_is_told(broken, content):
     (broken[0] / "dataset.json").write_bytes(content)
     with pytest.raises(UserError, match=r"dataset.json"):
         read_dataset_json(broken[0])
-
-
-def describe_table(directory, dataset):
-    """Gives `dataset.json` the checksum of the table that stands there now."""
-    digest = hashlib.sha256((directory / "index.parquet").read_bytes()).hexdigest()
-    (directory / "dataset.json").write_text(json.dumps(dataset | {"index_sha256": digest}))
 
 
 def test_no_flipped_bit_of_the_table_goes_unnoticed(broken):
@@ -173,23 +165,9 @@ def test_a_missing_shard_is_told(broken):
         read_index([broken[0]])
 
 
-def test_a_broken_table_is_told(broken):
-    path = broken[0] / "index.parquet"
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"index.parquet does not match its checksum .* delete .* shard it again"):
-        read_index([broken[0]])
-    describe_table(*broken)
-    with pytest.raises(UserError, match=r"index.parquet cannot be read"):
-        read_index([broken[0]])
-    path.unlink()
-    with pytest.raises(UserError, match=r"index.parquet cannot be read"):
-        read_index([broken[0]])
-
-
-def test_a_table_of_other_columns_is_told(broken):
-    pyarrow.parquet.write_table(pyarrow.table({"key": ["a"] * 3}), broken[0] / "index.parquet")
-    describe_table(*broken)
-    with pytest.raises(UserError, match=r"index.parquet cannot be read \(No match for"):
+def test_a_missing_table_is_told(broken):
+    (broken[0] / "index.parquet").unlink()
+    with pytest.raises(UserError, match=r"index.parquet cannot be read .* delete .* shard it again"):
         read_index([broken[0]])
 
 
