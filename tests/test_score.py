@@ -70,11 +70,6 @@ def test_empty_hypothesis_and_empty_reference() -> None:
     assert total([], []) == Counts()
 
 
-def test_unequal_lists_are_refused() -> None:
-    with pytest.raises(ValueError, match="2 references but 1 hypotheses"):
-        score.count_each(["a", "b"], ["a"])
-
-
 def test_intervals_are_those_of_a_plain_bootstrap() -> None:
     random = np.random.default_rng(1)
     references = ["a b c d e f g h"] * 60
@@ -104,5 +99,5 @@ def test_intervals_in_blocks_and_of_nothing() -> None:
 
 def test_the_worst_utterances_come_first_and_right_ones_not_at_all() -> None:
     each = score.count_each(["a b c", "a", "a b c", "good"], ["x y c", "b", "x y z", "good"])
-    assert score.worst(each).tolist() == [2, 0, 1]
+    assert score.worst(each, most=9).tolist() == [2, 0, 1]
     assert score.worst(each, most=1).tolist() == [2]
