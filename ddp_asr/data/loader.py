@@ -23,7 +23,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
@@ -134,40 +134,20 @@ def eval_loader(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool | None = None,
-) -> EvalLoader:
-    """Every utterance once over all ranks, unchanged; see `EvalLoader`."""
+) -> Iterator[MicroBatch | None]:
+    """Every utterance once over all ranks, unchanged, in equally many rounds on every rank.
+
+    What is in a micro-batch depends on neither rank nor world size; round r gives rank i micro-batch r * W + i, or None
+    where the last round has none for it. The longest come first, so that a lack of memory shows at once and the last
+    round is a short one.
+    """
     recordings = Recordings(index, tokeniser, config, training=False)
     batches = _eval_batches(index, config.batch.max_seconds)
-    return EvalLoader(recordings, batches, config.data, rank, world_size, pin_memory)
-
-
-class EvalLoader:
-    """Yields exactly `rounds` items on every rank: a MicroBatch, or None where a rank has none in the last round.
-
-    What is in a micro-batch depends on neither rank nor world size; round r gives rank i micro-batch r * W + i. The
-    longest come first, so that a lack of memory shows at once and the last round is a short one.
-    """
-
-    def __init__(
-        self,
-        recordings: Recordings,
-        batches: Sequence[np.ndarray],
-        settings: Data,
-        rank: int,
-        world_size: int,
-        pin_memory: bool | None,
-    ) -> None:
-        self.rounds = -(-len(batches) // world_size)
-        self._recordings, self._settings, self._pin_memory = recordings, settings, pin_memory
-        numbers = range(rank, len(batches), world_size)
-        self._work = [Work(0, number // world_size, number, batches[number]) for number in numbers]
-
-    def __len__(self) -> int:
-        return self.rounds
-
-    def __iter__(self) -> Iterator[MicroBatch | None]:
-        yield from _load(self._recordings, self._work, self._settings, self._pin_memory)
-        yield from [None] * (self.rounds - len(self._work))
+    numbers = range(rank, len(batches), world_size)
+    work = [Work(0, number // world_size, number, batches[number]) for number in numbers]
+    yield from _load(recordings, work, config.data, pin_memory)
+    rounds = -(-len(batches) // world_size)
+    yield from [None] * (rounds - len(work))
 
 
 def on_device(batches: Batches, device: torch.device) -> Batches:

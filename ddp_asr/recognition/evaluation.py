@@ -85,7 +85,7 @@ def recognise(
     """What is recognised in this rank's micro-batches; None where `should_stop` said yes.
 
     Args:
-        batches: the rank's EvalLoader, which has equally many rounds on every rank; None in a round without one.
+        batches: the rank's `eval_loader`, equally many on every rank; None in a round without one.
         should_stop: asked after each round, on all ranks at the same one.
     """
     results = Results()
