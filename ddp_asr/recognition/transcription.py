@@ -11,7 +11,7 @@ whole, because libsndfile seeks.
 
 import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class Transcript:
 
 def transcribe(recogniser: Recogniser, source: str, longest_samples: int) -> Transcript:
     """The transcript of the file `source`; raises UserError where it cannot be read."""
-    waveform = read_audio(source, warn=lambda sentence: print(f"warning: {sentence}", file=sys.stderr, flush=True))
+    waveform = read_audio(source)
     words: list[Word] = []
     for batch in _batches(cut_in_pauses(waveform, longest_samples)):
         words += _words_of(recogniser, waveform, batch)
@@ -117,7 +117,7 @@ def _loudness(waveform: np.ndarray) -> np.ndarray:
     return np.convolve(padded, window, mode="valid")
 
 
-def read_audio(source: str, warn: Callable[[str], None]) -> np.ndarray:
+def read_audio(source: str) -> np.ndarray:
     """The recording as int16 (S,) at 16 kHz, channels averaged; `-` is stdin."""
     name = "stdin" if source == "-" else source
     if source != "-" and not Path(source).exists():
@@ -126,9 +126,11 @@ def read_audio(source: str, warn: Callable[[str], None]) -> np.ndarray:
         with soundfile.SoundFile(io.BytesIO(sys.stdin.buffer.read()) if source == "-" else source) as file:
             waveform, frames = _resample(file, name)
             if frames < file.frames < 1 << 62:  # libsndfile's way to say that a length is unknown is a huge one
-                warn(
-                    f"{name} promises {file.frames / file.samplerate:.1f} s and holds {frames / file.samplerate:.1f} s "
-                    "that decode: it is cut off or damaged; what is there is transcribed"
+                promised_s, found_s = file.frames / file.samplerate, frames / file.samplerate
+                print(
+                    f"warning: {name} promises {promised_s:.1f} s and holds {found_s:.1f} s that decode: it is cut off "
+                    "or damaged; what is there is transcribed",
+                    file=sys.stderr,
                 )
     except (OSError, soundfile.LibsndfileError) as error:
         reason = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
