@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ddp_asr.data.sources import FORMATS, OPENSLR_URL, SourceOptions, open_source
 from ddp_asr.errors import UserError, run_entry_point
@@ -97,31 +96,19 @@ def make(options: argparse.Namespace) -> None:
         raise
     finally:
         bar.stop()
-    if complete:
-        print(f"{options.out} was complete already")
-    print_table(options.out, dataset)
+    print(
+        f"{options.out}{' was complete already' * complete}: {dataset['utterances']:,} utterances, "
+        f"{dataset['hours']:.2f} h in {len(dataset['shards']):,} shard(s)"
+    )
+    for reason, count in dataset["dropped"].items():
+        print(f"dropped: {count:,} x {reason}")
+    if dataset["dropped"]:
+        print(f"{options.out}/dropped.jsonl lists every dropped utterance")
     if options.strict and dataset["dropped"]:
         raise UserError(
             f"--strict: {sum(dataset['dropped'].values()):,} utterances cannot be used, as {options.out}/dropped.jsonl "
             "says; mend the source and name a new --out, or use these shards without them"
         )
-
-
-def print_table(out: Path, dataset: dict[str, Any]) -> None:
-    """What was written, and what was dropped for which reason."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    table.add_column(str(out), overflow="fold")
-    table.add_column("utterances", justify="right")
-    written = f"written: {dataset['hours']:.2f} h in {len(dataset['shards']):,} shard(s)"
-    table.add_row(written, f"{dataset['utterances']:,}")
-    for reason, count in dataset["dropped"].items():
-        table.add_row(f"dropped: {reason}", f"{count:,}")
-    Console().print(table)
-    if dataset["dropped"]:
-        print(f"{out}/dropped.jsonl lists every dropped utterance")
 
 
 def verify(options: argparse.Namespace) -> None:

@@ -30,7 +30,7 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet
 
@@ -40,6 +40,9 @@ from ddp_asr.data.audio import Packed, pack
 from ddp_asr.data.sources import DUPLICATE, REASONS, Source, Utterance
 from ddp_asr.data.threads import in_order
 from ddp_asr.errors import UserError
+
+if TYPE_CHECKING:
+    from webdataset import TarWriter
 
 ENTRY_OVERHEAD_BYTES = 4096  # headers, metadata and padding of an utterance's three members
 
@@ -73,21 +76,26 @@ class Output:
 
     def write(self, packed: Iterable[tuple[Utterance, Packed]], shard_bytes: int, report: Callable[[], None]) -> None:
         """Writes all shards that are still missing; calls `report` after each utterance."""
+        from webdataset import TarWriter  # imports torch, which takes seconds
+
         entries = self._usable(packed, report)
         entry = next(entries, None)
         while entry is not None:
             name = _shard_name(len(self.finished))
+            path = self.directory / name
             rows: list[list[Any]] = []
-            with files.writing_aside(self.directory / name, aside_in=self.partial) as file:
-                tar = _Tar(file)
-                while entry is not None and (not rows or tar.bytes_with(*entry) <= shard_bytes):
-                    rows.append(tar.add(*entry))
+            # mtime as an int: a float adds a pax header to every member and doubles small tars. With an int, only keys
+            # beyond 100 bytes or ASCII get one.
+            with (
+                files.writing_aside(path, aside_in=self.partial) as file,
+                TarWriter(file, mtime=0, encoder=False) as tar,
+            ):
+                while entry is not None and (not rows or _size_with(tar, *entry) <= shard_bytes):
+                    rows.append(_add(tar, *entry))
                     entry = next(entries, None)
-                tar.writer.close()
-                size = file.tell()
             # Killed before this file is in place, the next run writes the same shard again.
-            sidecar = {"name": name, "bytes": size, "sha256": tar.sha256.hexdigest(), "consumed": self.consumed}
-            sidecar |= {"rows": rows, "dropped": self.dropped}
+            sidecar = {"name": name, "bytes": path.stat().st_size, "sha256": files.sha256_of(path)}
+            sidecar |= {"consumed": self.consumed, "rows": rows, "dropped": self.dropped}
             self.replace_file(self.partial / f"{name}.json", json.dumps(sidecar))
             self.finished.append(sidecar)
             self.dropped = []
@@ -137,46 +145,28 @@ class Output:
         return dataset
 
 
-class _Tar:
-    """A WebDataset tar that is written to `file` and hashed on its way."""
+def _add(tar: TarWriter, utterance: Utterance, packed: Packed) -> list[Any]:
+    """Writes KEY.flac, KEY.json, KEY.txt; returns the utterance's row in the index, without the shard."""
+    tar.write({"__key__": utterance.key, "flac": packed.flac})
+    offset = _size(tar) - -(-len(packed.flac) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    text = (utterance.text or "").strip()
+    metadata = {"samples": packed.samples, "source": utterance.source, "speaker": utterance.speaker}
+    description = json.dumps(metadata, ensure_ascii=False, sort_keys=True)
+    tar.write({"__key__": utterance.key, "json": description.encode(), "txt": text.encode()})
+    return [utterance.key, offset, len(packed.flac), packed.samples, text, utterance.speaker]
 
-    def __init__(self, file: IO[bytes]) -> None:
-        from webdataset import TarWriter  # imports torch, which takes seconds
 
-        self.file = file
-        self.sha256 = hashlib.sha256()
-        # mtime as an int: a float adds a pax header to every member and doubles small tars. With an int, only keys
-        # beyond 100 bytes or ASCII get one.
-        self.writer = TarWriter(self, mtime=0, encoder=False)
+def _size(tar: TarWriter) -> int:
+    """Bytes so far, without the padding at the end of a tar."""
+    # webdataset does not document `tarstream`, tarfile does not document `offset`. The file's own position is no
+    # substitute, since tarfile buffers. If they change, offsets in the index are wrong and most tests in
+    # tests/test_shard.py fail. Tried with webdataset 1.0.2.
+    return int(tar.tarstream.offset)
 
-    def write(self, data: bytes) -> int:
-        """What TarWriter calls."""
-        if self.file.closed:  # after an error, TarWriter still ends its tar when it is garbage-collected
-            return len(data)
-        self.sha256.update(data)
-        return self.file.write(data)
 
-    def add(self, utterance: Utterance, packed: Packed) -> list[Any]:
-        """Writes KEY.flac, KEY.json, KEY.txt; returns the utterance's row in the index, without the shard."""
-        self.writer.write({"__key__": utterance.key, "flac": packed.flac})
-        offset = self.bytes - -(-len(packed.flac) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        text = (utterance.text or "").strip()
-        metadata = {"samples": packed.samples, "source": utterance.source, "speaker": utterance.speaker}
-        description = json.dumps(metadata, ensure_ascii=False, sort_keys=True)
-        self.writer.write({"__key__": utterance.key, "json": description.encode(), "txt": text.encode()})
-        return [utterance.key, offset, len(packed.flac), packed.samples, text, utterance.speaker]
-
-    @property
-    def bytes(self) -> int:
-        """Size so far, without the padding at the end of a tar."""
-        # webdataset does not document `tarstream`, tarfile does not document `offset`. The file's own position is no
-        # substitute, since tarfile buffers. If they change, offsets in the index are wrong and most tests in
-        # tests/test_shard.py fail. Tried with webdataset 1.0.2.
-        return int(self.writer.tarstream.offset)
-
-    def bytes_with(self, utterance: Utterance, packed: Packed) -> int:
-        """Estimate of the size after the utterance is added."""
-        return self.bytes + len(packed.flac) + len((utterance.text or "").strip()) + ENTRY_OVERHEAD_BYTES
+def _size_with(tar: TarWriter, utterance: Utterance, packed: Packed) -> int:
+    """Estimate of the size after the utterance is added."""
+    return _size(tar) + len(packed.flac) + len((utterance.text or "").strip()) + ENTRY_OVERHEAD_BYTES
 
 
 def _shard_name(number: int) -> str:
@@ -226,8 +216,8 @@ def write_shards(
                 shutil.rmtree(output.partial)
             if dataset is None:
                 counts = ", ".join(f"{n:,} x {reason}" for reason, n in count_reasons(output.dropped).items())
-                first = "".join(f"; the first is {case['source']} ({case['detail']})" for case in output.dropped[:1])
-                raise UserError(f"{source.identity['name']} has no usable utterance: {counts or 'it is empty'}{first}")
+                first = f"{counts}; the first is {output.dropped[0]['source']}" if counts else "it is empty"
+                raise UserError(f"{source.identity['name']} has no usable utterance: {first}")
     except OSError as error:
         raise UserError(
             f"{out} cannot be written: {error.strerror or error}; free some space or name another directory with "
