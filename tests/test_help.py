@@ -13,7 +13,17 @@ ENTRY_POINTS = [
     *(f"ddp_asr.{name}" for name in ("shard", "train", "evaluate", "transcribe", "tracking", "bandwidth")),
     *(f"launch.{name}" for name in ("submit", "doctor", "sweep", "status", "job", "node")),
 ]
-SLOW_TO_IMPORT = ["torch", "torchaudio", "webdataset", "comet_ml", "matplotlib", "pyarrow"]
+SLOW_TO_IMPORT = [
+    "torch",
+    "torchaudio",
+    "webdataset",
+    "comet_ml",
+    "matplotlib",
+    "pyarrow",
+    "numpy",
+    "jiwer",
+    "soundfile",
+]
 
 ASK = """
 import json, runpy, sys

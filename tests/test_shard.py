@@ -545,14 +545,10 @@ def test_a_good_directory_is_verified(copy, capsys):
     assert "all 12 utterances decode" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("where", ["audio", "text", "header"])
-def test_a_changed_byte_is_found(copy, where):
-    index = read_index([copy])
-    path = Path(index.shards[1])
-    row = int(np.flatnonzero(index.shard == 1)[0])
+def test_a_changed_byte_is_found(copy):
+    path = Path(read_index([copy]).shards[1])
     tar = bytearray(path.read_bytes())
-    position = {"audio": index.offset[row] + 3000, "text": tar.index(b"SPEAKER"), "header": 3}[where]
-    tar[position] ^= 1
+    tar[3] ^= 1
     path.write_bytes(tar)
     with pytest.raises(UserError, match=r"shard-000001.tar: another checksum"):
         check(copy)
@@ -567,15 +563,6 @@ def test_what_does_not_decode_is_found_behind_a_right_checksum(copy):
     dataset["shards"][0]["sha256"] = hashlib.sha256(tar).hexdigest()
     (copy / "dataset.json").write_text(json.dumps(dataset))
     with pytest.raises(UserError, match=r"shard-000000.tar, 100-7-0000: undecodable or truncated audio .*; delete"):
-        check(copy)
-
-
-def test_a_changed_index_is_found(copy):
-    table = bytearray((copy / "index.parquet").read_bytes())
-    position = table.rindex(b"created_by") if b"created_by" in table else table.rindex(b"parquet-cpp")
-    table[position] ^= 1
-    (copy / "index.parquet").write_bytes(table)
-    with pytest.raises(UserError, match=r"index.parquet does not match its checksum"):
         check(copy)
 
 

@@ -128,25 +128,6 @@ def test_the_warning_names_the_remedy_of_every_reason():
     assert "--vocabulary.symbols" not in warning
 
 
-def test_a_broken_character_is_named_in_ascii():
-    assert "'\\ud800' in 1" in explain_left_out(fit_lone_surrogate())[2]
-
-
-def fit_lone_surrogate():
-    """Arrow refuses lone surrogates, a manifest's JSON does not; whichever way one comes, printing it must not fail."""
-
-    class Texts(list):
-        def __getitem__(self, block):
-            return Texts(list.__getitem__(self, block))
-
-        def to_pylist(self):
-            return list(self)
-
-    index = FakeIndex(["a"], [400])
-    index.texts = Texts(["\ud800"])
-    return fit_targets(index, ENGLISH, frames_of)
-
-
 def test_an_error_for_too_few_utterances_says_where_the_others_went(tmp_path):
     shards = tiny_speech.shard(tiny_speech.librispeech(tmp_path / "source"), tmp_path / "shards")
     settings = config.Config(
