@@ -136,8 +136,6 @@ def run(config: Config, *, resume: str = "auto", profile_steps: int = 0, mistake
         world.watchdog.announce_exit(reason)  # first, because other ranks may be waiting for this one
         if attempt is not None:
             attempt.end(state, reason, retry=retry)
-        if state == "failed":
-            world.watchdog.wait_for_readers()
 
     try:
         world.run_on_all(lambda: _raise(mistake))
@@ -152,9 +150,6 @@ def run(config: Config, *, resume: str = "auto", profile_steps: int = 0, mistake
         end("stopped", f"{stop} before the first step", retry=True)
         return 0
     except UserError as error:
-        if attempt is not None and isinstance(error, PeerLost) and attempt.stop.came_before_training(within_s=2.0):
-            end("stopped", f"{attempt.stop.reason} before the first step", retry=True)
-            return 0
         end("failed", str(error), retry=isinstance(error, PeerLost))
         if isinstance(error, RaisedElsewhere):
             return 2  # the rank that raised it reports it

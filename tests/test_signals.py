@@ -61,18 +61,21 @@ def test_before_training_a_signal_ends_the_setting_up_at_once(number):
 
 def test_a_rank_that_has_lost_its_peers_in_the_setting_up_waits_for_the_signal_that_ended_them():
     process = script("""
+        from ddp_asr.ranks.suspects import Suspect
+        watchdog.suspect = lambda: Suspect("rank 1 has ended", certain=True)
+        watchdog.silent_after_s = 60.0
         try:
             say("ready")
-            stopped = stop.came_before_training(within_s=60)
-        except StoppedBeforeTraining:
-            stopped = stop.came_before_training(within_s=0)
+            watchdog.name_lost_rank("Connection closed")
+        except StoppedBeforeTraining as early:
+            say(f"stopped by {early}")
         stop.defer_to_boundary()
-        say(f"{stopped} {stop.reason}, in training {stop.came_before_training(within_s=60)}")
+        say(watchdog.name_lost_rank("Connection closed")[:24])
         stop.mark_handled()
     """)
     assert first_line(process) == "ready\n"
     process.send_signal(signal.SIGTERM)
-    assert ended(process) == (0, "True SIGTERM, in training False\n", "")
+    assert ended(process) == (0, "stopped by SIGTERM\nrank 0 of 1 lost the oth\n", "")
 
 
 def test_in_training_a_signal_waits_for_the_boundary():
@@ -132,7 +135,7 @@ def test_a_rank_that_reaches_no_boundary_ends_itself(where):
         r"error: SIGTERM, and no step boundary within distributed.stop_grace_s = 0.5 s; this rank has been at step 7, "
         r"updating, for \d+ s; started again, the run resumes from its newest checkpoint\n"
     )
-    assert code == 1 and re.fullmatch(expected, err)
+    assert code == 2 and re.fullmatch(expected, err)
     assert out == err.replace("error: ", "stopped: ")
 
 

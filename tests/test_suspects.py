@@ -1,11 +1,9 @@
 """Which rank is to blame when a collective fails: the rules, on posts made by hand."""
 
-import json
-
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddp_asr.ranks.suspects import End, LastPost, Post, find_suspect
+from ddp_asr.ranks.suspects import LastPost, Post, find_suspect
 
 
 def post(rank: int, step: int = 120, phase: str = "reducing", waiting: bool = True, **more) -> Post:
@@ -38,11 +36,6 @@ def test_a_rank_that_fell_silent_is_named_with_host_step_and_phase():
     assert blamed(known) == "rank 3 on node1 was last seen 34 s ago at step 120, waiting for data"
 
 
-def test_a_host_that_fell_silent_is_named_once():
-    known = seen(*everyone(), silent_s={2: 33.0, 3: 33.0})
-    assert blamed(known) == "ranks 2, 3 on node1 were last seen 34 s ago at step 120, reducing"
-
-
 def test_of_two_that_fell_silent_the_first_is_to_blame():
     """The other one died of it, for instance."""
     known = seen(*everyone(), silent_s={1: 20.0, 3: 33.0})
@@ -59,7 +52,7 @@ def test_a_rank_that_others_wait_for_is_named():
 
 
 def test_a_rank_that_said_why_it_ended_comes_before_all_else():
-    ended = post(2, step=119, phase="waiting for data", waiting=False, ended=End("the disk is full"))
+    ended = post(2, step=119, phase="waiting for data", waiting=False, ended="the disk is full")
     known = seen(*everyone(ended), silent_s={1: 60.0})
     assert blamed(known) == "rank 2 on node1 ended at step 119, waiting for data (the disk is full)"
 
@@ -72,19 +65,19 @@ def test_when_the_store_is_gone_so_is_rank_0():
     assert blamed(known, me=3, store_gone=True).startswith("rank 2 on node1 was last seen")
 
 
-def test_those_that_gave_up_before_say_whom_they_blame():
-    gave_up = post(0, ended=End("rank 1 on node0 was last seen 3 s ago", lost=True, blames=1))
+def test_those_that_gave_up_before_say_which_rank_is_to_blame():
+    gave_up = post(0, ended="rank 1 on node0 was last seen 3 s ago", gave_up=True)
     known = seen(*everyone(gave_up, post(1, phase="updating", waiting=False)))
-    # Rank 0 has ended, and the store with it.
-    for rank in (2, 3):
+    for rank in (1, 2, 3):  # rank 0 has ended, and the store with it
         assert blamed(known, me=rank, store_gone=True) == "rank 1 on node0 was last seen 3 s ago"
-    assert blamed(known, me=1, store_gone=True) == "rank 0 on node0 gave this rank up at step 120, reducing"
 
 
 def test_where_all_are_well_nobody_is_named():
     found = find_suspect(seen(*everyone()), post(0), store_gone=False, silent_after_s=4.0)
-    assert found.rank is None and not found.certain
-    assert found.words == "all ranks still answer, this one is at step 120, reducing: the network may be the cause"
+    assert not found.certain
+    assert found.words == (
+        "all ranks still answer, rank 0 on node0 is at step 120, reducing: the network may be the cause"
+    )
 
 
 PHASES = st.sampled_from(["waiting for data", "forward and backward of micro-batch 3", "updating"])
@@ -107,19 +100,13 @@ def test_one_rank_that_misbehaves_is_named_by_all_others(data):
         data.draw(PHASES),
         waiting,
         for_s=stands,
-        ended=End("it fell over") if kind == "ended" else End(),
+        ended="it fell over" if kind == "ended" else "",
     )
     if kind == "silent":
         silence_s[bad] = data.draw(st.floats(4.0, 1e5))
     for me in set(range(world_size)) - {bad}:
         known = seen(*posts, silent_s=silence_s)
         found = find_suspect(known, posts[me], store_gone=False, silent_after_s=4.0)
-        assert found.rank == bad and f"rank {bad} on node{bad // 2} " in found.words
+        assert found.words.startswith(f"rank {bad} on node{bad // 2} ")
         assert f"at step {posts[bad].step}, {posts[bad].phase}" in found.words
         assert found.certain == (kind in ("silent", "ended"))
-
-
-@given(st.text(), st.text(), st.integers(0, 10**9), st.booleans(), st.none() | st.integers(0, 99))
-def test_a_post_comes_back_as_it_went(phase, words, step, flag, blames):
-    sent = post(1, step, phase, flag, ended=End(words, flag, blames))
-    assert Post.decode(json.dumps(sent).encode()) == sent

@@ -174,7 +174,6 @@ def test_a_lost_peer_is_one_sentence_on_every_rank_that_waits(tiny_corpus, tmp_p
         except PeerLost as error:
             print(error)
             world.watchdog.announce_exit(str(error))
-            world.watchdog.wait_for_readers()
         """,
         tmp_path,
     )

@@ -6,7 +6,6 @@ NCCL and CUDA where there are GPUs, gloo and the CPU otherwise. The ranks of a S
 its attempt, so that ranks of two attempts never meet.
 """
 
-import contextlib
 import datetime
 import os
 import socket
@@ -26,15 +25,13 @@ from ddp_asr.ranks.world import World
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _HANDSHAKE_S = 10.0  # from an open port to an answer of the store; it takes milliseconds
-# gloo raises an error after the timeout, and gets this much time to do so. NCCL would end the process with a trace of
-# its own: there the watchdog acts first, and has this much time to write the flight record.
-_GLOO_GRACE_S, _NCCL_GRACE_S = 5.0, 60.0
+_BACKEND_GRACE_S = 60.0  # gloo and NCCL wait longer than the watchdog, which names the rank to blame
 
 
 def join(settings: config.Distributed, run_directory: Path | None = None) -> World:
     """This process among the others, by the environment that torchrun, srun or a shell has set; alone if none is set.
 
-    If a collective fails, NCCL's flight record is written to the run directory.
+    If the watchdog ends this process, it writes NCCL's flight record to the run directory.
 
     Raises:
         UserError: an incomplete environment, an unusable address or port, ranks that do not come in time.
@@ -51,8 +48,6 @@ def join(settings: config.Distributed, run_directory: Path | None = None) -> Wor
         torch.cuda.set_device(device)
     if world_size == 1:
         return World(rank, world_size, local_rank, device)
-    if device.type == "cuda":
-        _configure_flight_recorder(run_directory)
     try:
         watchdog = _join_group(rank, world_size, "nccl" if device.type == "cuda" else "gloo", settings.timeout_s)
     except (RuntimeError, ValueError) as error:
@@ -64,6 +59,8 @@ def join(settings: config.Distributed, run_directory: Path | None = None) -> Wor
             f"rank {rank} could not meet the other {world_size - 1} rank(s) at {address} ({reason[:200]}): check "
             "MASTER_ADDR, MASTER_PORT and that all ranks were started"
         ) from None
+    if device.type == "cuda" and run_directory is not None:
+        watchdog.dump = lambda: _write_flight_record(run_directory / f"flight-rank-{rank}")
     return World(rank, world_size, local_rank, device, watchdog)
 
 
@@ -106,14 +103,13 @@ def _join_group(rank: int, world_size: int, backend: str, timeout_s: float) -> W
         # Internal to torchrun (torch 2.11.0): "True" if the store lives in its agent. If the name changes, rank 0 keeps
         # a store up that is not its own, so that a failed rank 0 ends up to 3 s later.
         hosts_store=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-        backend_grace_s=_GLOO_GRACE_S if backend == "gloo" else 0.0,
     )
     watchdog.exchange()  # returns when all ranks have posted
-    if backend == "nccl":
-        watchdog.dump = _write_flight_record
-        timeout += datetime.timedelta(seconds=_NCCL_GRACE_S)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    patience = timeout + datetime.timedelta(seconds=_BACKEND_GRACE_S)
+    watchdog.begin_waiting()
     watchdog.start()
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
+    watchdog.end_waiting()
     return watchdog
 
 
@@ -131,45 +127,36 @@ def _connect(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.St
         except Exception as error:  # the main thread raises it
             results.put(error)
 
+    if rank:
+        _wait_for_port(timeout.total_seconds())
     threading.Thread(target=connect, name="rendezvous", daemon=True).start()
-    silent_since_s: float | None = None
+    try:
+        # Rank 0 waits for the others in that call, until `timeout`.
+        result = results.get(timeout=_HANDSHAKE_S if rank else None)
+    except Empty:
+        raise RuntimeError("address already in use: another program listens there") from None
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _wait_for_port(timeout_s: float) -> None:
+    address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    deadline_s = time.monotonic() + timeout_s
     while True:
-        with contextlib.suppress(Empty):
-            result = results.get(timeout=1.0)
-            if isinstance(result, Exception):
-                raise result
-            return result
-        if silent_since_s is None:
-            with contextlib.suppress(OSError):  # nothing listens there yet
-                address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-                socket.create_connection(address, timeout=1.0).close()
-                silent_since_s = time.monotonic()
-        # Not on rank 0, which waits for the others in that call, until `timeout`.
-        if rank and silent_since_s is not None and time.monotonic() - silent_since_s > _HANDSHAKE_S:
-            raise RuntimeError("address already in use: another program listens there")
+        try:
+            socket.create_connection(address, timeout=1.0).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline_s:
+                raise RuntimeError(f"nothing listens there after {timeout_s:g} s") from None
+            time.sleep(0.1)
 
 
-# Each setting has the name that torch 2.11 reads and an older one that it still accepts.
-_RECORD_FILE = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
-_RECORD_SIZE = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
+def _write_flight_record(file: Path) -> None:
+    """Writes NCCL's last collectives, which torch records by default; `torchfrtrace` compares those of all ranks."""
+    # Private (torch 2.11.0), because NCCL writes the record only after its own timeout, when this process is gone.
+    # If it is renamed, the record is missing; the sentence and status.json come before it.
+    from torch._C._distributed_c10d import _dump_nccl_trace  # type: ignore[attr-defined]
 
-
-def _configure_flight_recorder(run_directory: Path | None) -> None:
-    """Has NCCL keep its last collectives and write them down when one fails, unless the environment says otherwise."""
-    settings = {_RECORD_SIZE: "2000", ("TORCH_NCCL_DUMP_ON_TIMEOUT",): "1"}
-    if run_directory is not None:
-        settings[_RECORD_FILE] = f"{run_directory.absolute()}/flight-rank-"
-    for names, value in settings.items():
-        if not any(name in os.environ for name in names):
-            os.environ[names[0]] = value
-
-
-def _write_flight_record() -> None:
-    """Writes this rank's flight record where NCCL would; `torchfrtrace` compares those of all ranks."""
-    prefix = next((os.environ[name] for name in _RECORD_FILE if os.environ.get(name)), None)
-    if prefix is not None:
-        # Private (torch 2.11.0), because NCCL writes the record only after its own timeout, when this process is gone.
-        # If it is renamed, the record is missing; the sentence and status.json come before it.
-        from torch._C._distributed_c10d import _dump_nccl_trace  # type: ignore[attr-defined]
-
-        Path(f"{prefix}{dist.get_rank()}").write_bytes(_dump_nccl_trace())
+    file.write_bytes(_dump_nccl_trace())

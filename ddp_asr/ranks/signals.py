@@ -7,7 +7,6 @@
 The watchdog (watchdog.py) ends the process if that boundary does not come in time.
 """
 
-import contextlib
 import signal
 import socket
 import time
@@ -27,7 +26,7 @@ class StopRequest:
         self.reason: str | None = None
         self._requested_s = 0.0
         self._handled = False
-        self._raises = self._before_training = True
+        self.interrupts = False  # whether a signal raises StoppedBeforeTraining
 
     def install(self, wakeup: socket.socket) -> None:
         """Installs the signal handlers, in the main thread.
@@ -35,6 +34,7 @@ class StopRequest:
         Python runs a handler only between two instructions of the main thread, so never inside a collective. Python
         therefore also writes the signal's number to `wakeup`, from which the watchdog's thread reads it.
         """
+        self.interrupts = True
         signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
             # Under nohup SIGHUP is ignored, so that the run outlives its terminal.
@@ -43,7 +43,7 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.request(signal.Signals(number).name)
-        if self._raises:
+        if self.interrupts:
             self.mark_handled()  # a second signal must not interrupt the clean-up
             raise StoppedBeforeTraining(self.reason)
 
@@ -60,19 +60,8 @@ class StopRequest:
 
     def defer_to_boundary(self) -> None:
         """Training begins: from now on a stop takes place at the next step boundary."""
-        self._raises = self._before_training = False
-
-    def came_before_training(self, within_s: float) -> bool:
-        """Whether training has not begun and a stop is asked for, now or within `within_s`.
-
-        A signal ends one rank after another, so a rank may lose its peers just before its own signal comes.
-        """
-        deadline_s = time.monotonic() + within_s
-        with contextlib.suppress(StoppedBeforeTraining):
-            while self._before_training and self.reason is None and time.monotonic() < deadline_s:
-                time.sleep(0.02)
-        return self._before_training and self.reason is not None
+        self.interrupts = False
 
     def mark_handled(self) -> None:
         """The stop takes place, or the run has ended: time no longer counts, and a signal has no further effect."""
-        self._raises, self._handled = False, True
+        self.interrupts, self._handled = False, True

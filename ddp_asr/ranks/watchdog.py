@@ -1,4 +1,4 @@
-"""One thread per rank that posts where the rank is, reads where the others are, and ends a process that is stuck.
+"""Two threads per rank: one posts where the rank is and reads where the others are, one ends a process that is stuck.
 
     watchdog.set_phase(120, "waiting for data")         # at each change of phase; costs one assignment
     watchdog.begin_waiting("reducing the gradients")    # from here to the next phase this rank waits for the others
@@ -7,19 +7,17 @@
 
     this rank --a post every second--> store --the posts of all--> find_suspect (suspects.py)
 
-The thread ends the process, with one sentence on stderr and in status.json, if
+The process ends, with one sentence on stderr and in status.json, if
 - this rank has waited for the others for longer than distributed.timeout_s, or 30 s after one of them has ended;
 - this rank does anything else for longer than distributed.timeout_s, and another rank has ended;
 - a stop was asked for and no step boundary came within distributed.stop_grace_s.
 It stops the run as on SIGTERM if torchrun is gone: killed with -9, torchrun leaves its ranks running.
 
 The store is the one of the rendezvous, in rank 0's process or in torchrun's. A call to a store whose host is gone may
-never return, whatever its timeout (seen with torch 2.11.0), so each exchange with it runs in a thread that lives only
-as long, and the last known posts stay here.
+never return, whatever its timeout (seen with torch 2.11.0), so only the posting thread calls it.
 
-gloo makes a collective fail after distributed.timeout_s, and the watchdog gives it `backend_grace_s` to do so; then the
-main thread reports. NCCL does not return at all, and there the watchdog acts first. Tried with gloo, with network links
-that were cut, and with a gloo that never returns in place of NCCL. Not tried, for want of several GPUs: a broken
+gloo and NCCL get a longer timeout than distributed.timeout_s, so that the watchdog always acts first. A connection that
+breaks makes gloo fail at once, and then the main thread reports. Not tried, for want of several GPUs: a broken
 connection that NCCL itself notices. It may end the process first with a trace of its own, and the note of a long wait
 in the rank's log is then what names the rank.
 """
@@ -42,13 +40,14 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from ddp_asr.ranks.signals import STOP_SIGNALS, StopRequest
-from ddp_asr.ranks.suspects import End, LastPost, Post, Suspect, find_suspect
+from ddp_asr.ranks.suspects import LastPost, Post, Suspect, find_suspect
 
 POST_EVERY_S = 1.0
+CHECK_EVERY_S = 0.25
 SILENT_AFTER_S = 4.0  # a rank whose posts stand still for so long has died or is frozen
 NOTE_AFTER_S = 10.0  # a longer wait is noted in the rank's log
 ENDED_PATIENCE_S = 30.0  # for a collective that another rank has left for good: gloo fails at once, NCCL never
-ENDING_S = 45.0  # for the sentence, status.json and NCCL's flight record, each of which may hang
+ENDING_S = 20.0  # for status.json and NCCL's flight record, whose file system may hang
 RESUME = "started again, the run resumes from its newest checkpoint"
 ADVICE = f"look at the log and the host there; {RESUME}"
 
@@ -80,7 +79,6 @@ class Watchdog:
         timeout_s: float = math.inf,
         *,
         hosts_store: bool = False,
-        backend_grace_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
@@ -92,32 +90,33 @@ class Watchdog:
         self.post_every_s = min(POST_EVERY_S, timeout_s / 10)
         self.silent_after_s = min(SILENT_AFTER_S, timeout_s / 2)
         self._store, self._hosts_store, self._clock = store, hosts_store, clock
-        self._backend_grace_s, self._stop_grace_s = backend_grace_s, math.inf
+        self._stop_grace_s = math.inf
         self._torchrun: int | None = None  # its process id
         self._host = socket.gethostname()
         self._here = Position(0, "joining the others", False, clock())
         self._noted: Position | None = None  # the long wait that was noted last
         self._number = 0
-        self._end = End()
-        self._blame: Suspect | None = None
+        self._blame = ""  # the words of the suspect because of which this rank ends
+        self._end = ("", False)  # the last fields of a post
         self._known: dict[int, tuple[Post, float]] = {}  # each rank's last post, and when it changed
         self._answered_s = clock()
         self._asked_s: float | None = None  # during an exchange with the store
-        self._hurried = self._closed = False
-        self._posted_end = threading.Event()
+        self._closed = False
+        self._post_now = threading.Event()
         # Held by the thread that reports how this rank ends, until the process is gone.
         self._reporting = threading.RLock()
-        self._thread: threading.Thread | None = None
-        self._exchange: threading.Thread | None = None
-        self._wakeup: tuple[socket.socket, socket.socket] | None = None  # the thread reads from the first
+        self._threads: list[threading.Thread] = []
+        self._wakeup: tuple[socket.socket, socket.socket] | None = None  # the checking thread reads from the first
 
     def start(self) -> None:
-        """Starts the thread."""
+        """Starts the threads."""
         if self._wakeup is None:
             self._wakeup = socket.socketpair()
             self._wakeup[1].setblocking(False)
-            self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
-            self._thread.start()
+            targets = [self._check_until_closed] if self._store is None else [self._check_until_closed, self._post]
+            self._threads = [threading.Thread(target=each, name="watchdog", daemon=True) for each in targets]
+            for thread in self._threads:
+                thread.start()
             # A thread that returns from the store's C++ while the interpreter is being torn down would abort it.
             atexit.register(self.close)
 
@@ -131,15 +130,18 @@ class Watchdog:
         self.stop.install(self._wakeup[1])
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Ends the threads."""
+        if self._wakeup is None:
+            return
         self._closed = True
-        self._wake()
-        for thread in (self._thread, self._exchange):
-            if thread is not None and thread is not threading.current_thread():
-                thread.join(1.0)
+        self._post_now.set()
+        with contextlib.suppress(OSError):  # full: the thread will wake up; closed: it has ended
+            self._wakeup[1].send(b"\0")
+        for thread in self._threads:
+            thread.join(1.0)
         if self._stop_grace_s < math.inf:
             signal.set_wakeup_fd(-1)
-        for end in self._wakeup or ():
+        for end in self._wakeup:
             end.close()
         atexit.unregister(self.close)
 
@@ -161,31 +163,33 @@ class Watchdog:
     def _own_post(self) -> Post:
         here = self._here
         for_s = round(self._clock() - here.since_s, 1)
-        return Post(self.rank, self._host, here.step, here.phase, here.waiting, for_s, self._number, self._end)
+        return Post(self.rank, self._host, here.step, here.phase, here.waiting, for_s, self._number, *self._end)
 
-    # ---- the store -----------------------------------------------------------------------------------------------
+    # ---- the posting thread --------------------------------------------------------------------------------------
+
+    def _post(self) -> None:
+        while not self._closed:
+            self._asked_s = self._clock()
+            try:
+                self.exchange()
+            except (RuntimeError, OSError):
+                self._asked_s = -math.inf  # the store's host is gone: it is not asked again
+                return
+            self._asked_s = None
+            self._post_now.wait(self.post_every_s)
+            self._post_now.clear()
 
     def exchange(self) -> None:
         """Writes this rank's post into the store and reads those of all ranks; waits for a rank that has none yet."""
         assert self._store is not None
         self._number += 1
-        own = self._own_post()
-        self._store.set(_key(self.rank), json.dumps(own))
-        if own.ended.reason:
-            self._posted_end.set()
-        posts = [Post.decode(data) for data in self._store.multi_get([_key(each) for each in range(self.world_size)])]
+        self._store.set(f"position/{self.rank}", json.dumps(self._own_post()))
+        posts = self._store.multi_get([f"position/{rank}" for rank in range(self.world_size)])
         now_s, known = self._clock(), {}
-        for post in posts:
+        for post in (Post(*json.loads(data)) for data in posts):
             before, changed_s = self._known.get(post.rank, (None, now_s))
             known[post.rank] = (post, changed_s if before and before.number == post.number else now_s)
         self._known, self._answered_s = known, now_s
-
-    def _try_exchange(self) -> None:
-        try:
-            self.exchange()
-            self._asked_s = None
-        except (RuntimeError, OSError):
-            self._asked_s = -math.inf  # the store's host is gone: it is not asked again
 
     def store_gone(self) -> bool:
         """Whether the store has failed, or has not answered for long."""
@@ -207,138 +211,102 @@ class Watchdog:
 
     # ---- called by the main thread when this rank ends -----------------------------------------------------------
 
-    def name_lost_rank(self, reason: str, timed_out: bool = False) -> str:
+    def name_lost_rank(self, reason: str) -> str:
         """The sentence for a collective that failed with `reason`; waits some seconds for posts that make it sure."""
         self._reporting.acquire()
-        self._hurry()
         found, deadline_s = self.suspect(), self._clock() + self.silent_after_s + 2 * self.post_every_s
-        while not found.certain and self._clock() < deadline_s:
+        # A connection breaks before its rank is silent for long enough. Before training, a signal that has ended the
+        # others may still be on its way to this rank: it interrupts the wait.
+        while self._clock() < deadline_s and (self.stop.interrupts or not found.certain):
             time.sleep(0.05)
-            # A connection breaks before its rank is silent for long enough, so a later suspect is the better one. After
-            # a time-out the first one is: a rank that was late may arrive in the meantime.
-            later = self.suspect()
-            found = later if later.certain or not timed_out else found
-        self._blame = found
-        return self._sentence(self._no_answer(self.timeout_s) if timed_out else reason, found)
+            found = self.suspect()
+        self._blame = found.words
+        return self._lost_others(reason)
 
     def announce_exit(self, reason: str) -> None:
         """Tells the others why this rank ends; where they are the reason, it names the rank to blame instead."""
         self._reporting.acquire()
         self._set_end(reason)
-        if self._store is not None and not self.store_gone():
-            self._posted_end.wait(1.0)
-
-    def wait_for_readers(self) -> None:
-        """After `announce_exit`: keeps the store up for a moment, until the others have read why this rank ended."""
-        deadline_s = self._clock() + 3 * self.post_every_s
-        while self._hosts_store and self._has_readers() and self._clock() < deadline_s:
-            time.sleep(0.02)
-
-    def _has_readers(self) -> bool:
-        """Whether a rank may still want to read why this one ended."""
-        others = [each for rank, each in self.last_posts().items() if rank != self.rank]
-        left = all(each.post.ended.reason or each.silent_s >= self.silent_after_s for each in others)
-        return bool(self._end.reason) and not left and not self.store_gone()
+        self._wait_until_told()
 
     def _set_end(self, reason: str) -> None:
-        blame = self._blame
         first_line = (reason.strip().splitlines() or ["no reason given"])[0][:200]
-        self._end = End(blame.words, True, blame.rank) if blame else End(first_line)
-        self._hurry()
+        self._end = (self._blame or first_line, bool(self._blame))
+        self._post_now.set()
 
-    def _no_answer(self, stuck_s: float) -> str:
-        limit = f"within distributed.timeout_s = {self.timeout_s:g} s"
-        return f"no answer {limit if stuck_s >= self.timeout_s else f'for {stuck_s:.0f} s'}"
+    def _wait_until_told(self) -> None:
+        """Waits until this rank's end is in the store; where the store ends with this rank, until the others end."""
+        awaited = range(self.world_size) if self._hosts_store else [self.rank]
+        deadline_s = self._clock() + 3 * self.post_every_s
+        while self._store is not None and not self.store_gone() and self._clock() < deadline_s:
+            last = self.last_posts()
+            if all(last[rank].post.ended or last[rank].silent_s >= self.silent_after_s for rank in awaited):
+                return
+            time.sleep(0.02)
 
-    def _sentence(self, reason: str, suspect: Suspect) -> str:
-        return f"rank {self.rank} of {self.world_size} lost the others ({reason}): {suspect.words}; {ADVICE}"
+    def _lost_others(self, reason: str) -> str:
+        return f"rank {self.rank} of {self.world_size} lost the others ({reason}): {self._blame}; {ADVICE}"
 
-    # ---- the thread ----------------------------------------------------------------------------------------------
+    # ---- the checking thread -------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        while not self._closed:
-            if self._store is not None and self._asked_s is None:
-                self._asked_s = self._clock()
-                self._exchange = threading.Thread(target=self._try_exchange, name="watchdog exchange", daemon=True)
-                self._exchange.start()
-            for check in (self._check_wait, self._check_stop):
-                if not self._end.reason:
-                    check()
-            self._sleep()
-
-    def _hurry(self) -> None:
-        """Makes several exchanges per second from now on."""
-        self._hurried = True
-        self._wake()
-
-    def _wake(self) -> None:
-        with contextlib.suppress(OSError):  # full: the thread will wake up; closed: it has ended
-            if self._wakeup is not None:
-                self._wakeup[1].send(b"\0")
-
-    def _sleep(self) -> None:
-        """Waits for the next period, a signal or `_wake`."""
+    def _check_until_closed(self) -> None:
         assert self._wakeup is not None
-        period_s = self.post_every_s / (4 if self._hurried or self.stop.pending_s else 1)
-        if select.select([self._wakeup[0]], [], [], period_s)[0]:
-            for number in self._wakeup[0].recv(256):
-                if number in STOP_SIGNALS:
-                    self.stop.request(signal.Signals(number).name)
+        while not self._closed:
+            if not self._end[0]:
+                self._note_long_wait()
+                self._stop_if_orphaned()
+                self._end_if_stuck()
+            if select.select([self._wakeup[0]], [], [], CHECK_EVERY_S)[0]:
+                for number in self._wakeup[0].recv(256):
+                    if number in STOP_SIGNALS:
+                        self.stop.request(signal.Signals(number).name)
 
-    def _check_wait(self) -> None:
-        """Notes a long wait, and ends the process after too long a one."""
-        here = self._here
-        stuck_s = self._clock() - here.since_s
-        if here.waiting and here is not self._noted and stuck_s > min(NOTE_AFTER_S, self.timeout_s / 2):
+    def _note_long_wait(self) -> None:
+        here, own = self._here, self._own_post()
+        if here.waiting and here is not self._noted and own.for_s > min(NOTE_AFTER_S, self.timeout_s / 2):
             self._noted = here
-            note = f"has waited for {stuck_s:.0f} s {self._own_post().where}: {self.suspect().words}"
+            note = f"has waited for {own.for_s:.0f} s {own.where}: {self.suspect().words}"
             # In a thread: a log on a file system that hangs must not block the watchdog.
             threading.Thread(target=self.on_long_wait, args=(note,), name="watchdog note", daemon=True).start()
-        if stuck_s > self._patience_s(here.waiting) and self._reporting.acquire(blocking=False):
-            self._blame = self.suspect()
-            reason = self._no_answer(stuck_s) if here.waiting else f"stuck {self._own_post().where}"
-            self._end_process("failed", self._sentence(reason, self._blame))
 
-    def _patience_s(self, waiting: bool) -> float:
-        """How long this rank may stay in one phase: for ever if it does not wait and no other rank has ended."""
-        ended = any(each.post.ended.reason for rank, each in self.last_posts().items() if rank != self.rank)
-        if waiting:
-            return self._backend_grace_s + (min(self.timeout_s, ENDED_PATIENCE_S) if ended else self.timeout_s)
-        return self._backend_grace_s + self.timeout_s if ended else math.inf
-
-    def _check_stop(self) -> None:
-        """Asks for a stop if torchrun is gone; ends the process if a stop has been pending for too long."""
+    def _stop_if_orphaned(self) -> None:
         if self._torchrun not in (None, os.getppid()) and self.stop.reason is None:
             self.stop.request("torchrun is gone")
             os.kill(os.getpid(), signal.SIGTERM)  # so that the handler runs, too
-        if self.stop.pending_s > self._stop_grace_s:
-            self._reporting.acquire(blocking=False)  # in vain if the main thread is ending the process, but too slowly
-            self._blame = self.suspect() if self._here.waiting else self._blame
-            overdue = f"no step boundary within distributed.stop_grace_s = {self._stop_grace_s:g} s"
-            self._end_process("stopped", f"{self.stop.reason}, and {overdue}; {self.explain_delay()}; {RESUME}")
 
-    def explain_delay(self) -> str:
-        """Where this rank is, or which rank it waits for."""
-        own = self._own_post()
-        return self.suspect().words if own.waiting else f"this rank has been {own.where}, for {own.for_s:.0f} s"
+    def _end_if_stuck(self) -> None:
+        own, overdue = self._own_post(), self.stop.pending_s > self._stop_grace_s
+        stuck = own.for_s > self._patience_s(own.waiting)
+        if not (overdue or stuck) or not self._reporting.acquire(blocking=False):
+            return
+        words = self.suspect().words
+        self._blame = words if own.waiting or not overdue else ""
+        if overdue:
+            limit = f"no step boundary within distributed.stop_grace_s = {self._stop_grace_s:g} s"
+            delay = self._blame or f"this rank has been {own.where}, for {own.for_s:.0f} s"
+            state, sentence = "stopped", f"{self.stop.reason}, and {limit}; {delay}; {RESUME}"
+        else:
+            silence = f"no answer for {own.for_s:.0f} s, distributed.timeout_s = {self.timeout_s:g} s"
+            state, sentence = "failed", self._lost_others(silence if own.waiting else f"stuck {own.where}")
+        self._set_end(sentence)
+        self._report_and_exit(state, sentence)
 
-    def _end_process(self, state: str, sentence: str) -> None:
-        """Starts the end of this process, whose main thread may be in a call that does not return."""
-        self._set_end(sentence)  # for the next post: this thread goes on
-        threading.Thread(target=self._report_and_exit, args=(state, sentence), name="watchdog end", daemon=True).start()
+    def _patience_s(self, waiting: bool) -> float:
+        """How long this rank may stay in one phase: for ever if it does not wait and no other rank has ended."""
+        ended = any(each.post.ended for rank, each in self.last_posts().items() if rank != self.rank)
+        if waiting:
+            return min(self.timeout_s, ENDED_PATIENCE_S) if ended else self.timeout_s
+        return self.timeout_s if ended else math.inf
 
     def _report_and_exit(self, state: str, sentence: str) -> None:
+        """Ends this process, whose main thread may be in a call that does not return."""
         with open(os.devnull, "w") as nowhere:
             # A thread in C, which ends the process even if a thread that hangs holds the interpreter's lock.
             faulthandler.dump_traceback_later(ENDING_S, exit=True, file=nowhere)
             try:
                 print(f"error: {sentence}", file=sys.stderr, flush=True)
-                for action in (lambda: self.on_end(state, sentence), self.dump, self.wait_for_readers):
+                for action in (self._wait_until_told, lambda: self.on_end(state, sentence), self.dump):
                     with contextlib.suppress(Exception):  # the sentence is out: no error may keep the process alive
                         action()
             finally:
-                os._exit(1)
-
-
-def _key(rank: int) -> str:
-    return f"position/{rank}"
+                os._exit(2)

@@ -132,7 +132,6 @@ class World:
             yield
         except BaseException as error:  # any error ends this rank; it is raised again
             self.watchdog.announce_exit(describe(error))
-            self.watchdog.wait_for_readers()
             raise
 
     def leave(self) -> None:
@@ -174,4 +173,4 @@ def naming_lost_peers(world: World) -> Iterator[None]:
             raise
         first_line = (text.strip().splitlines() or [""])[0]
         reason = re.sub(r"^\[[^\]]*\] *", "", first_line)[:160]  # gloo begins with its source's file and line
-        raise PeerLost(world.watchdog.name_lost_rank(reason, timed_out="timed out" in text.lower())) from error
+        raise PeerLost(world.watchdog.name_lost_rank(reason)) from error

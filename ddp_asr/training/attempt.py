@@ -147,7 +147,7 @@ class Attempt:
 
     def _end_by_watchdog(self, state: str, sentence: str) -> None:
         """Called by the watchdog's thread just before it ends this process."""
-        self.log.info(sentence)
+        self.log.info(f"{state} at step {self.reached.progress.step}: {sentence}")
         self._record_end(state, sentence, retry=True)
 
     def _record_end(self, state: str, reason: str, *, retry: bool) -> None:
