@@ -20,26 +20,17 @@ from typing import Any
 from ddp_asr.config import Distributed
 from ddp_asr.errors import UserError, run_entry_point
 
-SIZES_MIB = "1,8,64"  # the default model has 90 MiB of gradients; DDP sends them in buckets of up to 25 MiB
+SIZES_MIB = (1, 8, 64)  # the default model has 90 MiB of gradients; DDP sends them in buckets of up to 25 MiB
 REPEATS = 5
 
 EXAMPLES = """\
 examples:
   torchrun --nproc_per_node=8 -m ddp_asr.bandwidth
   srun torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=node1:29500 -m ddp_asr.bandwidth
-  torchrun --nproc_per_node=2 -m ddp_asr.bandwidth --sizes-mib 1,256 --repeats 20
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = _parse(argv)
-    measured = _measure(options.sizes_mib, options.repeats, options.limit_s)
-    if measured is not None:
-        print(json.dumps(measured), flush=True)
-    return 0
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m ddp_asr.bandwidth",
         description="Times all-reduces over all ranks; rank 0 prints the bandwidths as one JSON line.",
@@ -48,27 +39,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--sizes-mib",
-        type=_sizes,
-        default=_sizes(SIZES_MIB),
-        metavar="N,N",
-        help=f"sizes, in MiB of float32 (default: {SIZES_MIB})",
-    )
-    parser.add_argument(
-        "--repeats",
-        type=_positive,
-        default=REPEATS,
-        metavar="N",
-        help="all-reduces of each size (default: %(default)s)",
-    )
-    parser.add_argument(
         "--limit-s",
         type=_positive,
         default=120,
         metavar="N",
         help="seconds after which the process ends, even if it hangs (default: %(default)s)",
     )
-    return parser.parse_args(argv)
+    measured = _measure(parser.parse_args(argv).limit_s)
+    if measured is not None:
+        print(json.dumps(measured), flush=True)
+    return 0
 
 
 def _positive(text: str) -> int:
@@ -77,11 +57,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _sizes(text: str) -> list[int]:
-    return [_positive(part) for part in text.split(",")]
-
-
-def _measure(sizes_mib: Sequence[int], repeats: int, limit_s: int) -> dict[str, Any] | None:
+def _measure(limit_s: int) -> dict[str, Any] | None:
     """The measurement on rank 0, None on the others."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch would log each broken socket beside our own message
     import torch
@@ -98,7 +74,7 @@ def _measure(sizes_mib: Sequence[int], repeats: int, limit_s: int) -> dict[str, 
             "a GPU gives wrong results; do not train on these nodes"
         )
     places = world.gather_objects({"host": socket.gethostname(), "device": str(world.device)})
-    sizes = [bandwidth(size << 20, world.all_reduce_s(size << 20, repeats), world.world_size) for size in sizes_mib]
+    sizes = [bandwidth(size << 20, world.all_reduce_s(size << 20, REPEATS), world.world_size) for size in SIZES_MIB]
     world.leave()
     return None if places is None else {"world_size": world.world_size, "ranks": places, "sizes": sizes}
 

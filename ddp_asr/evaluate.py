@@ -74,14 +74,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # one message a mistake: torch logs broken sockets on its own
     from ddp_asr.config import Distributed
     from ddp_asr.ranks.rendezvous import join
-    from ddp_asr.ranks.world import RaisedElsewhere
+    from ddp_asr.ranks.world import RaisedElsewhere, describe
 
     world = join(Distributed())
     try:
-        with world.announcing_errors():
-            evaluate(arguments, world)
-    except RaisedElsewhere:
-        return 2  # the rank that raised it says so
+        evaluate(arguments, world)
+    except BaseException as error:  # any error ends this rank, and the others name the reason
+        world.watchdog.announce_exit(describe(error))
+        if isinstance(error, RaisedElsewhere):
+            return 2  # the rank that raised it says so
+        raise
     world.leave()
     return 0
 

@@ -125,15 +125,6 @@ class World:
             yield
         self.watchdog.end_waiting()
 
-    @contextlib.contextmanager
-    def announcing_errors(self) -> Iterator[None]:
-        """Tells the other ranks of an error that ends this one, so that they can name the reason."""
-        try:
-            yield
-        except BaseException as error:  # any error ends this rank; it is raised again
-            self.watchdog.announce_exit(describe(error))
-            raise
-
     def leave(self) -> None:
         """Ends the process group. Not to be called after an error: it would wait for a rank that is gone."""
         self.watchdog.close()
