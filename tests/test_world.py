@@ -49,17 +49,6 @@ def test_a_broken_environment_is_named(changes, expected):
         place(environment(**changes))
 
 
-def test_a_port_in_use_is_named(monkeypatch):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        for name, value in environment(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_PORT=port).items():
-            monkeypatch.setenv(name, value)
-        with pytest.raises(UserError, match=f"127.0.0.1:{port} is in use by another program: choose another MASTER_P"):
-            join(Distributed(timeout_s=20))
-
-
 def test_peers_that_do_not_come_are_waited_for_as_long_as_set(monkeypatch):
     variables = environment(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_PORT=str(tiny.free_port()))
     for name, value in variables.items():
