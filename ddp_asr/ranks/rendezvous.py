@@ -95,15 +95,7 @@ def _join_group(rank: int, world_size: int, backend: str, timeout_s: float) -> W
     # documented, but missing in the type stubs of torch 2.11.0.
     own_client = store.clone()  # type: ignore[attr-defined]
     own_client.set_timeout(timeout)
-    watchdog = Watchdog(
-        rank,
-        world_size,
-        own_client,
-        timeout_s,
-        # Internal to torchrun (torch 2.11.0): "True" if the store lives in its agent. If the name changes, rank 0 keeps
-        # a store up that is not its own, so that a failed rank 0 ends up to 3 s later.
-        hosts_store=rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-    )
+    watchdog = Watchdog(rank, world_size, own_client, timeout_s)
     watchdog.exchange()  # returns when all ranks have posted
     patience = timeout + datetime.timedelta(seconds=_BACKEND_GRACE_S)
     watchdog.begin_waiting()

@@ -3,11 +3,10 @@
     find_suspect(last posts, own post, store_gone=...) -> a sentence, and whether later posts could change it
 
 The rules, first match first:
-1. a rank that ended and said why;
+1. the rank that a rank which has ended names: itself, or the one that it has lost;
 2. a rank whose posts have stopped: it died, is frozen, or lost its network;
 3. rank 0, if the store is gone: the store lives in rank 0's process or on its host;
-4. the rank that is blamed by ranks which have given up before;
-5. a rank that is behind: at an earlier step, or not waiting while this rank waits.
+4. a rank that is behind: at an earlier step, or not waiting while this rank waits.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ class Post(NamedTuple):
     waiting: bool  # for the other ranks
     for_s: float  # time spent in this phase
     number: int  # of posts so far; a rank whose number stands still has died or is frozen
-    ended: str = ""  # why; empty while the rank runs
-    gave_up: bool = False  # it ended because of another rank, which `ended` describes
+    ended: str = ""  # which rank is to blame for its end, and why; empty while the rank runs
 
     @property
     def where(self) -> str:
@@ -44,6 +42,10 @@ class LastPost(NamedTuple):
     silent_s: float  # from its last change to the store's last answer: a dead store must not make every rank silent
     ago_s: float  # from its last change to now
 
+    @property
+    def last_seen(self) -> str:
+        return f"last seen {self.ago_s:.0f} s ago {self.post.where}"
+
 
 class Suspect(NamedTuple):
     """The words that say which rank is to blame, if any."""
@@ -55,20 +57,16 @@ class Suspect(NamedTuple):
 def find_suspect(last: Mapping[int, LastPost], own: Post, *, store_gone: bool, silent_after_s: float) -> Suspect:
     """The rank to blame for a collective that failed on the rank that posts `own`; `last` has a post of every rank."""
     others = [last[rank] for rank in sorted(last) if rank != own.rank]
-    failed = [each.post for each in others if each.post.ended and not each.post.gave_up]
-    if failed:
-        post = min(failed, key=lambda post: post.step)
-        return Suspect(f"{post} ended {post.where} ({post.ended})", certain=True)
-    silent = [each for each in others if not each.post.ended and each.silent_s >= silent_after_s]
+    ended = [each.post.ended for each in others if each.post.ended]
+    if ended:
+        return Suspect(ended[0], certain=True)
+    silent = [each for each in others if each.silent_s >= silent_after_s]
     if silent:
         first = max(silent, key=lambda each: each.silent_s)
-        return Suspect(f"{first.post} was {_last_seen(first)}", certain=True)
-    gave_up = [each.post for each in others if each.post.gave_up]
-    if store_gone and own.rank != 0 and not any(post.rank == 0 for post in gave_up):
-        words = f"{last[0].post}, or its host, no longer answers and was {_last_seen(last[0])}"
+        return Suspect(f"{first.post} was {first.last_seen}", certain=True)
+    if store_gone and own.rank != 0:
+        words = f"{last[0].post}, or its host, no longer answers and was {last[0].last_seen}"
         return Suspect(words, certain=True)
-    if gave_up:
-        return Suspect(gave_up[0].ended, certain=True)
     late = [each for each in others if (each.post.step, each.post.waiting) < (own.step, own.waiting)]
     if late:
         # Of the ranks that are furthest behind, the one that has been there longest: others may have just arrived.
@@ -76,7 +74,3 @@ def find_suspect(last: Mapping[int, LastPost], own: Post, *, store_gone: bool, s
         words = f"{first.post} has been {first.post.where}, for {first.post.for_s + first.ago_s:.0f} s"
         return Suspect(f"{words} while others wait for it", certain=False)
     return Suspect(f"all ranks still answer, {own} is {own.where}: the network may be the cause", certain=False)
-
-
-def _last_seen(seen: LastPost) -> str:
-    return f"last seen {seen.ago_s:.0f} s ago {seen.post.where}"

@@ -77,8 +77,6 @@ class Watchdog:
         world_size: int = 1,
         store: Store | None = None,
         timeout_s: float = math.inf,
-        *,
-        hosts_store: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.rank, self.world_size, self.timeout_s = rank, world_size, timeout_s
@@ -89,7 +87,7 @@ class Watchdog:
         # Shorter where the limit is short: a rank that is alive posts often within half of it.
         self.post_every_s = min(POST_EVERY_S, timeout_s / 10)
         self.silent_after_s = min(SILENT_AFTER_S, timeout_s / 2)
-        self._store, self._hosts_store, self._clock = store, hosts_store, clock
+        self._store, self._clock = store, clock
         self._stop_grace_s = math.inf
         self._torchrun: int | None = None  # its process id
         self._host = socket.gethostname()
@@ -97,7 +95,7 @@ class Watchdog:
         self._noted: Position | None = None  # the long wait that was noted last
         self._number = 0
         self._blame = ""  # the words of the suspect because of which this rank ends
-        self._end = ("", False)  # the last fields of a post
+        self._ended = ""  # see Post
         self._known: dict[int, tuple[Post, float]] = {}  # each rank's last post, and when it changed
         self._answered_s = clock()
         self._asked_s: float | None = None  # during an exchange with the store
@@ -163,7 +161,7 @@ class Watchdog:
     def _own_post(self) -> Post:
         here = self._here
         for_s = round(self._clock() - here.since_s, 1)
-        return Post(self.rank, self._host, here.step, here.phase, here.waiting, for_s, self._number, *self._end)
+        return Post(self.rank, self._host, here.step, here.phase, here.waiting, for_s, self._number, self._ended)
 
     # ---- the posting thread --------------------------------------------------------------------------------------
 
@@ -230,13 +228,13 @@ class Watchdog:
         self._wait_until_told()
 
     def _set_end(self, reason: str) -> None:
-        first_line = (reason.strip().splitlines() or ["no reason given"])[0][:200]
-        self._end = (self._blame or first_line, bool(self._blame))
+        own, first_line = self._own_post(), (reason.strip().splitlines() or ["no reason given"])[0][:200]
+        self._ended = self._blame or f"{own} ended {own.where} ({first_line})"
         self._post_now.set()
 
     def _wait_until_told(self) -> None:
-        """Waits until this rank's end is in the store; where the store ends with this rank, until the others end."""
-        awaited = range(self.world_size) if self._hosts_store else [self.rank]
+        """Waits until the others can read why this rank ends; rank 0, which may keep the store, until they end, too."""
+        awaited = [self.rank] if self.rank else range(self.world_size)
         deadline_s = self._clock() + 3 * self.post_every_s
         while self._store is not None and not self.store_gone() and self._clock() < deadline_s:
             last = self.last_posts()
@@ -252,7 +250,7 @@ class Watchdog:
     def _check_until_closed(self) -> None:
         assert self._wakeup is not None
         while not self._closed:
-            if not self._end[0]:
+            if not self._ended:
                 self._note_long_wait()
                 self._stop_if_orphaned()
                 self._end_if_stuck()
