@@ -88,7 +88,7 @@ def test_in_training_a_signal_waits_for_the_boundary():
         say(stop.reason)
         stop.mark_handled()
         stop._requested_s -= 120.0
-        time.sleep(0.6)  # the watchdog looks four times a second while a stop is pending
+        time.sleep(0.6)  # the watchdog looks four times a second
         say("ended")
     """)
     assert first_line(process) == "ready\n"

@@ -81,8 +81,6 @@ def place(environment: Mapping[str, str]) -> tuple[int, int, int]:
         raise UserError(f"{shown} must be whole numbers") from None
     if not 0 <= rank < world_size:
         raise UserError(f"RANK = {rank} must lie between 0 and WORLD_SIZE - 1 = {world_size - 1}")
-    if local_rank < 0:
-        raise UserError(f"LOCAL_RANK = {local_rank} must be 0 or more")
     return rank, world_size, local_rank
 
 
