@@ -16,7 +16,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddp_asr.data.plan import share
 from ddp_asr.errors import UserError, run_entry_point
 from ddp_asr.ranks.signals import STOP_SIGNALS
 from ddp_asr.runs.directory import read_status
@@ -63,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(arguments: Sequence[str]) -> int:
     """0 when the run is done or was stopped, 2 for a user's mistake, 1 for any other failure."""
     from ddp_asr import train
+    from ddp_asr.data.plan import share
 
     processes, rest = _take_processes(arguments)
     options, settings = train.parse(rest)
