@@ -369,7 +369,7 @@ class Config:
         if features.mel_bands % self.encoder.band_reduction:
             raise UserError(
                 f"features.mel_bands = {features.mel_bands} must be divisible by {self.encoder.band_reduction}, "
-                "because each strided convolution of encoder.time_strides halves the bands"
+                f"by which encoder {self.encoder.kind} reduces the bands: choose another number"
             )
         if augment.frequency_mask_bands >= features.mel_bands:
             raise UserError(

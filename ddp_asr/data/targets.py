@@ -8,7 +8,7 @@
 An utterance of the source can be left out at three stages. At each it is decided and listed, with the reason, in one
 place:
 
-    sharding   no transcript, no readable audio, a key used twice    data/writer   dropped.jsonl beside the shards
+    sharding   no transcript, no readable audio, a key used twice    data/sources  dropped.jsonl beside the shards
     planning   these settings cannot train it: `REASONS`             here          left_out.jsonl of the run
     reading    no longer decodes to what the index says              data/loader   `MicroBatch.bad`, the run's log
 """
