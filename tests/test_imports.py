@@ -13,27 +13,7 @@ from functools import cache
 import pytest
 
 from tests.conftest import REPOSITORY
-
-ROOMS = ("text", "data", "features", "encoders", "decoding", "ranks", "runs", "recognition", "training")
-TOP_LEVEL = {
-    "ground": "__init__ errors settings config draws files",
-    "objective": "model objective",
-    "doors": "__main__ cli train evaluate transcribe shard tracking bandwidth",
-}
-MAY_IMPORT = {
-    "ground": {"ground"},
-    "text": {"ground"},
-    "data": {"ground", "text", "features"},  # of ranks it knows two numbers, handed to it
-    "features": {"ground"},
-    "encoders": {"ground", "features"},
-    "objective": {"ground", "features", "encoders"},
-    "decoding": {"ground", "text"},
-    "ranks": {"ground"},
-    "runs": {"ground"},
-    "recognition": {*("ground", "data", "text", "features", "objective", "decoding", "ranks", "runs", "training")},
-    "training": {"ground", "objective", *ROOMS},
-    "doors": {*("ground", "objective", "doors", *ROOMS)},
-}
+from tests.repository import MAY_IMPORT, ROOMS, TOP_LEVEL
 
 # The loop drives callables that it does not know: no Comet, no decoder and no WER in it.
 UNKNOWN_TO_THE_LOOP = {

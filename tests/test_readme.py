@@ -6,30 +6,16 @@ every module and the same rules of import as tests/test_imports.py.
 
 import re
 import subprocess
-import sys
-from functools import cache
 
 import pytest
 
 from ddp_asr.config import Config
 from ddp_asr.settings import flatten
 from tests.conftest import REPOSITORY
-from tests.test_imports import MAY_IMPORT
+from tests.repository import MAY_IMPORT, OURS, PAGES, commands, help_of, text_of
 
-PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((REPOSITORY / "docs").glob("*.md")))]
 MAKEFILE = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
-OURS = r"(?:ddp_asr|launch|tests|benchmarks|synthetic_speech)"
 ARCHITECTURE = "docs/architecture.md"
-
-
-def text_of(page: str) -> str:
-    return (REPOSITORY / page).read_text(encoding="utf-8")
-
-
-def commands(text: str) -> list[str]:
-    """Lines that run one of our modules, continued lines joined, without their comments."""
-    lines = [line.removeprefix("# ") for line in re.sub(r"\\\n#?", " ", text).splitlines()]
-    return [re.split(r"\s#\s", line)[0] for line in lines if re.search(rf"-m {OURS}\b|\bddp-asr \w", line)]
 
 
 def sections(text: str) -> dict[str, str]:
@@ -45,12 +31,6 @@ def slugs(text: str) -> set[str]:
 
 def code_spans(text: str) -> list[str]:
     return re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
-
-
-@cache
-def help_of(module: str) -> str:
-    command = [sys.executable, "-m", module, "--help"]
-    return subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
 
 
 def test_the_first_lines_are_the_two_commands():

@@ -23,7 +23,7 @@ from ddp_asr.data.sources import openslr
 from launch import cluster, job, node
 from tests import tiny_speech
 from tests.conftest import REPOSITORY
-from tests.test_readme import PAGES, commands, help_of, text_of
+from tests.repository import PAGES, commands, help_of, text_of
 
 SCRIPTS = sorted((REPOSITORY / "slurm").glob("*.sbatch"))
 PROFILES = sorted((REPOSITORY / "configs" / "clusters").glob("*.yaml"))
