@@ -62,14 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(arguments: Sequence[str]) -> int:
     """0 when the run is done or was stopped, 2 for a user's mistake, 1 for any other failure."""
     from ddp_asr import train
-    from ddp_asr.data.plan import share
+    from ddp_asr.data.plan import micro_batches_of_rank
 
     processes, rest = _take_processes(arguments)
     options, settings = train.parse(rest)
     config = train.read_settings(options, settings)  # a mistake is reported here, before torch is imported
     if processes is None:
         processes = _gpus() or 1
-    share(config.batch.micro_batches, 0, processes)
+    micro_batches_of_rank(config.batch.micro_batches, 0, processes)
     if options.dry_run:
         os.environ["WORLD_SIZE"] = str(processes)
     if options.dry_run or processes == 1:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ddp_asr import SAMPLE_RATE_HZ
 from ddp_asr.config import Batch
-from ddp_asr.data.plan import Plan, draw_speeds, fits, share, speed_samples
+from ddp_asr.data.plan import Plan, draw_speeds, fits, micro_batches_of_rank, speed_samples
 from ddp_asr.errors import UserError
 
 SPEEDS = st.sampled_from([(1.0,), (0.9, 1.0, 1.1), (0.5, 2.0)])
@@ -85,9 +85,9 @@ def test_the_shares_of_all_ranks_are_the_plan(arguments, world_size):
     k = plan.micro_batches
     if world_size > k:
         with pytest.raises(UserError, match=rf"{world_size} processes .* batch.micro_batches={world_size}"):
-            share(k, 0, world_size)
+            micro_batches_of_rank(k, 0, world_size)
         return
-    shares = [share(k, rank, world_size) for rank in range(world_size)]
+    shares = [micro_batches_of_rank(k, rank, world_size) for rank in range(world_size)]
     assert [m for mine in shares for m in mine] == list(range(k))
     assert {len(mine) for mine in shares} <= {k // world_size, k // world_size + 1}
     assert 0 < plan.epoch(0).balance(world_size) <= 1

@@ -39,7 +39,7 @@ from torch import Tensor
 from ddp_asr import SAMPLE_RATE_HZ
 from ddp_asr.config import Config, Data
 from ddp_asr.data.index import Index
-from ddp_asr.data.plan import Plan, share, speed_samples
+from ddp_asr.data.plan import Plan, micro_batches_of_rank, speed_samples
 from ddp_asr.data.storage import Shards
 from ddp_asr.draws import Draw
 from ddp_asr.features import masks, waveform_augmentations
@@ -122,7 +122,7 @@ def train_loader(
         raise ValueError(f"an index of {len(index)} rows does not belong to a plan of {len(plan)}")
     recordings = Recordings(index, tokeniser, config, training=True)
     last = config.train.epochs if epochs is None else epochs
-    work = _train_work(plan, share(plan.micro_batches, rank, world_size), start, last)
+    work = _train_work(plan, micro_batches_of_rank(plan.micro_batches, rank, world_size), start, last)
     return _load(recordings, work, config.data, pin_memory)
 
 

@@ -4,12 +4,12 @@
     plan.steps_per_epoch                       # the same in all epochs
     epoch = plan.epoch(3)                      # computed directly; earlier epochs are not replayed
     for step in range(plan.steps_per_epoch):
-        for k in share(plan.micro_batches, rank, world_size):
+        for k in micro_batches_of_rank(plan.micro_batches, rank, world_size):
             rows = epoch.micro_batch(step, k)  # rows of the index
 
 Every utterance is in exactly one micro-batch of an epoch. Every step has exactly K micro-batches and none is empty, for
-any number of processes: a plan does not depend on the rank, and each rank takes its `share` of a step afterwards.
-(seed, epoch, step) is the whole state.
+any number of processes: a plan does not depend on the rank, and each rank takes its own afterwards
+(`micro_batches_of_rank`). (seed, epoch, step) is the whole state.
 
 **Buckets.** Utterances are sorted by length and cut into buckets of equal audio. Small sets get fewer buckets, so that
 a bucket holds three full steps on average and its micro-batches stay full. A bucket of N utterances with longest L is
@@ -90,7 +90,7 @@ class EpochPlan:
 
     def balance(self, world_size: int) -> float:
         """Mean over steps of (mean cost of a rank / cost of the slowest rank): 1 where no rank has to wait."""
-        ranks = [share(self.micro_batches, rank, world_size) for rank in range(world_size)]
+        ranks = [micro_batches_of_rank(self.micro_batches, rank, world_size) for rank in range(world_size)]
         cost = np.stack([self.cost[:, list(ks)].sum(axis=1) for ks in ranks], axis=1)  # (steps, W)
         return float((cost.mean(axis=1) / cost.max(axis=1)).mean())
 
@@ -165,7 +165,7 @@ class Plan:
         }
 
 
-def share(micro_batches: int, rank: int, world_size: int) -> range:
+def micro_batches_of_rank(micro_batches: int, rank: int, world_size: int) -> range:
     """Numbers of the micro-batches of a step that a rank runs: consecutive, K // W of them or one more."""
     if world_size > micro_batches:
         raise UserError(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ddp_asr.config import Config
-from ddp_asr.data.plan import share
+from ddp_asr.data.plan import micro_batches_of_rank
 from ddp_asr.errors import UserError
 from ddp_asr.files import finite
 from ddp_asr.ranks.world import World
@@ -94,7 +94,7 @@ class Attempt:
         world.set_phase(0, "taking the run directory")
         world.watchdog.watch_signals(config.distributed.stop_grace_s)
         if world.world_size > config.batch.micro_batches:
-            world.run_on_all(partial(share, config.batch.micro_batches, 0, world.world_size))
+            world.run_on_all(partial(micro_batches_of_rank, config.batch.micro_batches, 0, world.world_size))
         precision = world.run_on_all(lambda: resolve(config.train.precision, world.device))
         # What `auto` stands for shapes the result: a resume on other hardware must not change it silently.
         self.config = replace(config, train=replace(config.train, precision=precision))

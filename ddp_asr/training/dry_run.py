@@ -9,7 +9,7 @@ from ddp_asr import SAMPLE_RATE_HZ
 from ddp_asr.config import Config
 from ddp_asr.data.corpus import Corpus, read_corpus
 from ddp_asr.data.index import read_index
-from ddp_asr.data.plan import share, speed_samples
+from ddp_asr.data.plan import micro_batches_of_rank, speed_samples
 from ddp_asr.data.targets import explain_left_out
 from ddp_asr.model import AcousticModel, count_parameters, make_model
 from ddp_asr.runs.directory import read_status
@@ -29,7 +29,7 @@ _WORLD_SIZES = (2, 4, 8, 16, 32)
 
 def report(config: Config, world_size: int, resume: str = "auto") -> str:
     """The report as text; raises the UserErrors that the run itself would raise before its first step."""
-    share(config.batch.micro_batches, 0, world_size)
+    micro_batches_of_rank(config.batch.micro_batches, 0, world_size)
     corpus = read_corpus(config)
     model = make_model(config, corpus.tokeniser.size)
     sections = [

@@ -22,7 +22,7 @@ from ddp_asr.config import Config
 from ddp_asr.data.corpus import Corpus, read_corpus
 from ddp_asr.data.index import Index, read_index
 from ddp_asr.data.loader import MicroBatch, eval_loader, on_device, train_loader
-from ddp_asr.data.plan import share
+from ddp_asr.data.plan import micro_batches_of_rank
 from ddp_asr.data.storage import cache_shards
 from ddp_asr.features.log_mel import LogMel
 from ddp_asr.model import make_model
@@ -103,7 +103,7 @@ def _train(
         start=divmod(progress.step, corpus.plan.steps_per_epoch),
     )
     trainer = Trainer(world, learner, schedule, _hooks(attempt, corpus, test, learner, recorder), attempt.stop)
-    mine = share(config.batch.micro_batches, world.rank, world.world_size)
+    mine = micro_batches_of_rank(config.batch.micro_batches, world.rank, world.world_size)
     # Closed after an error, too, which ends the threads of the loader.
     with contextlib.closing(on_device(batches, world.device)) as sent:
         return trainer.run(sent, mine, progress)
