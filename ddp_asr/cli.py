@@ -71,8 +71,8 @@ def train(arguments: Sequence[str]) -> int:
         processes = _gpus() or 1
     micro_batches_of_rank(config.batch.micro_batches, 0, processes)
     if options.dry_run:
-        os.environ["WORLD_SIZE"] = str(processes)
-    if options.dry_run or processes == 1:
+        return train.dry_run(config, options.resume, processes)
+    if processes == 1:
         return train.main(rest)
     started_s = time.time()
     status, sentence = _torchrun(processes, "ddp_asr.train", rest)

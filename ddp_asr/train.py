@@ -52,15 +52,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         config, mistake = Config(), error  # all ranks have found it, and one of them reports it
     if options.dry_run:
-        return _dry_run(config, options.resume)
+        return dry_run(config, options.resume, int(os.environ.get("WORLD_SIZE") or 1))
     return run(config, resume=options.resume, profile_steps=options.profile, mistake=mistake)
 
 
-def _dry_run(config: Config, resume: str) -> int:
+def dry_run(config: Config, resume: str, processes: int) -> int:
+    """Prints what a run on so many processes would be; under torchrun on rank 0 only."""
     from ddp_asr.training.dry_run import report
 
     if os.environ.get("RANK", "0") == "0":
-        print(report(config, int(os.environ.get("WORLD_SIZE") or 1), resume))
+        print(report(config, processes, resume))
     return 0
 
 
