@@ -134,6 +134,8 @@ def run(config: Config, *, resume: str = "auto", profile_steps: int = 0, mistake
     world = join(config.distributed, Path(config.run.dir) / config.run.name)
 
     def end(state: str, reason: str, *, retry: bool) -> None:
+        # torchrun signals the ranks that are left as soon as one has ended: it must not interrupt what follows.
+        world.watchdog.stop.mark_handled()
         world.watchdog.announce_exit(reason)  # first, because other ranks may be waiting for this one
         if attempt is not None:
             attempt.end(state, reason, retry=retry)

@@ -88,6 +88,29 @@ def test_a_mistake_is_one_sentence_and_ends_every_rank(tiny_corpus, tmp_path, op
     assert not (tmp_path / "runs" / "run" / "checkpoints").exists()
 
 
+def signalled_while_it_ends() -> None:
+    """The rank gets a SIGTERM while it reports its mistake, as from a torchrun whose other rank has ended already."""
+    import os
+    import signal
+
+    from ddp_asr.ranks.watchdog import Watchdog
+
+    before = Watchdog.announce_exit
+
+    def announce_exit(self, reason):
+        os.kill(os.getpid(), signal.SIGTERM)
+        before(self, reason)
+
+    Watchdog.announce_exit = announce_exit  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_does_not_interrupt_the_report_of_a_mistake(tiny_corpus, tmp_path, processes):
+    arguments = [*tiny_corpus.arguments(tmp_path), "--resume", "nowhere.pt"]
+    sentence = tiny.start(arguments, processes, [signalled_while_it_ends]).fail()
+    assert sentence.startswith("checkpoint nowhere.pt cannot be read")
+
+
 def test_the_commands_that_make_missing_shards_are_named(tiny_corpus, tmp_path):
     done = command(*tiny_corpus.arguments(tmp_path), "--data.train=no/train", "--data.test=no/test")
     assert done.returncode == 2 and done.stderr.startswith("error: there are no shards at no/train, no/test")
