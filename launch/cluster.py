@@ -92,7 +92,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for name, field in _FIELDS.items():
         if name != "executor":
             option, repeated = f"--{name.replace('_', '-')}", name == "setup"
-            metavar = "LINE" if repeated else name.rpartition("_")[2].upper()
+            metavar = "LINE" if repeated else "N" if field.type is int else name.upper()
             action = "append" if repeated else "store"
             group.add_argument(option, metavar=metavar, action=action, help=field.meaning)
 

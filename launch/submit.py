@@ -216,7 +216,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         "--resume",
         default="auto",
         metavar="auto|never|PATH",
-        help="auto: from the newest good checkpoint of the run, if any; never: refuse a directory with checkpoints; "
+        help="auto: from the newest good checkpoint of the run, if any; never: refuse a directory with results; "
         "PATH: from that checkpoint (default: auto)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the batch script and submit nothing")

@@ -368,5 +368,5 @@ def _make_one(recordings: Recordings, work: Work, future: Future[MicroBatch], *,
     try:
         batch = recordings.micro_batch(work)
         future.set_result(batch.pin_memory() if pin else batch)
-    except BaseException as error:
+    except BaseException as error:  # raised in the main thread, where the micro-batch would have been handed out
         future.set_exception(error)
