@@ -74,12 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # one message a mistake: torch logs broken sockets on its own
     from ddp_asr.config import Distributed
     from ddp_asr.ranks.rendezvous import join
+    from ddp_asr.ranks.signals import ignore_stop_signals
     from ddp_asr.ranks.world import RaisedElsewhere, describe
 
     world = join(Distributed())
     try:
         evaluate(arguments, world)
     except BaseException as error:  # any error ends this rank, and the others name the reason
+        if world.world_size > 1:
+            ignore_stop_signals()
         world.watchdog.announce_exit(describe(error))
         if isinstance(error, RaisedElsewhere):
             return 2  # the rank that raised it says so

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,8 +138,8 @@ def test_for_people(best, shards, alone, capsys):
     assert shown.count("    reference   ") == 2
 
 
-def torchrun(processes: int, *arguments) -> subprocess.CompletedProcess:
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m", "ddp_asr.evaluate"]
+def torchrun(processes: int, *arguments, program: Sequence[str] = ("-m", "ddp_asr.evaluate")):
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *program]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [sys.executable, *command, *map(str, arguments)], capture_output=True, text=True, env=environment, check=False
@@ -173,6 +174,30 @@ def test_a_mistake_ends_every_process_with_one_sentence(best, tmp_path):
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert 1 <= len(errors) <= 2 and all("nowhere: no such shard directory" in line for line in errors)
     assert not any("ddp_asr/evaluate.py" in line for line in done.stderr.splitlines())  # no traceback of ours
+
+
+# Each rank gets a SIGTERM while it reports its mistake, as from a torchrun whose other rank has ended already.
+SIGNALLED_WHILE_IT_ENDS = """
+import os, signal
+from ddp_asr import errors, evaluate
+from ddp_asr.ranks.watchdog import Watchdog
+
+announce_exit = Watchdog.announce_exit
+
+def signalled(self, reason):
+    os.kill(os.getpid(), signal.SIGTERM)
+    announce_exit(self, reason)
+
+Watchdog.announce_exit = signalled
+raise SystemExit(errors.run_entry_point(evaluate.main))
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_does_not_interrupt_the_report_of_a_mistake(best, tmp_path):
+    (tmp_path / "program.py").write_text(SIGNALLED_WHILE_IT_ENDS)
+    done = torchrun(2, best, tmp_path / "nowhere", program=[str(tmp_path / "program.py")])
+    assert done.returncode != 0 and "nowhere: no such shard directory" in done.stderr, done.stderr
 
 
 def test_every_rank_has_as_many_rounds_and_the_corpus_is_in_them_once(best, shards):

@@ -15,6 +15,12 @@ from types import FrameType
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
+def ignore_stop_signals() -> None:
+    """For a rank that is about to report its error: torchrun signals the ranks that are left once one has ended."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StoppedBeforeTraining(BaseException):
     """A signal came before the first step; nothing is lost if the process ends at once."""
 
