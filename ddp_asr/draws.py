@@ -24,17 +24,22 @@ def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def seed_of(*address: int | str) -> int:
-    """A 63-bit seed for a generator that serves one purpose: `seed_of("dropout", seed, step, micro_batch)`."""
+    """A 63-bit seed for a generator that serves one purpose: `seed_of("order", seed, epoch)`."""
     text = "/".join(map(str, address)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
-def uniform(seed: int, epoch: int, key_hash: NDArray[np.uint64], purpose: str, count: int = 1) -> NDArray[np.float64]:
-    """(B, count) numbers in [0, 1) for the B utterances of `key_hash`."""
+def hashes(seed: int, epoch: int, key_hash: NDArray[np.uint64], purpose: str, count: int = 1) -> NDArray[np.uint64]:
+    """(B, count) numbers of 64 bits for the B utterances of `key_hash`."""
     base = np.uint64(seed_of(purpose, seed, epoch))
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is the point
         utterance = _mix(np.asarray(key_hash, np.uint64) ^ _mix(np.asarray([base])))
-        numbers = _mix(utterance[:, None] + np.arange(count, dtype=np.uint64) * _GOLDEN)
+        return _mix(utterance[:, None] + np.arange(count, dtype=np.uint64) * _GOLDEN)
+
+
+def uniform(seed: int, epoch: int, key_hash: NDArray[np.uint64], purpose: str, count: int = 1) -> NDArray[np.float64]:
+    """(B, count) numbers in [0, 1) for the B utterances of `key_hash`."""
+    numbers = hashes(seed, epoch, key_hash, purpose, count)
     return (numbers >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

@@ -20,7 +20,7 @@ class Output(NamedTuple):
     """What the model makes of a batch."""
 
     logits: Tensor  # (B, T', V), the blank last
-    frames: Tensor  # (B,) T' of each row
+    frames: Tensor  # (B,) T' of each row, on the CPU
     intermediate: list[Tensor]  # (B, T', V) of each intermediate layer, in training; else empty
 
 
@@ -35,9 +35,11 @@ class AcousticModel(nn.Module):
             {str(layer): nn.Linear(encoder.tap_sizes[layer], classes) for layer in intermediate_layers}
         )
 
-    def forward(self, features: Tensor, frames: Tensor, context: Sequence[int] | None = None) -> Output:
-        """Features (B, T, F), zero beyond each row's own frames (B,); `context` as in `Encoder.forward`."""
-        hidden, frames, taps = self.encoder(features, frames, context)
+    def forward(
+        self, features: Tensor, frames: Tensor, context: Sequence[int] | None = None, seeds: Tensor | None = None
+    ) -> Output:
+        """Features (B, T, F), zero beyond each row's own frames (B,); the arguments are those of `Encoder.forward`."""
+        hidden, frames, taps = self.encoder(features, frames, context, seeds)
         intermediate = []
         if self.training:
             intermediate = [classify(taps[int(layer)]) for layer, classify in self.intermediate.items()]

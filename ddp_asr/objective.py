@@ -17,6 +17,8 @@ its context (on AN4, the other letters of the name that is spelled), and no long
 context cannot do that, and pulls the other one along. Full and limited context side by side are Yu et al.'s, "Dual-mode
 ASR" (2021), there for streaming.
 
+Lengths stay on the CPU: `ctc_loss` would copy them back from a GPU, and wait for it.
+
 All terms are computed in float32 at least, outside autocast. The training loss of a step is the mean of these losses
 over *all* its utterances: micro-batches and ranks add their losses and gradients up, and the one division follows the
 sum over all ranks (training/loop.py).
@@ -57,7 +59,7 @@ class Objective:
         Args:
             output: of (views x B) rows.
             targets: (B, U) classes, padded with anything.
-            target_lengths: (B,) at least 1 wherever the result is used.
+            target_lengths: (B,) at least 1 wherever the result is used, on the CPU.
         """
         settings = self.settings
         rows = (output.frames, targets.repeat(self.views, 1), target_lengths.repeat(self.views))
@@ -80,9 +82,9 @@ def ctc_loss(logits: Tensor, frames: Tensor, targets: Tensor, target_lengths: Te
 
     Args:
         logits: (B, T', V), any float type; computed in float32 at least.
-        frames: (B,) T' of each row.
+        frames: (B,) T' of each row, on the CPU.
         targets: (B, U) classes, padded with anything.
-        target_lengths: (B,) at least 1 wherever the result is used.
+        target_lengths: (B,) at least 1 wherever the result is used, on the CPU.
 
     Returns:
         (B,) losses; infinite for a row with fewer frames than its targets need.
@@ -96,7 +98,7 @@ def ctc_loss(logits: Tensor, frames: Tensor, targets: Tensor, target_lengths: Te
             blank=logits.shape[-1] - 1,
             reduction="none",
         )
-        return losses / target_lengths.clamp(min=1)
+        return losses / _at_least_one(target_lengths, losses)
 
 
 def consistency_loss(logits: Tensor, frames: Tensor, target_lengths: Tensor) -> Tensor:
@@ -107,8 +109,8 @@ def consistency_loss(logits: Tensor, frames: Tensor, target_lengths: Tensor) -> 
 
     Args:
         logits: (2 B, T', V), all first views and then all second ones.
-        frames: (B,) T' of each utterance.
-        target_lengths: (B,) at least 1 wherever the result is used.
+        frames: (B,) T' of each utterance, on the CPU.
+        target_lengths: (B,) at least 1 wherever the result is used, on the CPU.
 
     Returns:
         (B,) divergences / target length.
@@ -116,8 +118,14 @@ def consistency_loss(logits: Tensor, frames: Tensor, target_lengths: Tensor) -> 
     with torch.autocast(logits.device.type, enabled=False):
         one, other = log_probabilities(logits).chunk(2)  # (B, T', V)
         divergence = (_divergence(one, goal=other) + _divergence(other, goal=one)) / 2
-        own = frame_mask(frames, logits.shape[1])
-        return torch.where(own, divergence, 0.0).sum(1) / target_lengths.clamp(min=1)
+        own = frame_mask(frames, logits.shape[1], logits.device)
+        divergences = torch.where(own, divergence, 0.0).sum(1)
+        return divergences / _at_least_one(target_lengths, divergences)
+
+
+def _at_least_one(target_lengths: Tensor, losses: Tensor) -> Tensor:
+    """Target lengths to divide losses by, on the device of the losses."""
+    return target_lengths.clamp(min=1).to(losses.device, non_blocking=True)
 
 
 def _divergence(view: Tensor, goal: Tensor) -> Tensor:

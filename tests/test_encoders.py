@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from ddp_asr import config
 from ddp_asr.encoders import ENCODERS, make_encoder
+from ddp_asr.encoders.dropout import Dropout
 from ddp_asr.features.log_mel import LogMel
 from ddp_asr.runs import checkpoint
 from tests.tiny_encoders import CASES, MEL_BANDS, encoder_of, settings_of
@@ -149,6 +150,33 @@ def test_weights_come_back_from_a_checkpoint_bit_for_bit(kind, tmp_path):
 def test_dropout_drops_in_training_alone(kind):
     encoder = encoder_of(kind, dropout=0.5)
     features, frames = random_features([40, 33], torch.float32)
-    assert torch.equal(encoder(features, frames).hidden, encoder(features, frames).hidden)
+    seeds = torch.tensor([3, 4])
+    whole = encoder(features, frames).hidden
+    assert torch.equal(whole, encoder(features, frames, seeds=seeds).hidden)
     encoder.train()
-    assert not torch.equal(encoder(features, frames).hidden, encoder(features, frames).hidden)
+    dropped = encoder(features, frames, seeds=seeds).hidden
+    assert not torch.equal(dropped, whole)
+    assert torch.equal(dropped, encoder(features, frames, seeds=seeds).hidden)
+    others = encoder(features, frames, seeds=torch.tensor([3, 5])).hidden
+    assert torch.equal(others[0], dropped[0]) and not torch.equal(others[1], dropped[1])
+    with pytest.raises(ValueError, match="seed for each row"):
+        encoder(features, frames)
+
+
+@cases
+def test_what_a_row_drops_depends_on_its_seed_alone(kind, number):
+    """And neither on its neighbours and its place, nor on the padding."""
+    encoder = encoder_of(kind, number, dropout=0.4).double().train()
+    features, frames = random_features([70, 41, 33])
+    hidden, left, taps = encoder(features, frames, seeds=torch.tensor([-3, 4, 5]))
+    alone, _, own_taps = encoder(features[1:2, :41], frames[1:2], seeds=torch.tensor([4]))
+    torch.testing.assert_close(alone[0], hidden[1, : left[1]])
+    for layer, tap in own_taps.items():
+        torch.testing.assert_close(tap[0], taps[layer][1, : left[1]])
+
+
+@kinds
+def test_every_dropout_has_a_site_of_its_own(kind):
+    sites = [module.site for module in encoder_of(kind, dropout=0.4).modules() if isinstance(module, Dropout)]
+    assert len(sites) > 1 and len(set(sites)) == len(sites) and None not in sites
+    assert not any(isinstance(module, torch.nn.Dropout) for module in encoder_of(kind, dropout=0.4).modules())

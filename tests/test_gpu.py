@@ -63,7 +63,6 @@ def learner_of(settings, precision="fp32"):
         optimizer=make_optimizer(model, settings.optim),
         optim=settings.optim,
         precision=precision,
-        seed=0,
     )
     return learner, corpus
 
@@ -144,7 +143,7 @@ def test_cudnns_gru_runs_in_the_type_that_was_asked_for(settings, precision, exp
     cuDNN's warning about scattered weights would be an error here.
     """
     learner, _ = learner_of(settings(), precision)
-    frames = torch.tensor([40, 31], device=DEVICE)
+    frames = torch.tensor([40, 31])
     with Seen() as seen, autocast(precision, DEVICE):
         logits = learner.model(torch.randn(2, 40, 16, device=DEVICE), frames).logits
         logits.float().sum().backward()
@@ -168,7 +167,7 @@ def test_an_utterance_alone_and_beside_31_longer_ones_gives_the_same_logits(stri
     samples = torch.tensor([4_001] + [4_200 + 97 * n for n in range(31)])
     waveforms = torch.randint(-9_000, 9_000, (32, int(samples.max())), dtype=torch.int16)
     waveforms[torch.arange(waveforms.shape[1]) >= samples[:, None]] = 0
-    waveforms, samples = waveforms.to(DEVICE), samples.to(DEVICE)
+    waveforms = waveforms.to(DEVICE)
     together, frames, _ = model(*log_mel(waveforms, samples))
     for row in (0, 1, 17):
         alone, (own,), _ = model(*log_mel(waveforms[row : row + 1, : samples[row]], samples[row : row + 1]))

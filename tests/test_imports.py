@@ -46,7 +46,8 @@ ONLY_IN = {
     "comet_ml": {"runs.comet"},
     "webdataset": {"data.writer"},
 }
-DISTRIBUTIONS = {"yaml": "pyyaml"}  # where a package is imported by another name
+# where a package is imported by another name, or comes with another one (Triton with a torch for CUDA)
+DISTRIBUTIONS = {"yaml": "pyyaml", "triton": "torch"}
 
 
 def modules_of(package: str) -> list[str]:

@@ -1,5 +1,7 @@
 """Log-mel features against PyTorch's and torchaudio's own, frame by frame; and what a frame may not see."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -21,8 +23,23 @@ def noise(*shape, seed=0):
 
 def features_of(waveform, settings=DEFAULT, dtype=torch.float64):
     """(T, F) of one utterance alone."""
-    features, (frames,) = LogMel(settings).to(dtype)(waveform[None], torch.tensor([len(waveform)]))
+    features, (frames,) = log_mel_of(settings, dtype)(waveform[None], torch.tensor([len(waveform)]))
     return features[0, :frames]
+
+
+@contextlib.contextmanager
+def default_type(dtype):
+    """Tables made inside are computed and kept in this type."""
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def log_mel_of(settings, dtype=torch.float64):
+    with default_type(dtype):
+        return LogMel(settings)
 
 
 @given(st.integers(0, 100_000), st.sampled_from([DEFAULT, SMALL]))
@@ -35,10 +52,11 @@ def test_frames_are_the_complete_windows(samples, settings):
 
 @pytest.mark.parametrize("settings", [DEFAULT, SMALL], ids=["default", "small"])
 def test_the_features_are_those_of_torch_stft_and_torchaudio_frame_by_frame(settings):
-    waveform, window = noise(9_137), torch.hann_window(settings.window_samples)
-    filters = torchaudio.functional.melscale_fbanks(
-        settings.n_fft // 2 + 1, 0.0, 8_000.0, n_mels=settings.mel_bands, sample_rate=16_000
-    )
+    waveform, window = noise(9_137), torch.hann_window(settings.window_samples, dtype=torch.float64)
+    with default_type(torch.float64):
+        filters = torchaudio.functional.melscale_fbanks(
+            settings.n_fft // 2 + 1, 0.0, 8_000.0, n_mels=settings.mel_bands, sample_rate=16_000
+        )
     expected = []
     for start in range(0, len(waveform) - settings.window_samples + 1, settings.hop_samples):
         frame = waveform[start : start + settings.window_samples].double() / 32_768
@@ -46,7 +64,7 @@ def test_the_features_are_those_of_torch_stft_and_torchaudio_frame_by_frame(sett
         alone = torch.nn.functional.pad(frame * window, (0, settings.n_fft - len(frame)))
         ones = torch.ones(settings.n_fft, dtype=torch.float64)
         spectrum = torch.stft(alone, settings.n_fft, window=ones, center=False, return_complex=True)
-        expected.append((spectrum.abs().square().T @ filters.double() + POWER_FLOOR).log()[0])
+        expected.append((spectrum.abs().square().T @ filters + POWER_FLOOR).log()[0])
     log_mel = torch.stack(expected)
     normalised = (log_mel - log_mel.mean(0)) / log_mel.std(0, correction=0)
     assert torch.allclose(features_of(waveform, settings), normalised, rtol=0, atol=1e-9)
@@ -54,9 +72,10 @@ def test_the_features_are_those_of_torch_stft_and_torchaudio_frame_by_frame(sett
 
 def test_the_recipe_by_torchaudio_where_window_and_transform_are_as_long():
     settings = config.Features(mel_bands=40, window_ms=25.0, hop_ms=12.5, n_fft=400)
-    spectrogram = torchaudio.transforms.MelSpectrogram(
-        16_000, n_fft=400, hop_length=200, n_mels=40, center=False, f_min=0.0, f_max=8_000.0
-    ).double()
+    with default_type(torch.float64):
+        spectrogram = torchaudio.transforms.MelSpectrogram(
+            16_000, n_fft=400, hop_length=200, n_mels=40, center=False, f_min=0.0, f_max=8_000.0
+        )
     waveform = noise(16_000)
     log_mel = (spectrogram(waveform.double() / 32_768).T + POWER_FLOOR).log()
     normalised = (log_mel - log_mel.mean(0)) / log_mel.std(0, correction=0)
@@ -80,7 +99,7 @@ def test_a_frame_sees_the_samples_of_its_own_window_only(sample):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["fp32", "fp64"])
 def test_neither_padding_nor_neighbours_change_an_utterance(dtype, tolerance):
     samples = torch.tensor([401, 4_000, 7_777, 16_000])
-    waveforms, log_mel = noise(4, 16_000), LogMel(DEFAULT).to(dtype)  # the padding is noise, too
+    waveforms, log_mel = noise(4, 16_000), log_mel_of(DEFAULT, dtype)  # the padding is noise, too
     features, frames = log_mel(waveforms, samples)
     assert features.dtype == dtype and frames.tolist() == [1, 19, 37, 79]
     for row, length in enumerate(samples):
@@ -90,7 +109,7 @@ def test_neither_padding_nor_neighbours_change_an_utterance(dtype, tolerance):
 
 
 def test_normalised_over_the_utterances_own_frames():
-    features, frames = LogMel(DEFAULT).double()(noise(2, 16_000), torch.tensor([9_000, 16_000]))
+    features, frames = log_mel_of(DEFAULT)(noise(2, 16_000), torch.tensor([9_000, 16_000]))
     for row in range(2):
         own = features[row, : frames[row]]
         assert own.mean(0).abs().max() < 1e-12
@@ -136,4 +155,8 @@ def test_autocast_does_not_reach_the_features():
 
 
 def test_the_frame_mask_is_true_where_a_frame_is_the_utterances_own():
-    assert frame_mask(torch.tensor([0, 2, 3]), 3).tolist() == [[False] * 3, [True, True, False], [True] * 3]
+    assert frame_mask(torch.tensor([0, 2, 3]), 3, torch.device("cpu")).tolist() == [
+        [False] * 3,
+        [True, True, False],
+        [True] * 3,
+    ]

@@ -126,8 +126,8 @@ def broken_gradient() -> None:
 
     before = Learner.accumulate
 
-    def accumulate(self, batch, *, step, micro_batch, last):
-        losses = before(self, batch, step=step, micro_batch=micro_batch, last=last)
+    def accumulate(self, batch, *, step, last):
+        losses = before(self, batch, step=step, last=last)
         if step == 2 and last:
             next(iter(self.plain_model.parameters())).grad[0] = float("nan")
         return losses

@@ -96,8 +96,8 @@ INTERMEDIATE = "--objective.intermediate_weight=0.3"
 
 
 def step_of(tiny_corpus, *options, kind=None, index_of=lambda index: index):
-    """A learner without dropout, and a step of four micro-batches of which some have an utterance more."""
-    path, *overrides = tiny_corpus.arguments(Path("runs"), "run", "--encoder.dropout=0", *options, kind=kind)[1:]
+    """A learner, and a step of four micro-batches of which some have an utterance more."""
+    path, *overrides = tiny_corpus.arguments(Path("runs"), "run", *options, kind=kind)[1:]
     config = load_config(Path(path), overrides)
     corpus = read_corpus(config)
     torch.manual_seed(0)
@@ -110,7 +110,6 @@ def step_of(tiny_corpus, *options, kind=None, index_of=lambda index: index):
         optimizer=make_optimizer(model, config.optim),
         optim=config.optim,
         precision="fp32",
-        seed=0,
     )
     loader = train_loader(index_of(corpus.index), corpus.tokeniser, corpus.plan, config, rank=0, world_size=1)
     steps = [[next(loader) for _ in range(4)] for _ in range(corpus.plan.steps_per_epoch)]
@@ -119,9 +118,7 @@ def step_of(tiny_corpus, *options, kind=None, index_of=lambda index: index):
 
 def by_micro_batches(learner, batches):
     """Loss and gradients of a step as the trainer takes them."""
-    losses = [
-        learner.accumulate(batch, step=1, micro_batch=k, last=k == len(batches) - 1) for k, batch in enumerate(batches)
-    ]
+    losses = [learner.accumulate(batch, step=1, last=k == len(batches) - 1) for k, batch in enumerate(batches)]
     utterances = sum(batch.utterances for batch in batches)
     gradients = [parameter.grad / utterances for parameter in learner.model.parameters()]
     learner.discard()
@@ -142,7 +139,7 @@ def joined(batches):
     return replace(
         batches[0],
         **{name: rows(name) for name in ("waveforms", "targets")},
-        **{name: numbers(name) for name in ("samples", "target_lengths", "weight", "rows")},
+        **{name: numbers(name) for name in ("samples", "target_lengths", "weight", "rows", "dropout_seeds")},
         masks={name: torch.cat([batch.masks[name] for batch in batches]) for name in batches[0].masks},
     )
 
@@ -152,9 +149,8 @@ def alone(batch):
 
     def one(row):
         samples, length = int(batch.samples[row]), int(batch.target_lengths[row])
-        tensors = {
-            name: getattr(batch, name)[row : row + 1] for name in ("samples", "target_lengths", "weight", "rows")
-        }
+        names = ("samples", "target_lengths", "weight", "rows", "dropout_seeds")
+        tensors = {name: getattr(batch, name)[row : row + 1] for name in names}
         masks = {name: spans[row : row + 1] for name, spans in batch.masks.items()}
         waveforms, targets = batch.waveforms[row : row + 1, :samples], batch.targets[row : row + 1, :length]
         return replace(batch, waveforms=waveforms, targets=targets, masks=masks, **tensors)

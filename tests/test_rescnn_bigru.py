@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ddp_asr.encoders.gru import _GRURecurrence, run_gru
-from ddp_asr.encoders.rescnn_bigru import BiGRU, reverse_by_length, run_in_chunks, run_with_context
+from ddp_asr.encoders.rescnn_bigru import BiGRU, reversal, reverse, run_in_chunks, run_with_context
 from ddp_asr.features.log_mel import frame_mask
 from ddp_asr.training.precision import autocast
 from tests.tiny_encoders import encoder_of
@@ -55,8 +55,8 @@ def test_the_bigru_is_torchs_own_over_packed_sequences(frames):
     x = torch.randn(max(frames), len(frames), 5, dtype=torch.float64, requires_grad=True)
     packed = nn.utils.rnn.pack_padded_sequence(nn.functional.gelu(ours.norm(x)), lengths, enforce_sorted=False)
     expected, _ = nn.utils.rnn.pad_packed_sequence(theirs(packed)[0])
-    inside = frame_mask(lengths, len(x)).t()[:, :, None]
-    actual = ours(x, lengths) * inside
+    inside = frame_mask(lengths, len(x), x.device).t()[:, :, None]
+    actual = ours(x, reversal(lengths, len(x), x.device)) * inside
     assert torch.allclose(actual, expected, rtol=0, atol=1e-12)
 
     weighting = torch.randn_like(expected)
@@ -85,8 +85,12 @@ def test_gradients_of_the_grus_weights_are_summed_in_float32_over_the_frames():
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=4))
 def test_reversing_by_length_twice_is_nothing_and_once_is_flip(frames):
     x, lengths = torch.randn(9, len(frames), 2), torch.tensor(frames)
-    back = reverse_by_length(x, lengths)
-    assert torch.equal(reverse_by_length(back, lengths), x)
+    backwards = reversal(lengths, len(x), x.device)
+    back = reverse(x, backwards)
+    assert torch.equal(reverse(back, backwards), x)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(reverse(x, backwards), x, weighting := torch.randn_like(x))
+    assert torch.equal(gradient, reverse(weighting, backwards))
     for row, length in enumerate(frames):
         assert torch.equal(back[:length, row], x[:length, row].flip(0))
         assert torch.equal(back[length:, row], x[length:, row])

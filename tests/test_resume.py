@@ -201,10 +201,10 @@ def failing_at_step_4() -> None:
 
     before = Learner.accumulate
 
-    def accumulate(self, batch, *, step, micro_batch, last):
+    def accumulate(self, batch, *, step, last):
         if step == 4 and os.environ["RANK"] == "1":
             raise ZeroDivisionError
-        return before(self, batch, step=step, micro_batch=micro_batch, last=last)
+        return before(self, batch, step=step, last=last)
 
     Learner.accumulate = accumulate  # type: ignore[method-assign]
 

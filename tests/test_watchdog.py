@@ -355,10 +355,10 @@ def test_a_defect_on_one_rank_is_told_to_the_others(tiny_corpus, tmp_path, rank)
 def failing() -> None:
     from ddp_asr.training.learner import Learner
 
-    def accumulate(self, batch, *, step, micro_batch, last, before=Learner.accumulate):
+    def accumulate(self, batch, *, step, last, before=Learner.accumulate):
         if step == 4 and os.environ["RANK"] == os.environ["BAD_RANK"]:
             raise ZeroDivisionError("one by none")
-        return before(self, batch, step=step, micro_batch=micro_batch, last=last)
+        return before(self, batch, step=step, last=last)
 
     Learner.accumulate = accumulate  # type: ignore[method-assign]
 

@@ -300,11 +300,11 @@ def writing_down(directory: Path) -> None:
 
     before, file = Learner.accumulate, directory / f"rank-{os.environ['RANK']}.jsonl"
 
-    def accumulate(self, batch, *, step, micro_batch, last):
+    def accumulate(self, batch, *, step, last):
         if step > 0:  # 0 is the rehearsal
             with file.open("a") as lines:
-                lines.write(json.dumps({"step": step, "micro_batch": micro_batch, "keys": batch.keys}) + "\n")
-        return before(self, batch, step=step, micro_batch=micro_batch, last=last)
+                lines.write(json.dumps({"step": step, "micro_batch": batch.micro_batch, "keys": batch.keys}) + "\n")
+        return before(self, batch, step=step, last=last)
 
     Learner.accumulate = accumulate  # type: ignore[method-assign]
 
@@ -339,11 +339,11 @@ class Gate:
             return
         accumulate, recognise_batch, now = Learner.accumulate, evaluation.recognise_batch, [0]
 
-        def accumulating(learner, batch, *, step, micro_batch, last):
+        def accumulating(learner, batch, *, step, last):
             if step == self.step != now[0] and not self.evaluation:
                 self._hold()
             now[0] = step
-            return accumulate(learner, batch, step=step, micro_batch=micro_batch, last=last)
+            return accumulate(learner, batch, step=step, last=last)
 
         def recognising(*arguments):
             if now[0] == self.step and self.evaluation:

@@ -26,9 +26,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
-from typing import Any
 
 import numpy as np
 import soundfile
@@ -36,7 +35,7 @@ import soxr
 import torch
 from torch import Tensor
 
-from ddp_asr import SAMPLE_RATE_HZ
+from ddp_asr import SAMPLE_RATE_HZ, draws
 from ddp_asr.config import Config, Data
 from ddp_asr.data.index import Index
 from ddp_asr.data.plan import Plan, micro_batches_of_rank, speed_samples
@@ -65,7 +64,10 @@ class Work:
 
 @dataclass
 class MicroBatch:
-    """B utterances, zero-padded on the right. The silent utterance of an emptied micro-batch is row -1 with key ''."""
+    """B utterances, zero-padded on the right. The silent utterance of an emptied micro-batch is row -1 with key ''.
+
+    Lengths and rows stay on the CPU, where they are read as numbers.
+    """
 
     waveforms: Tensor  # int16 (B, S)
     samples: Tensor  # int64 (B,)
@@ -74,6 +76,7 @@ class MicroBatch:
     weight: Tensor  # float32 (B,): 1; 0 for the silent utterance
     rows: Tensor  # int64 (B,): rows of the index
     masks: dict[str, Tensor] | None  # what features.masks.draw drew
+    dropout_seeds: Tensor | None  # int64 (B, views)
     keys: list[str]
     bad: list[tuple[str, str]]  # (key, reason) of those left out because they no longer decode
     epoch: int
@@ -89,14 +92,16 @@ class MicroBatch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
-        """A copy with every tensor changed, those in the dictionary of masks too."""
-
-        def changed(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: changed(part) for name, part in value.items()}
-            return change(value) if isinstance(value, Tensor) else value
-
-        return MicroBatch(**{name: changed(value) for name, value in vars(self).items()})
+        """A copy with every tensor changed that belongs on the device."""
+        masks, seeds = self.masks, self.dropout_seeds
+        return replace(
+            self,
+            waveforms=change(self.waveforms),
+            targets=change(self.targets),
+            weight=change(self.weight),
+            masks=None if masks is None else {name: change(mask) for name, mask in masks.items()},
+            dropout_seeds=None if seeds is None else change(seeds),
+        )
 
 
 # what the training loop sees
@@ -261,6 +266,7 @@ class Recordings:
             weight=torch.full((len(rows),), float(utterances > 0)),
             rows=torch.from_numpy(rows),
             masks=self._masks(work.epoch, key_hash, samples) if self.training else None,
+            dropout_seeds=self._dropout_seeds(work.epoch, key_hash) if self.training else None,
             keys=keys,
             bad=bad,
             epoch=work.epoch,
@@ -275,6 +281,10 @@ class Recordings:
         frames, bands, views = config.features.frames(samples), config.features.mel_bands, config.objective.views
         drawn = masks.draw(config.augment, config.train.seed, epoch, key_hash, frames, bands, views)
         return {name: torch.from_numpy(mask) for name, mask in drawn.items()}
+
+    def _dropout_seeds(self, epoch: int, key_hash: np.ndarray) -> Tensor:
+        drawn = draws.hashes(self.config.train.seed, epoch, key_hash, "dropout", self.config.objective.views)
+        return torch.from_numpy(drawn.view(np.int64))
 
 
 def _open_flac(flac: bytes) -> soundfile.SoundFile:

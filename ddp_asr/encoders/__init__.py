@@ -8,6 +8,7 @@ A new kind is a module with a class that keeps the promises in protocol.py, its 
 
 from typing import Any
 
+from ddp_asr.encoders.dropout import number_sites
 from ddp_asr.encoders.protocol import Encoded, Encoder
 from ddp_asr.encoders.rescnn_bigru import ResCNNBiGRU
 
@@ -22,4 +23,5 @@ ENCODERS: dict[str, Any] = {
 def make_encoder(settings: Any, mel_bands: int) -> Encoder:
     """The encoder that `settings.kind` names, with random weights."""
     encoder: Encoder = ENCODERS[settings.kind](settings, mel_bands)
+    number_sites(encoder)
     return encoder

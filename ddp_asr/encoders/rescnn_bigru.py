@@ -14,19 +14,18 @@ Autocast of the caller covers convolutions and linear layers; `encoders.gru` cas
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from ddp_asr import config
+from ddp_asr.encoders.dropout import Dropout
 from ddp_asr.encoders.gru import run_gru
+from ddp_asr.encoders.layer_norm import LayerNorm
 from ddp_asr.encoders.protocol import Encoded, Encoder
 from ddp_asr.features.log_mel import frame_mask
-
-
-def _mask_frames(x: Tensor, frames: Tensor) -> Tensor:
-    """(B, C, T, F) with every frame beyond a row's own set to zero."""
-    return x * frame_mask(frames, x.shape[2])[:, None, :, None]
 
 
 class ResidualBlock(nn.Module):
@@ -34,26 +33,48 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, bands: int, dropout: float) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(bands) for _ in range(2))
+        self.norms = nn.ModuleList(LayerNorm(bands) for _ in range(2))
+        self.dropouts = nn.ModuleList(Dropout(dropout) for _ in range(2))
         self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
-        self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, frames: Tensor) -> Tensor:
-        """(B, C, T', bands) -> the same shape."""
+    def forward(self, x: Tensor, own: Tensor, seeds: Tensor | None) -> Tensor:
+        """(B, C, T', bands) -> the same shape; `own` (B, 1, T', 1) is True where a frame is the row's own."""
         residual = x
-        for norm, conv in zip(self.norms, self.convs, strict=True):
-            x = self.dropout(nn.functional.gelu(norm(x)))
+        for norm, dropout, conv in zip(self.norms, self.dropouts, self.convs, strict=True):
+            x = dropout(nn.functional.gelu(norm(x)), seeds, rows=0, frames=2)
             # LayerNorm's bias makes padding non-zero again, and a kernel at the last frame would see it.
-            x = conv(_mask_frames(x, frames))
+            x = conv(x * own)
         return x + residual
 
 
-def reverse_by_length(x: Tensor, frames: Tensor) -> Tensor:
-    """(T, B, D) with the first `frames[b]` frames of each row in reverse order, the rest in place."""
-    T, B, _ = x.shape
-    place = torch.arange(T, device=x.device)[:, None].expand(T, B)
-    source = torch.where(place < frames, frames - 1 - place, place)
-    return x.gather(0, source[:, :, None].expand_as(x))
+def reversal(frames: Tensor, longest: int, device: torch.device) -> Tensor:
+    """(T, B) which frame of (T, B, D) stands where once the first `frames[b]` of each row are reversed in place."""
+    place = torch.arange(longest, device=device)[:, None]
+    lengths = frames.to(device, non_blocking=True)
+    return torch.where(place < lengths, lengths - 1 - place, place)
+
+
+class _Reverse(Function):
+    """(T, B, D) and its reversal (T, B) -> (T, B, D).
+
+    A reversal is its own inverse, so the backward pass gathers, too; autograd's would be an atomic scatter on a GPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, reversal: Tensor) -> Tensor:
+        ctx.save_for_backward(reversal)
+        return x.gather(0, reversal[:, :, None].expand_as(x))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (reversal,) = ctx.saved_tensors
+        return _Reverse.apply(grad, reversal), None
+
+
+def reverse(x: Tensor, reversal: Tensor) -> Tensor:
+    """(T, B, D) with each row's own frames in reverse order, the rest in place."""
+    reversed_: Tensor = _Reverse.apply(x, reversal)
+    return reversed_
 
 
 def run_in_chunks(gru: nn.GRU, x: Tensor, chunk_frames: int) -> Tensor:
@@ -84,17 +105,19 @@ class BiGRU(nn.Module):
 
     def __init__(self, input_size: int, size: int, dropout: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(input_size)
+        self.norm = LayerNorm(input_size)
         self.forward_gru = nn.GRU(input_size, size)
         self.backward_gru = nn.GRU(input_size, size)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor, frames: Tensor, context: Sequence[int] | None = None) -> Tensor:
-        """(T', B, D) -> (T', B, 2 x size); `context` as in the encoder's."""
+    def forward(
+        self, x: Tensor, reversal: Tensor, context: Sequence[int] | None = None, seeds: Tensor | None = None
+    ) -> Tensor:
+        """(T', B, D) -> (T', B, 2 x size); `context` and `seeds` as in the encoder's."""
         x = nn.functional.gelu(self.norm(x))
         ahead = run_with_context(self.forward_gru, x, context)
-        back = reverse_by_length(run_with_context(self.backward_gru, reverse_by_length(x, frames), context), frames)
-        return self.dropout(torch.cat([ahead, back], dim=2))
+        back = reverse(run_with_context(self.backward_gru, reverse(x, reversal), context), reversal)
+        return self.dropout(torch.cat([ahead, back], dim=2), seeds, rows=1, frames=0)
 
 
 class ResCNNBiGRU(Encoder):
@@ -117,23 +140,32 @@ class ResCNNBiGRU(Encoder):
             BiGRU(2 * settings.rnn_size if layer else settings.rnn_size, settings.rnn_size, settings.dropout)
             for layer in range(settings.rnn_layers)
         )
-        self.projection = nn.Sequential(
-            nn.Linear(2 * settings.rnn_size, settings.rnn_size), nn.GELU(), nn.Dropout(settings.dropout)
-        )
+        self.projection = nn.Linear(2 * settings.rnn_size, settings.rnn_size)
+        self.dropout = Dropout(settings.dropout)
         self.size = settings.rnn_size
         self.tap_sizes = dict.fromkeys(range(1, settings.rnn_layers + 1), 2 * settings.rnn_size)
 
-    def forward(self, features: Tensor, frames: Tensor, context: Sequence[int] | None = None) -> Encoded:
+    def forward(
+        self, features: Tensor, frames: Tensor, context: Sequence[int] | None = None, seeds: Tensor | None = None
+    ) -> Encoded:
         x = features[:, None]  # (B, 1, T, F)
+        own = _own(frames, x)
         for conv, stride in zip(self.strided, self.settings.time_strides, strict=True):
-            x = conv(_mask_frames(x, frames))  # (B, C, T / stride, bands / 2)
+            x = conv(x * own)  # (B, C, T / stride, bands / 2)
             frames = (frames + stride - 1) // stride
+            own = _own(frames, x)
         for block in self.blocks:
-            x = block(x, frames)
+            x = block(x, own, seeds)
         x = self.bridge(x.transpose(1, 2).flatten(2))  # (B, T', rnn_size)
         x = x.transpose(0, 1)  # (T', B, rnn_size)
-        taps = {}
+        backwards, taps = reversal(frames, len(x), x.device), {}
         for number, layer in enumerate(self.rnn, start=1):
-            x = layer(x, frames, context)  # (T', B, 2 x rnn_size)
+            x = layer(x, backwards, context, seeds)  # (T', B, 2 x rnn_size)
             taps[number] = x.transpose(0, 1)
-        return Encoded(self.projection(x.transpose(0, 1)), frames, taps)
+        hidden = self.dropout(nn.functional.gelu(self.projection(x.transpose(0, 1))), seeds)
+        return Encoded(hidden, frames, taps)
+
+
+def _own(frames: Tensor, x: Tensor) -> Tensor:
+    """(B, 1, T, 1) True where a frame of (B, C, T, F) is the row's own."""
+    return frame_mask(frames, x.shape[2], x.device)[:, None, :, None]

@@ -108,8 +108,7 @@ def recognise_batch(recogniser: Recogniser, index: Index, batch: MicroBatch) -> 
     tokeniser = recogniser.tokeniser
     logits, frames = recogniser.logits(batch.waveforms, batch.samples)
     hypotheses = recogniser.decoder(logits, frames)
-    targets, target_lengths = batch.targets.to(logits.device), batch.target_lengths.to(logits.device)
-    losses = ctc_loss(logits, frames, targets, target_lengths).tolist()
+    losses = ctc_loss(logits, frames, batch.targets.to(logits.device), batch.target_lengths).tolist()
     found = []
     for row, key, hypothesis, loss, weight in zip(
         batch.rows.tolist(), batch.keys, hypotheses, losses, batch.weight.tolist(), strict=True

@@ -39,10 +39,9 @@ class Recogniser:
     precision: str
 
     def logits(self, waveforms: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
-        """Waveforms (B, S) int16 and samples (B,) -> logits (B, T', V) and frames (B,), without gradients."""
-        waveforms, samples = waveforms.to(self.device, non_blocking=True), samples.to(self.device, non_blocking=True)
+        """Waveforms (B, S) int16 and samples (B,) -> logits (B, T', V) and, on the CPU, frames (B,); no gradients."""
         with torch.no_grad(), autocast(self.precision, self.device):
-            features, frames = self.log_mel(waveforms, samples)
+            features, frames = self.log_mel(waveforms.to(self.device, non_blocking=True), samples)
             output = self.model(features, frames)
             return output.logits, output.frames
 

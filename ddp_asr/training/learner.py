@@ -1,6 +1,6 @@
 """The weights of a run, and how a step changes them.
 
-    losses = learner.accumulate(batch, step=..., micro_batch=..., last=...)     # for each micro-batch of the rank
+    losses = learner.accumulate(batch, step=..., last=...)                      # for each micro-batch of the rank
     norm, updated = learner.update(step, total_steps, utterances)               # once, on all ranks alike
 
     waveforms (B, S) --log-mel--> features (B, T, F) --masks, a view each--> model --Output--> objective --> losses (B,)
@@ -9,7 +9,7 @@ What the loss is made of is the objective's (objective.py). This module adds the
 the gradients by the number of utterances of the whole step: micro-batches differ in their number of utterances and
 ranks in their number of micro-batches, so any earlier division would weigh utterances unevenly.
 
-Dropout is seeded by (seed, step, micro-batch), so neither the number of processes nor a stop changes it.
+Nothing here draws from a generator: dropout belongs to the utterance (encoders/dropout.py), as its masks do.
 """
 
 import contextlib
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from ddp_asr import config
 from ddp_asr.data.loader import MicroBatch
-from ddp_asr.draws import seed_of
 from ddp_asr.features import masks
 from ddp_asr.features.log_mel import LogMel
 from ddp_asr.model import AcousticModel
@@ -43,7 +42,6 @@ class Learner:
     optimizer: torch.optim.Optimizer
     optim: config.Optim
     precision: str
-    seed: int
     average: WeightAverage | None = None
     scaler: torch.amp.GradScaler = field(init=False)
 
@@ -62,17 +60,17 @@ class Learner:
         features, frames = self.log_mel(batch.waveforms, batch.samples)  # (B, T, F)
         masked = masks.apply(features, batch.masks, views) if batch.masks is not None else [features] * views
         context = self.objective.context(step, len(frames))
+        seeds = None if batch.dropout_seeds is None else batch.dropout_seeds.t().flatten()  # (views x B,)
         with precision.autocast(self.precision, self.world.device):
-            output = self.model(torch.cat(masked), frames.repeat(views), context)  # of (views x B) rows
+            output = self.model(torch.cat(masked), frames.repeat(views), context, seeds)  # of (views x B) rows
         losses = self.objective(output, batch.targets, batch.target_lengths)
         return torch.where(batch.weight > 0, losses, 0.0)
 
-    def accumulate(self, batch: MicroBatch, *, step: int, micro_batch: int, last: bool) -> Tensor:
+    def accumulate(self, batch: MicroBatch, *, step: int, last: bool) -> Tensor:
         """Adds the gradient of the micro-batch's summed loss; the last one of a step synchronises over the ranks.
 
         Returns the detached losses (B,), still on the device.
         """
-        torch.manual_seed(seed_of("dropout", self.seed, step, micro_batch))
         synchronised = contextlib.nullcontext() if last else no_sync(self.model)
         with torch.enable_grad(), naming_lost_peers(self.world), synchronised:
             losses = self.losses(batch, step)

@@ -178,7 +178,7 @@ class Trainer:
             mine.append(batch)
             last = micro_batch == share_of_step[-1]
             self.world.set_phase(step, f"forward and backward of micro-batch {micro_batch}")
-            losses.append(self.learner.accumulate(batch, step=step, micro_batch=micro_batch, last=last))
+            losses.append(self.learner.accumulate(batch, step=step, last=last))
             self._count(batch, tally)
         per_utterance = torch.cat(losses)
         tally.loss = float(per_utterance.sum(dtype=torch.float64))

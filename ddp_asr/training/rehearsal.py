@@ -2,7 +2,7 @@
 
 The longest utterance, the most audio, the most utterances, the most targets: each as a whole micro-batch, forward and
 backward, with optimiser state and DDP's buckets allocated. It leaves no trace: only gradients are made and dropped, and
-the random state is put back. Rehearsal runs under `no_sync`, so if one rank runs out of memory no other rank waits in
+nothing draws from a generator. Rehearsal runs under `no_sync`, so if one rank runs out of memory no other rank waits in
 an all-reduce and all raise the same error.
 
 `fix_gradient_buckets` makes a resume exact: DDP rebuilds its buckets after the first synchronised backward, and their
@@ -34,7 +34,7 @@ def rehearse(corpus: Corpus, learner: Learner) -> list[str]:
     ran, seen = [], set()
     with _leaving_no_trace(learner):
         for name, rows in corpus.plan.largest_micro_batches(corpus.target_lengths).items():
-            batch = _stand_in(corpus, rows)
+            batch = _stand_in(corpus, rows, learner.objective.views)
             shape = (batch.waveforms.shape, batch.targets.shape)
             if shape in seen:
                 continue
@@ -50,22 +50,21 @@ def fix_gradient_buckets(corpus: Corpus, learner: Learner) -> None:
     The forward runs under `no_sync`: DDP would otherwise expect its backward, and reduce in the next one even under
     `no_sync` (seen on 3 ranks: those with two micro-batches reduced once more than the others).
     """
-    batch = _stand_in(corpus, corpus.plan.epoch(0).micro_batch(0, 0)[:1]).to(learner.world.device)
+    batch = _stand_in(corpus, corpus.plan.epoch(0).micro_batch(0, 0)[:1], learner.objective.views)
+    batch = batch.to(learner.world.device)
     with _leaving_no_trace(learner):
-        learner.accumulate(batch, step=0, micro_batch=0, last=True)
+        learner.accumulate(batch, step=0, last=True)
         with no_sync(learner.model):
             learner.losses(batch, step=0)
 
 
 @contextlib.contextmanager
 def _leaving_no_trace(learner: Learner) -> Iterator[None]:
-    devices = [learner.world.device] if learner.world.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        yield
-        learner.discard()
+    yield
+    learner.discard()
 
 
-def _stand_in(corpus: Corpus, rows: np.ndarray) -> MicroBatch:
+def _stand_in(corpus: Corpus, rows: np.ndarray, views: int) -> MicroBatch:
     """A micro-batch with the lengths of `rows` and noise for audio: shapes are rehearsed, not contents."""
     samples = speed_samples(corpus.index.samples[rows], min(corpus.plan.speeds))
     utterances = len(rows)
@@ -80,6 +79,7 @@ def _stand_in(corpus: Corpus, rows: np.ndarray) -> MicroBatch:
         weight=torch.ones(utterances),
         rows=torch.from_numpy(rows),
         masks=None,
+        dropout_seeds=torch.zeros(utterances, views, dtype=torch.int64),
         keys=[],
         bad=[],
         epoch=0,
@@ -92,7 +92,7 @@ def _stand_in(corpus: Corpus, rows: np.ndarray) -> MicroBatch:
 
 def _run(name: str, batch: MicroBatch, learner: Learner) -> None:
     try:
-        learner.accumulate(batch.to(learner.world.device), step=0, micro_batch=0, last=False)
+        learner.accumulate(batch.to(learner.world.device), step=0, last=False)
         learner.discard()
     except torch.OutOfMemoryError:
         total_gib = torch.cuda.get_device_properties(learner.world.device).total_memory / 2**30

@@ -157,7 +157,6 @@ def _make_learner(config: Config, world: World, corpus: Corpus, state: dict[str,
         optimizer=make_optimizer(model, config.optim),
         optim=config.optim,
         precision=config.train.precision,
-        seed=config.train.seed,
         average=average,
     )
     if state is not None:
