@@ -90,11 +90,6 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-TWO_VIEWS = "--objective.consistency_weight=0.3"
-SHORT_CONTEXT = "--objective.short_context_s=0.1,0.4"
-INTERMEDIATE = "--objective.intermediate_weight=0.3"
-
-
 def step_of(tiny_corpus, *options, kind=None, index_of=lambda index: index):
     """A learner, and a step of four micro-batches of which some have an utterance more."""
     path, *overrides = tiny_corpus.arguments(Path("runs"), "run", *options, kind=kind)[1:]
@@ -177,17 +172,8 @@ def assert_equal_steps(ours, plain):
     assert whole > 0.1 and apart < 1e-10 * whole
 
 
-OBJECTIVES = {
-    "one view": [],
-    "two views": [TWO_VIEWS],
-    "a second view of short context": [TWO_VIEWS, SHORT_CONTEXT],
-    "an intermediate loss": [INTERMEDIATE],
-    "all of it": [TWO_VIEWS, SHORT_CONTEXT, INTERMEDIATE],
-}
-
-
 @pytest.mark.parametrize("kind", ENCODERS)
-@pytest.mark.parametrize("options", OBJECTIVES.values(), ids=OBJECTIVES)
+@pytest.mark.parametrize("options", tiny.OBJECTIVES.values(), ids=tiny.OBJECTIVES)
 def test_loss_and_gradient_of_uneven_micro_batches_are_those_of_one_batch_and_of_each_alone(
     tiny_corpus, double, options, kind
 ):
@@ -200,21 +186,21 @@ def test_loss_and_gradient_of_uneven_micro_batches_are_those_of_one_batch_and_of
 
 
 def test_each_term_of_the_objective_changes_the_loss(tiny_corpus, double):
-    losses = {name: by_micro_batches(*step_of(tiny_corpus, *options))[0] for name, options in OBJECTIVES.items()}
-    assert len({round(loss, 6) for loss in losses.values()}) == len(OBJECTIVES), losses
+    losses = {name: by_micro_batches(*step_of(tiny_corpus, *options))[0] for name, options in tiny.OBJECTIVES.items()}
+    assert len({round(loss, 6) for loss in losses.values()}) == len(tiny.OBJECTIVES), losses
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_two_views_are_the_same_training_on_any_number_of_processes(tiny_corpus, tmp_path, kind):
-    options = (TWO_VIEWS, SHORT_CONTEXT, INTERMEDIATE)
+    options = tiny.OBJECTIVES["all of it"]
     for processes in WORLD_SIZES:
         arguments = tiny_corpus.arguments(tmp_path, f"w{processes}", *options, kind=kind)
         tiny.train(arguments, processes, [tiny.in_double])
     for processes in WORLD_SIZES[1:]:
         tiny.assert_close_runs(tmp_path / f"w{processes}", tmp_path / "w1", TOLERANCE["float64"])
 
-    once = (SHORT_CONTEXT, INTERMEDIATE, "--objective.consistency_weight=0.6", "--train.stop_at_step=1")
+    once = (tiny.SHORT_CONTEXT, tiny.INTERMEDIATE, "--objective.consistency_weight=0.6", "--train.stop_at_step=1")
     tiny.train(tiny_corpus.arguments(tmp_path, "stronger", *once, kind=kind), patches=[tiny.in_double])
     first, stronger = (tiny.metrics(tmp_path / name)[0]["loss"] for name in ("w1", "stronger"))
     assert stronger > first  # the same weights and views, and twice the pull

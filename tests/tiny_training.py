@@ -52,6 +52,18 @@ tracking: {mode: "off", samples: 2}
 """
 STEPS_PER_EPOCH, STEPS = 4, 12
 
+# Options that turn on each term of the objective: alone, with those that need it, and all together.
+TWO_VIEWS = "--objective.consistency_weight=0.3"
+SHORT_CONTEXT = "--objective.short_context_s=0.1,0.4"
+INTERMEDIATE = "--objective.intermediate_weight=0.3"
+OBJECTIVES = {
+    "one view": [],
+    "two views": [TWO_VIEWS],
+    "a second view of short context": [TWO_VIEWS, SHORT_CONTEXT],
+    "an intermediate loss": [INTERMEDIATE],
+    "all of it": [TWO_VIEWS, SHORT_CONTEXT, INTERMEDIATE],
+}
+
 LIMIT_S = 120.0  # for a whole run, far above what one takes
 TIMES = ("time_s", "audio_s_per_s", "data_wait", "gpu_memory_gb", "host_memory_gb")
 
