@@ -70,7 +70,7 @@ def run(attempt: Attempt, resume: str, on_step: Callable[[], None]) -> Outcome:
         world.run_on_rank_zero(lambda: _finish_tracking(attempt))
         return Outcome("done", f"already finished at step {progress.step}")
     world.set_phase(progress.step, "making the model")
-    learner = world.run_on_all(lambda: _make_learner(config, world, corpus, state))
+    learner = world.run_on_all(lambda: make_learner(config, world, corpus, state))
     learner.model = world.wrap(learner.model)
     own = found is not None and is_of_run(found, attempt.path)
     comet_key = state["comet_key"] if state and own else None
@@ -141,7 +141,8 @@ def _finish_tracking(attempt: Attempt) -> None:
         attempt.tracking = tracking.start(attempt.path, attempt.config.tracking.mode)
 
 
-def _make_learner(config: Config, world: World, corpus: Corpus, state: dict[str, Any] | None) -> Learner:
+def make_learner(config: Config, world: World, corpus: Corpus, state: dict[str, Any] | None) -> Learner:
+    """The learner of a run, with the weights of a checkpoint, of `train.init_from` or of the seed."""
     # Weights are drawn on the CPU, so that they are the same wherever the run begins.
     torch.manual_seed(config.train.seed)
     model = make_model(config, corpus.tokeniser.size)
