@@ -9,7 +9,7 @@ BOUNDS = {
     "launch": 2_900,
     "synthetic_speech": 330,
     "benchmarks": 380,
-    "tests": 15_260,
+    "tests": 15_900,
 }
 
 
