@@ -105,22 +105,36 @@ def test_an_epoch_found_at_once_is_the_one_replayed(arguments, number):
         assert (getattr(one, name) == getattr(other, name)).all()
 
 
-@given(plans())
-def test_no_epoch_has_a_larger_micro_batch_than_the_largest(arguments):
+@given(plans(), st.data())
+def test_no_epoch_has_larger_neighbouring_micro_batches_than_the_largest(arguments, data):
+    """One micro-batch, or several that run as one batch, wherever in its step a rank's part of it begins."""
     plan = made(arguments)
     if plan is None:
         return
-    targets = arguments["samples"] % 97 + 1
-    largest = plan.largest_micro_batches(targets)
+    k, targets = plan.micro_batches, arguments["samples"] % 97 + 1
+    fuse = data.draw(st.integers(1, k), label="fuse")
+    largest = plan.largest_micro_batches(targets, fuse)
     slowest = speed_samples(arguments["samples"], min(arguments["speeds"]))
     epoch = plan.epoch(0)
-    batches = np.split(epoch.rows, epoch.bounds[1:-1])
+    places = [(step, first) for step in range(plan.steps_per_epoch) for first in range(k - fuse + 1)]
+    batches = [epoch.rows[epoch.span(step, first, fuse)] for step, first in places]
+    costs = [len(rows) * int(slowest[rows].max()) for rows in batches]
     assert slowest[largest["the longest utterance"]].max() == slowest.max()
     assert len(largest["the most utterances"]) == max(map(len, batches))
     most_audio = largest["the most audio"]
-    assert len(most_audio) * slowest[most_audio].max() >= epoch.cost.max()
+    assert len(most_audio) * slowest[most_audio].max() >= max(costs)
     most_targets = largest["the most targets"]
     assert len(most_targets) * targets[most_targets].max() >= max(len(rows) * targets[rows].max() for rows in batches)
+
+
+def test_where_the_longest_are_alone_a_plan_names_what_holds_two_of_them():
+    samples = np.array([90_000] * 12 + [245_000] * 4)  # 5.6 s and 15.3 s
+    key_hash = np.arange(16, dtype=np.uint64)
+    assert Plan(samples, key_hash, settings=Batch(31.0, 4, 12)).advise() is None
+    advice = Plan(samples, key_hash, settings=Batch(31.0, 4, 12), speeds=(0.9, 1.0)).advise()
+    assert advice is not None and "utterances of up to 17.0 s at speed 0.9 are alone" in advice
+    assert "batch.max_seconds = 31 " in advice and "34.1 would hold two" in advice
+    assert Plan(samples, key_hash, settings=Batch(34.1, 4, 12), speeds=(0.9, 1.0)).advise() is None
 
 
 def test_epochs_and_seeds_differ():

@@ -53,10 +53,10 @@ class Bucket:
     end: int
     micro_batches: int
 
-    @property
-    def most_utterances(self) -> int:
-        """Utterances in its fullest micro-batch."""
-        return -(-(self.end - self.start) // self.micro_batches)
+    def most_utterances(self, fuse: int = 1) -> int:
+        """Utterances in the fullest of its groups of `fuse` micro-batches: `_deal` puts the larger ones first."""
+        each, larger = divmod(self.end - self.start, self.micro_batches)
+        return fuse * each + min(fuse, larger)
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ class EpochPlan:
     samples: np.ndarray  # int64 (N,), aligned with rows: lengths at that speed
     micro_batches: int  # K
 
-    def span(self, step: int, k: int) -> slice:
-        """Where micro-batch k of a step lies in `rows`, `speed` and `samples`."""
+    def span(self, step: int, k: int, fuse: int = 1) -> slice:
+        """Where `fuse` micro-batches of a step, from k on, lie in `rows`, `speed` and `samples`."""
         m = step * self.micro_batches + k
-        return slice(int(self.bounds[m]), int(self.bounds[m + 1]))
+        return slice(int(self.bounds[m]), int(self.bounds[m + fuse]))
 
     def micro_batch(self, step: int, k: int) -> np.ndarray:
         return self.rows[self.span(step, k)]
@@ -114,7 +114,8 @@ class Plan:
         slowest = speed_samples(np.asarray(samples, np.int64), min(self.speeds))
         self._row = np.lexsort((key_hash, slowest))
         self._samples, self._key_hash = np.asarray(samples, np.int64)[self._row], np.asarray(key_hash)[self._row]
-        self.buckets = _bucket(slowest[self._row], settings)
+        self._slowest = slowest[self._row]
+        self.buckets = _bucket(self._slowest, settings)
         self.steps_per_epoch = sum(bucket.micro_batches for bucket in self.buckets) // self.micro_batches
 
     def __len__(self) -> int:
@@ -138,31 +139,47 @@ class Plan:
             self._row[taken], bounds, speed, speed_samples(self._samples[taken], speed), self.micro_batches
         )
 
-    def largest_micro_batches(self, target_length: np.ndarray) -> dict[str, np.ndarray]:
-        """Rows of the largest micro-batches that any epoch can contain (at the slowest speed), for the rehearsal.
+    def largest_micro_batches(self, target_length: np.ndarray, fuse: int = 1) -> dict[str, np.ndarray]:
+        """Rows of the largest groups of `fuse` micro-batches that any epoch can contain (at the slowest speed).
 
-        `target_length` (N,) is aligned with the arrays the plan was made from.
+        The K micro-batches of a step are from one bucket, and so are those of a group. The rehearsal runs these.
+
+        Args:
+            target_length: (N,), aligned with the arrays the plan was made from.
+            fuse: at most K; the neighbouring micro-batches of a step that run as one batch.
         """
-        slowest = speed_samples(self._samples, min(self.speeds))
         targets = np.asarray(target_length)[self._row]
 
         def fullest(bucket: Bucket, weight: np.ndarray) -> np.ndarray:
-            """The fullest micro-batch of a bucket that holds the heaviest, which is its longest in any case."""
-            heaviest = np.argsort(weight[bucket.start : bucket.end], kind="stable")[-bucket.most_utterances :]
+            """The fullest group of a bucket that holds the heaviest, which is its longest in any case."""
+            heaviest = np.argsort(weight[bucket.start : bucket.end], kind="stable")[-bucket.most_utterances(fuse) :]
             return self._row[bucket.start + heaviest]
 
         def most_targets(bucket: Bucket) -> int:
-            return bucket.most_utterances * int(targets[bucket.start : bucket.end].max())
+            return bucket.most_utterances(fuse) * int(targets[bucket.start : bucket.end].max())
 
         def cost(bucket: Bucket) -> int:
-            return bucket.most_utterances * int(slowest[bucket.end - 1])
+            return bucket.most_utterances(fuse) * int(self._slowest[bucket.end - 1])
 
         return {
-            "the longest utterance": fullest(self.buckets[-1], slowest),
-            "the most audio": fullest(max(self.buckets, key=cost), slowest),
-            "the most utterances": fullest(max(self.buckets, key=lambda b: b.most_utterances), slowest),
+            "the longest utterance": fullest(self.buckets[-1], self._slowest),
+            "the most audio": fullest(max(self.buckets, key=cost), self._slowest),
+            "the most utterances": fullest(max(self.buckets, key=lambda b: b.most_utterances(fuse)), self._slowest),
             "the most targets": fullest(max(self.buckets, key=most_targets), targets),
         }
+
+    def advise(self) -> str | None:
+        """A sentence where the longest utterances are alone in their micro-batches, with the setting that ends that."""
+        alone = [bucket for bucket in self.buckets if _capacity(self._slowest[bucket.end - 1], self.settings) == 1]
+        if not alone:
+            return None
+        utterances, longest_s = sum(bucket.end - bucket.start for bucket in alone), self._slowest[-1] / SAMPLE_RATE_HZ
+        slowed = "" if min(self.speeds) == 1.0 else f" at speed {min(self.speeds):g}"
+        return (
+            f"{utterances:,} utterances of up to {longest_s:.1f} s{slowed} are alone in their micro-batches, because "
+            f"batch.max_seconds = {self.settings.max_seconds:g} is less than twice that: "
+            f"{_holding_two(self._slowest):g} would hold two"
+        )
 
 
 def micro_batches_of_rank(micro_batches: int, rank: int, world_size: int) -> range:
@@ -205,18 +222,20 @@ def _check(settings: config.Batch, speeds: Sequence[float]) -> None:
 
 def _bucket(samples: np.ndarray, settings: config.Batch) -> list[Bucket]:
     """Feasible buckets, ascending, over lengths at the slowest speed, ascending (see the module)."""
-    k, max_samples = settings.micro_batches, int(settings.max_seconds * SAMPLE_RATE_HZ)
+    k = settings.micro_batches
     if len(samples) < k:
         remedy = f": set batch.micro_batches={len(samples)} or less" if len(samples) else ""
         raise UserError(f"{len(samples)} usable utterances cannot fill the {k} micro-batches of a step{remedy}")
-    if samples[-1] > max_samples:
-        raise ValueError(f"an utterance of {samples[-1]} samples exceeds {max_samples}: leave it out first (`fits`)")
+    if not _capacity(samples[-1], settings):
+        raise ValueError(
+            f"an utterance of {samples[-1]} samples exceeds batch.max_seconds: leave it out first (`fits`)"
+        )
     cuts = _cuts(samples, settings)
     buckets: list[Bucket] = []  # descending while they are built
     end = len(samples)
     while end:
         start = int(cuts[np.searchsorted(cuts, end) - 1])  # the last cut before `end`
-        capacity = max_samples // int(samples[end - 1])
+        capacity = _capacity(samples[end - 1], settings)
         if capacity == 1:
             start -= -(end - start) % k
         if start < 0:
@@ -227,12 +246,22 @@ def _bucket(samples: np.ndarray, settings: config.Batch) -> list[Bucket]:
     return buckets[::-1]
 
 
+def _capacity(longest: np.int64, settings: config.Batch) -> int:
+    """Utterances of so many samples that fit into a micro-batch."""
+    return int(settings.max_seconds * SAMPLE_RATE_HZ) // int(longest)
+
+
+def _holding_two(samples: np.ndarray) -> float:
+    """The `batch.max_seconds` that holds two of the longest utterances, in tenths of a second."""
+    return float(np.ceil(2 * samples[-1] / SAMPLE_RATE_HZ * 10) / 10)
+
+
 def _refuse(samples: np.ndarray, settings: config.Batch) -> None:
-    suffices = float(np.ceil(2 * samples[-1] / SAMPLE_RATE_HZ * 10) / 10)
     raise UserError(
         f"batch.max_seconds {settings.max_seconds:g} holds only one of the longest utterances "
         f"({samples[-1] / SAMPLE_RATE_HZ:.1f} s), and {len(samples)} utterances cannot be divided evenly among the "
-        f"{settings.micro_batches} micro-batches of a step: set batch.max_seconds={suffices:g} or lower micro_batches"
+        f"{settings.micro_batches} micro-batches of a step: set batch.max_seconds={_holding_two(samples):g} or lower "
+        "batch.micro_batches"
     )
 
 
