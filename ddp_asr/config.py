@@ -49,7 +49,7 @@ class Data:
         2, "threads of a rank that decode audio; 0: its main thread", at_least=0, also_called="workers num_workers"
     )
     prefetch: int = setting(
-        8, "micro-batches that a rank's threads decode ahead together, at least one for each thread", at_least=1
+        8, "micro-batches that a rank's threads decode ahead together, at least one batch for each thread", at_least=1
     )
     max_bad_samples: int = setting(10, "the run stops after more utterances than this fail to decode", at_least=0)
 
@@ -312,6 +312,12 @@ class Train:
     )
     stop_at_step: int = setting(
         0, "step after which to write a checkpoint and stop; 0: train to the end", at_least=0, also_called="max_steps"
+    )
+    fuse_micro_batches: int = setting(
+        0,
+        "a rank's micro-batches of a step that run as one batch, which changes speed and memory but not the result; "
+        "0: as many as fit into the GPU's memory, one on a CPU",
+        at_least=0,
     )
     max_nonfinite_steps: int = setting(
         20, "the run stops after more steps than this are skipped for a non-finite loss or gradient", at_least=0

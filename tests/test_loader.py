@@ -68,7 +68,8 @@ def train(whole, config, rank=0, world_size=1, **options):
 def content(batch):
     """Everything that a training step can see of a micro-batch."""
     tensors = (batch.waveforms, batch.samples, batch.targets, batch.target_lengths, batch.weight, batch.rows)
-    masks = [(name, mask.tolist()) for name, mask in (batch.masks or {}).items()]
+    drawn = {} if batch.masks is None else {**batch.masks, "dropout": batch.dropout_seeds}
+    masks = [(name, numbers.tolist()) for name, numbers in drawn.items()]
     position = (batch.epoch, batch.step, batch.micro_batch)
     return position, batch.keys, batch.bad, [tensor.tolist() for tensor in tensors], masks
 
@@ -108,6 +109,44 @@ def test_threads_change_nothing(whole, threads, prefetch):
     alone = [content(batch) for batch in train(whole, CONFIG)]
     assert alone == [content(batch) for batch in train(whole, with_threads(CONFIG, threads, prefetch))]
     assert [position for position, *_ in alone] == sorted(position for position, *_ in alone)
+
+
+def in_one(batches):
+    """The content of several micro-batches as one batch, padded to the longest."""
+
+    def padded(rows):
+        return [row + [0] * (max(map(len, rows)) - len(row)) for row in rows]
+
+    contents = [content(batch) for batch in batches]
+    waveforms, samples, targets, *more = [
+        [row for *_, tensors, _ in contents for row in tensors[number]] for number in range(6)
+    ]
+    names = [name for name, _ in contents[0][-1]]
+    masks = [(name, [row for *_, drawn in contents for row in dict(drawn)[name]]) for name in names]
+    keys = [key for batch in batches for key in batch.keys]
+    return contents[0][0], keys, [], [padded(waveforms), samples, padded(targets), *more], masks
+
+
+@pytest.mark.parametrize("fuse, world_size", [(1, 1), (2, 1), (3, 1), (4, 1), (2, 2), (3, 2), (2, 3)])
+def test_a_fused_batch_is_its_micro_batches_end_to_end(whole, fuse, world_size):
+    """Of one step only: where they do not come out even, the last batch of a step stands for fewer."""
+    for rank in range(world_size):
+        alone, fused = list(train(whole, CONFIG, rank, world_size)), train(whole, CONFIG, rank, world_size, fuse=fuse)
+        while alone:
+            batch = next(fused)
+            left = sum((one.epoch, one.step) == (batch.epoch, batch.step) for one in alone)
+            assert batch.micro_batches == min(fuse, left)
+            ours, alone = alone[: batch.micro_batches], alone[batch.micro_batches :]
+            assert content(batch) == in_one(ours)
+            assert batch.utterances == sum(one.utterances for one in ours)
+            assert batch.audio_samples == sum(one.audio_samples for one in ours)
+        assert next(fused, None) is None
+
+
+def test_fused_batches_start_at_any_step_and_threads_change_nothing(whole):
+    everything = [content(batch) for batch in train(whole, CONFIG, fuse=2)]
+    threaded = train(whole, with_threads(CONFIG, 2, prefetch=4), fuse=2, start=(0, 2))
+    assert [content(batch) for batch in threaded] == everything[2 * 2 :]  # of three micro-batches two batches a step
 
 
 def test_a_start_at_any_position_is_the_rest(whole):
@@ -201,10 +240,12 @@ def test_a_recording_that_ends_early_is_dropped_and_named(tmp_path, monkeypatch)
     assert recordings.micro_batch(loader.Work(0, 0, 0, np.array([0]))).bad == [("key-0", "5 of 9000 samples decode")]
 
 
-def test_an_emptied_micro_batch_carries_silence_of_no_weight(tmp_path):
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_an_emptied_batch_carries_silence_of_no_weight(tmp_path, micro_batches):
     whole = index_of_flacs(tmp_path, [b"nothing", b"neither"], [9_000, 9_000])
     recordings = loader.Recordings(whole, TOKENISER, CONFIG, training=True)
-    batch = recordings.micro_batch(loader.Work(0, 0, 0, np.array([0, 1])))
+    batch = recordings.micro_batch(loader.Work(0, 0, 0, np.array([0, 1]), micro_batches=micro_batches))
+    assert batch.micro_batches == micro_batches
     assert [key for key, _ in batch.bad] == ["key-0", "key-1"]
     assert (batch.weight.tolist(), batch.rows.tolist(), batch.keys) == ([0.0], [-1], [""])
     assert (batch.utterances, batch.audio_samples) == (0, 0)
@@ -274,8 +315,9 @@ def test_threads_live_through_all_epochs_and_end_with_the_iterator(whole):
     assert loader_threads() == []
 
 
-def test_no_more_is_decoded_ahead_than_the_setting_says(whole, monkeypatch):
-    """With the one that is handed out, at most `prefetch` + 1 micro-batches are begun that have not been used."""
+@pytest.mark.parametrize("fuse, most", [(1, 5), (2, 2), (3, 2)])
+def test_no_more_is_decoded_ahead_than_the_setting_says(whole, monkeypatch, fuse, most):
+    """Beside the batch that is handed out: `prefetch` counts micro-batches, and each thread has a batch in any case."""
     begun, used, micro_batch = itertools.count(1), 0, loader.Recordings.micro_batch
     most_ahead = 0
 
@@ -285,9 +327,9 @@ def test_no_more_is_decoded_ahead_than_the_setting_says(whole, monkeypatch):
         return micro_batch(self, work)
 
     monkeypatch.setattr(loader.Recordings, "micro_batch", counted)
-    for _ in train(whole, with_threads(CONFIG, 2, prefetch=3)):
+    for _ in train(whole, with_threads(CONFIG, 2, prefetch=5), fuse=fuse):
         used += 1
-    assert most_ahead <= 3 + 1
+    assert most_ahead <= most + 1
 
 
 def test_an_error_of_a_thread_is_raised_in_order_and_keeps_its_traceback(whole):

@@ -88,13 +88,16 @@ def test_an_infinite_loss_on_one_rank_skips_the_step_on_all(tiny_corpus, tmp_pat
         assert {float(each["step"]) for each in state["optimizer"]["state"].values()} == {6.0}
 
 
-def test_a_skipped_step_names_only_the_utterances_that_are_to_blame(tiny_corpus, tmp_path):
+@pytest.mark.parametrize("fuse", [1, 3])
+def test_a_skipped_step_names_only_the_utterances_that_are_to_blame(tiny_corpus, tmp_path, fuse):
     (tmp_path / "given").mkdir()
     patches = [partial(tiny.infinite_loss, steps=(3,), rank=0), partial(tiny.writing_down, tmp_path / "given")]
-    output = tiny.train(tiny_corpus.arguments(tmp_path, "run", "--train.epochs=1"), 1, patches)
+    options = ("--train.epochs=1", f"--train.fuse_micro_batches={fuse}")
+    output = tiny.train(tiny_corpus.arguments(tmp_path, "run", *options), 1, patches)
     given = [line for line in tiny.read_lines(tmp_path / "given" / "rank-0.jsonl") if line["step"] == 3]
     named = next(line for line in output.splitlines() if line.startswith("step 3 skipped"))
-    firsts = [line["keys"][0] for line in given]  # the patch spoils the first of each micro-batch
+    firsts = [line["keys"][0] for line in given]  # the patch spoils the first of each batch
+    assert len(firsts) == {1: 4, 3: 2}[fuse]
     assert named == f"step 3 skipped: non-finite loss in {', '.join(firsts)}"
 
 
@@ -164,12 +167,13 @@ def test_a_bad_sample_is_dropped_named_and_counted(tiny_corpus, tmp_path, proces
     assert state["progress"]["bad_keys"] == ["train-03", "train-17"] and state["progress"]["skipped"] == 0
 
 
-def test_dropped_samples_change_nothing_else_over_processes(tiny_corpus, tmp_path):
+def test_dropped_samples_change_nothing_else_over_processes_and_fused_micro_batches(tiny_corpus, tmp_path):
     corpus = damaged(tiny_corpus, tmp_path / "copy", {f"train-{number:02d}" for number in range(0, 26, 3)})
-    for processes in (1, 3):
-        arguments = corpus.arguments(tmp_path, f"w{processes}", "--data.max_bad_samples=100", "--train.epochs=2")
-        tiny.train(arguments, processes)
+    for name, processes, fuse in (("w1", 1, 1), ("w3", 3, 1), ("fused", 1, 4)):
+        options = ("--data.max_bad_samples=100", "--train.epochs=2", f"--train.fuse_micro_batches={fuse}")
+        tiny.train(corpus.arguments(tmp_path, name, *options), processes)
     tiny.assert_close_runs(tmp_path / "w3", tmp_path / "w1", 1e-4, step=8)
+    tiny.assert_close_runs(tmp_path / "fused", tmp_path / "w1", 1e-4, step=8, ignored=("padding",))
 
 
 def test_too_many_bad_samples_end_the_run_on_every_rank(tiny_corpus, tmp_path):

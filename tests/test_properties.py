@@ -1,10 +1,13 @@
 """Properties 1, 2, 5 and 6 (docs/architecture.md) on one to four real processes: the same training for any number."""
 
 import json
+import os
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +20,7 @@ from ddp_asr.features.log_mel import LogMel
 from ddp_asr.model import make_model
 from ddp_asr.objective import Objective
 from ddp_asr.ranks.world import World
+from ddp_asr.runs import checkpoint
 from ddp_asr.training.learner import Learner
 from ddp_asr.training.optim import make_optimizer
 from tests import tiny_training as tiny
@@ -79,6 +83,84 @@ def test_the_runs_did_learn_and_were_random(runs):
     assert orders[0] != orders[1] != orders[2]
 
 
+# ---- property 2 with fused micro-batches -----------------------------------------------------------------------------
+
+# (type, processes, train.fuse_micro_batches): with K = 4 all pairs of 1 to 4 that differ from one at a time. Each of
+# two processes has two micro-batches, the last of three has two and the others one, and each of four has one.
+FUSED = [("float64", processes, fuse) for processes, fuse in ((1, 2), (1, 3), (1, 4), (2, 2), (3, 2))]
+FUSED += [("float32", 1, 4), ("float32", 3, 2)]
+
+
+def fused(fuse: int) -> str:
+    return f"--train.fuse_micro_batches={fuse}"
+
+
+@pytest.fixture(scope="module")
+def one_at_a_time(tmp_path_factory, tiny_corpus) -> Callable[[str], tuple[Path, list[tiny.Patch]]]:
+    """For a type: the directory of runs in it, with the one to compare with, and the patches for the type."""
+
+    @cache
+    def in_type(dtype: str) -> tuple[Path, list[tiny.Patch]]:
+        directory = tmp_path_factory.mktemp(f"fused-{dtype}")
+        patches: list[tiny.Patch] = [tiny.in_double] if dtype == "float64" else []
+        tiny.train(tiny_corpus.arguments(directory, "one", fused(1)), 1, patches)
+        return directory, patches
+
+    return in_type
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, processes, fuse", FUSED)
+def test_how_many_micro_batches_run_as_one_changes_nothing(one_at_a_time, tiny_corpus, dtype, processes, fuse):
+    directory, patches = one_at_a_time(dtype)
+    name, written = f"w{processes}-{fuse}", directory / f"given-{processes}-{fuse}"
+    written.mkdir()
+    patches = [*patches, partial(tiny.writing_down, written)]
+    output = tiny.train(tiny_corpus.arguments(directory, name, fused(fuse)), processes, patches)
+    tiny.assert_close_runs(directory / name, directory / "one", TOLERANCE[dtype], ignored=("padding",))
+    shares = {1: [4], 2: [2, 2], 3: [1, 1, 2]}[processes]
+    assert f"micro-batches that run as one batch: {min(fuse, shares[0])} on " in output
+    assert tiny.environment(directory / name)["fused_micro_batches"] == [min(fuse, share) for share in shares]
+    batches = [line for file in written.iterdir() for line in file.read_text().splitlines()]
+    assert len(batches) == tiny.STEPS * sum(-(-share // fuse) for share in shares) < 4 * tiny.STEPS
+    one, other = (outline(checkpoint.read(checkpoint.step_path(directory / run, tiny.STEPS))) for run in ("one", name))
+    assert one == other
+
+
+def outline(value):
+    """A checkpoint without numbers that are only alike, and without the names of run and setting."""
+    if isinstance(value, dict):
+        free = ("name", "fuse_micro_batches", "comet_key", "best", "trained_s")
+        return {key: outline(part) for key, part in value.items() if key not in free}
+    return (value.dtype, value.shape) if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.slow
+def test_ranks_may_run_different_numbers_as_one(one_at_a_time, tiny_corpus):
+    directory, patches = one_at_a_time("float64")
+    arguments = tiny_corpus.arguments(directory, "uneven", fused(0))
+    tiny.train(arguments, 2, [*patches, fusing_on_the_second_rank])
+    assert tiny.environment(directory / "uneven")["fused_micro_batches"] == [1, 2]
+    tiny.assert_close_runs(directory / "uneven", directory / "one", TOLERANCE["float64"], ignored=("padding",))
+
+
+def fusing_on_the_second_rank() -> None:
+    """As where one GPU has more free memory than another."""
+    from ddp_asr.training import session
+
+    session.sizes_to_try = lambda setting, micro_batches, device: [2 if os.environ["RANK"] == "1" else 1]
+
+
+@pytest.mark.slow
+def test_a_stop_may_change_how_many_run_as_one(one_at_a_time, tiny_corpus):
+    """And the number of processes with it; stopped in the middle of an epoch."""
+    directory, patches = one_at_a_time("float64")
+    for processes, fuse, stop in ((2, 2, 6), (3, 1, 9), (1, 4, 0)):
+        arguments = tiny_corpus.arguments(directory, "stopped", fused(fuse), f"--train.stop_at_step={stop}")
+        tiny.train(arguments, processes, patches)
+    tiny.assert_close_runs(directory / "stopped", directory / "one", TOLERANCE["float64"], ignored=("padding",))
+
+
 # ---- property 5 ----------------------------------------------------------------------------------------------------
 
 
@@ -90,7 +172,7 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-def step_of(tiny_corpus, *options, kind=None, index_of=lambda index: index):
+def step_of(tiny_corpus, *options, kind=None, index_of=lambda index: index, fuse=1):
     """A learner, and a step of four micro-batches of which some have an utterance more."""
     path, *overrides = tiny_corpus.arguments(Path("runs"), "run", *options, kind=kind)[1:]
     config = load_config(Path(path), overrides)
@@ -106,9 +188,11 @@ def step_of(tiny_corpus, *options, kind=None, index_of=lambda index: index):
         optim=config.optim,
         precision="fp32",
     )
-    loader = train_loader(index_of(corpus.index), corpus.tokeniser, corpus.plan, config, rank=0, world_size=1)
-    steps = [[next(loader) for _ in range(4)] for _ in range(corpus.plan.steps_per_epoch)]
-    return learner, next(step for step in steps if len({len(batch.rows) for batch in step}) > 1)
+    sizes = np.diff(corpus.plan.epoch(0).bounds).reshape(-1, 4)
+    step = next(step for step, of_step in enumerate(sizes) if len(set(of_step)) > 1)
+    place = {"rank": 0, "world_size": 1, "start": (0, step), "fuse": fuse}
+    loader = train_loader(index_of(corpus.index), corpus.tokeniser, corpus.plan, config, **place)
+    return learner, [next(loader) for _ in range(0, 4, fuse)]
 
 
 def by_micro_batches(learner, batches):
@@ -185,6 +269,17 @@ def test_loss_and_gradient_of_uneven_micro_batches_are_those_of_one_batch_and_of
     assert_equal_steps(ours, one_by_one(learner, batches))
 
 
+@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("fuse", [2, 3, 4])
+def test_loss_and_gradient_of_a_step_are_the_same_however_many_micro_batches_run_as_one(
+    tiny_corpus, double, fuse, kind
+):
+    learner, batches = step_of(tiny_corpus, *tiny.OBJECTIVES["all of it"], kind=kind)
+    _, fused = step_of(tiny_corpus, *tiny.OBJECTIVES["all of it"], kind=kind, fuse=fuse)
+    assert [batch.micro_batches for batch in fused] == {2: [2, 2], 3: [3, 1], 4: [4]}[fuse]
+    assert_equal_steps(by_micro_batches(learner, fused), by_micro_batches(learner, batches))
+
+
 def test_each_term_of_the_objective_changes_the_loss(tiny_corpus, double):
     losses = {name: by_micro_batches(*step_of(tiny_corpus, *options))[0] for name, options in tiny.OBJECTIVES.items()}
     assert len({round(loss, 6) for loss in losses.values()}) == len(tiny.OBJECTIVES), losses
@@ -229,9 +324,6 @@ def leaving_no_trace() -> None:
     """Fails a rank whose rehearsal changes a bit of what training goes on from."""
     import random
 
-    import numpy as np
-
-    from ddp_asr.runs import checkpoint
     from ddp_asr.training import session
 
     def everything(learner):
@@ -239,13 +331,13 @@ def leaving_no_trace() -> None:
         return checkpoint.snapshot({"learner": learner.state(), "random": randomness})
 
     def watched(run):
-        def without_a_trace(corpus, learner):
+        def without_a_trace(corpus, learner, *more):
             was = everything(learner)
-            lines = run(corpus, learner)
+            found = run(corpus, learner, *more)
             assert tiny.differences(was, everything(learner)) == []
             assert all(parameter.grad is None for parameter in learner.model.parameters())
             print("no trace", flush=True)
-            return lines
+            return found
 
         return without_a_trace
 
@@ -255,8 +347,9 @@ def leaving_no_trace() -> None:
 
 def without_rehearsal() -> None:
     from ddp_asr.training import session
+    from ddp_asr.training.rehearsal import Rehearsed
 
-    session.rehearse = lambda corpus, learner: []
+    session.rehearse = lambda corpus, learner, sizes: Rehearsed(1, 0, [])
     session.fix_gradient_buckets = lambda corpus, learner: None
 
 

@@ -37,6 +37,7 @@ def test_a_run_directory_holds_what_the_design_says(run):
     assert yaml.safe_load((run / "config.yaml").read_text())["encoder"]["rnn_size"] == 16
     environment = json.loads((run / "environment.json").read_text())
     assert environment["processes"] == 2 and {"git_commit", "git_dirty"} <= environment.keys()
+    assert environment["fused_micro_batches"] == [1, 1]  # on CPUs
     newest = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert newest == ["step-00000006.pt", "step-00000009.pt", "step-00000012.pt"]  # train.keep_last
     for rank in (0, 1):
@@ -54,6 +55,14 @@ def test_a_run_directory_holds_what_the_design_says(run):
     assert [each["step"] for each in samples] == [5, 10, 12]
     assert all(set(pair) == {"key", "reference", "hypothesis"} for each in samples for pair in each["samples"])
     assert len(samples[0]["samples"]) == 2  # tracking.samples
+
+
+def test_the_first_attempt_says_where_the_longest_are_alone(tiny_corpus, tmp_path):
+    options = ("--batch.max_seconds=1.5", "--batch.micro_batches=2")
+    for step in (1, 2):
+        output = tiny.train(tiny_corpus.arguments(tmp_path, "run", *options, f"--train.stop_at_step={step}"))
+        advised = "at speed 0.9 are alone in their micro-batches, because batch.max_seconds = 1.5 is less" in output
+        assert advised == (step == 1)  # a checkpoint of other batches could not be continued
 
 
 def test_the_best_checkpoint_is_of_the_best_evaluation(run):

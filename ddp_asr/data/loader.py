@@ -1,6 +1,7 @@
 """From a plan to collated micro-batches: threads read byte ranges of the shards and decode them to int16.
 
     train_loader: Plan --this rank's Work, across all epochs--> threads --MicroBatch, in order--> on_device --> loop
+                  (with fuse=n a Work and its MicroBatch stand for n neighbouring micro-batches of a step)
     eval_loader:  lengths --batches of similar lengths, round-robin over ranks--> threads --> MicroBatch or None a round
 
     Recordings: Work --Store, soundfile, soxr, waveform augmentations, masks--> MicroBatch
@@ -10,11 +11,13 @@ through all epochs. What becomes of an utterance depends on (seed, epoch, key) a
 
 `data.threads` threads of the rank decode, and the rank itself where that is 0. They are enough because reading,
 decoding, resampling and numpy release Python's lock (GIL): two threads decode nearly twice as fast as one. Memory is
-bounded: at most `data.prefetch` micro-batches (but one a thread) are decoded ahead of the one that is handed out.
+bounded: of n fused micro-batches max(`data.prefetch` // n, `data.threads`) batches are decoded ahead of the one that is
+handed out, each of at most n x `batch.max_seconds` x 32 kB. (Of 32 micro-batches of 55 s a batch is 56 MB, and two
+threads hold 112 MB ahead.) An evaluation decodes one batch a thread ahead.
 
-A recording that no longer decodes to what the index says is left out of its micro-batch and named in `MicroBatch.bad`.
-A micro-batch that loses all its recordings carries one silent utterance of weight 0, so that every rank still runs it.
-Any other error of a thread is raised where its micro-batch would have been handed out.
+A recording that no longer decodes to what the index says is left out of its batch and named in `MicroBatch.bad`. A
+batch that loses all its recordings carries one silent utterance of weight 0, so that every rank still runs it.
+Any other error of a thread is raised where its batch would have been handed out.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ import torch
 from torch import Tensor
 
 from ddp_asr import SAMPLE_RATE_HZ, draws
-from ddp_asr.config import Config, Data
+from ddp_asr.config import Config
 from ddp_asr.data.index import Index
 from ddp_asr.data.plan import Plan, micro_batches_of_rank, speed_samples
 from ddp_asr.data.storage import Shards
@@ -53,20 +56,22 @@ _CLOSE_S = 2.0  # how long closing waits for threads that are in the middle of a
 
 @dataclass(frozen=True)
 class Work:
-    """What one micro-batch is to be made of."""
+    """What one batch is to be made of: a micro-batch, or several neighbouring ones of a step."""
 
     epoch: int
     step: int
-    micro_batch: int  # k, or the number of an evaluation's micro-batch
+    micro_batch: int  # k of the first, or the number of an evaluation's micro-batch
     rows: np.ndarray  # int64 (B,)
     speed: np.ndarray | None = None  # float64 (B,)
+    micro_batches: int = 1
 
 
 @dataclass
 class MicroBatch:
-    """B utterances, zero-padded on the right. The silent utterance of an emptied micro-batch is row -1 with key ''.
+    """B utterances of one micro-batch, or of several neighbouring ones of a step, zero-padded on the right.
 
-    Lengths and rows stay on the CPU, where they are read as numbers.
+    The silent utterance of an emptied batch is row -1 with key ''. Lengths and rows stay on the CPU, where they are
+    read as numbers.
     """
 
     waveforms: Tensor  # int16 (B, S)
@@ -81,7 +86,8 @@ class MicroBatch:
     bad: list[tuple[str, str]]  # (key, reason) of those left out because they no longer decode
     epoch: int
     step: int
-    micro_batch: int
+    micro_batch: int  # k of the first
+    micro_batches: int  # how many it stands for
     utterances: int  # without the silent one; a number of the host, so that reading it needs no synchronisation
     audio_samples: int  # without padding and the silent utterance
 
@@ -116,19 +122,21 @@ def train_loader(
     rank: int,
     world_size: int,
     start: tuple[int, int] = (0, 0),
+    fuse: int = 1,
     epochs: int | None = None,
     pin_memory: bool | None = None,
 ) -> Batches:
     """A rank's micro-batches in the order (epoch, step, k), from `start` = (epoch, step) to the end of the last epoch.
 
-    `index` holds exactly the rows the plan was made from. Closing the iterator ends its threads.
+    `index` holds exactly the rows the plan was made from. `fuse` neighbouring micro-batches of a step are one batch;
+    the last batch of a rank's part of a step may stand for fewer. Closing the iterator ends its threads.
     """
     if len(index) != len(plan):
         raise ValueError(f"an index of {len(index)} rows does not belong to a plan of {len(plan)}")
     recordings = Recordings(index, tokeniser, config, training=True)
     last = config.train.epochs if epochs is None else epochs
-    work = _train_work(plan, micro_batches_of_rank(plan.micro_batches, rank, world_size), start, last)
-    return _load(recordings, work, config.data, pin_memory)
+    work = _train_work(plan, micro_batches_of_rank(plan.micro_batches, rank, world_size), start, fuse, last)
+    return _load(recordings, work, config.data.threads, config.data.prefetch // fuse, pin_memory)
 
 
 def eval_loader(
@@ -150,7 +158,7 @@ def eval_loader(
     batches = _eval_batches(index, config.batch.max_seconds)
     numbers = range(rank, len(batches), world_size)
     work = [Work(0, number // world_size, number, batches[number]) for number in numbers]
-    yield from _load(recordings, work, config.data, pin_memory)
+    yield from _load(recordings, work, config.data.threads, 1, pin_memory)
     rounds = -(-len(batches) // world_size)
     yield from [None] * (rounds - len(work))
 
@@ -172,15 +180,16 @@ def on_device(batches: Batches, device: torch.device) -> Batches:
             yield ahead
 
 
-def _train_work(plan: Plan, micro_batches: range, start: tuple[int, int], epochs: int) -> Iterator[Work]:
-    """A rank's share of all epochs from a position on, planned an epoch at a time."""
+def _train_work(plan: Plan, micro_batches: range, start: tuple[int, int], fuse: int, epochs: int) -> Iterator[Work]:
+    """A rank's part of all epochs from a position on, planned an epoch at a time."""
     first_epoch, first_step = start
     for epoch in range(first_epoch, epochs):
         planned = plan.epoch(epoch)
         for step in range(first_step if epoch == first_epoch else 0, plan.steps_per_epoch):
-            for k in micro_batches:
-                span = planned.span(step, k)
-                yield Work(epoch, step, k, planned.rows[span], planned.speed[span])
+            for k in micro_batches[::fuse]:
+                fused = min(fuse, micro_batches.stop - k)
+                span = planned.span(step, k, fused)
+                yield Work(epoch, step, k, planned.rows[span], planned.speed[span], fused)
 
 
 def _eval_batches(index: Index, max_seconds: float) -> list[np.ndarray]:
@@ -272,6 +281,7 @@ class Recordings:
             epoch=work.epoch,
             step=work.step,
             micro_batch=work.micro_batch,
+            micro_batches=work.micro_batches,
             utterances=utterances,
             audio_samples=audio_samples,
         )
@@ -316,30 +326,33 @@ def _reason(error: Exception) -> str:
 # threads
 
 
-def _load(recordings: Recordings, work: Iterable[Work], settings: Data, pin_memory: bool | None) -> Batches:
-    """The micro-batch of each work, in order, made by `settings.threads` threads or right here if that is 0."""
+def _load(recordings: Recordings, work: Iterable[Work], threads: int, ahead: int, pin_memory: bool | None) -> Batches:
+    """The batch of each work, in order, made by so many threads, `ahead` or one a thread at a time; or right here."""
     pin = torch.cuda.is_available() if pin_memory is None else pin_memory
-    if settings.threads:
-        yield from _load_in_threads(recordings, iter(work), settings, torch.cuda.current_device() if pin else None)
+    if threads:
+        pin_for = torch.cuda.current_device() if pin else None
+        yield from _load_in_threads(recordings, iter(work), threads, max(ahead, threads), pin_for)
         return
     for one in work:
         batch = recordings.micro_batch(one)
         yield batch.pin_memory() if pin else batch
 
 
-def _load_in_threads(recordings: Recordings, works: Iterator[Work], settings: Data, pin_for: int | None) -> Batches:
+def _load_in_threads(
+    recordings: Recordings, works: Iterator[Work], threads_wanted: int, most_ahead: int, pin_for: int | None
+) -> Batches:
     tasks: Tasks = SimpleQueue()
     ahead: deque[Future[MicroBatch]] = deque()  # in order: what is made, being made or waiting for a thread
     threads = [
         # daemons, because one that is stuck in a read must not keep the process from ending
         threading.Thread(target=_make, args=(recordings, tasks, pin_for), name=f"loader-{number}", daemon=True)
-        for number in range(settings.threads)
+        for number in range(threads_wanted)
     ]
     for thread in threads:
         thread.start()
 
     def fill() -> None:
-        while len(ahead) < max(settings.prefetch, settings.threads) and (work := next(works, None)) is not None:
+        while len(ahead) < most_ahead and (work := next(works, None)) is not None:
             ahead.append(Future())
             tasks.put((work, ahead[-1]))
 

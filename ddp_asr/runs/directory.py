@@ -5,7 +5,7 @@
         metrics.jsonl      a train line a step, a test line an evaluation (fields below)
         samples.jsonl      references and hypotheses of each evaluation
         left_out.jsonl     utterances that the plan leaves out, with the reason
-        environment.json   versions, hardware and git commit of the newest attempt
+        environment.json   versions, hardware and git commit of the newest attempt; its fused micro-batches, by rank
         status.json        how the run stands, for launchers
         spectrogram.png, curves.png, checkpoints/, best.pt, lease.json, comet.json ...
 

@@ -1,13 +1,13 @@
 """The weights of a run, and how a step changes them.
 
-    losses = learner.accumulate(batch, step=..., last=...)                      # for each micro-batch of the rank
-    norm, updated = learner.update(step, total_steps, utterances)               # once, on all ranks alike
+    losses = learner.accumulate(batch, step=..., last=...)              # for each batch of the rank in a step
+    norm, updated = learner.update(step, total_steps, utterances)       # once, on all ranks alike
 
     waveforms (B, S) --log-mel--> features (B, T, F) --masks, a view each--> model --Output--> objective --> losses (B,)
 
-What the loss is made of is the objective's (objective.py). This module adds the losses of a micro-batch up, and divides
-the gradients by the number of utterances of the whole step: micro-batches differ in their number of utterances and
-ranks in their number of micro-batches, so any earlier division would weigh utterances unevenly.
+What the loss is made of is the objective's (objective.py). This module adds the losses of a batch up, and divides the
+gradients by the number of utterances of the whole step: batches differ in their number of utterances and ranks in their
+number of batches, so any earlier division would weigh utterances unevenly. A batch is one micro-batch or several.
 
 Nothing here draws from a generator: dropout belongs to the utterance (encoders/dropout.py), as its masks do.
 """
@@ -67,7 +67,7 @@ class Learner:
         return torch.where(batch.weight > 0, losses, 0.0)
 
     def accumulate(self, batch: MicroBatch, *, step: int, last: bool) -> Tensor:
-        """Adds the gradient of the micro-batch's summed loss; the last one of a step synchronises over the ranks.
+        """Adds the gradient of the batch's summed loss; the last batch of a step synchronises over the ranks.
 
         Returns the detached losses (B,), still on the device.
         """

@@ -2,12 +2,12 @@
 
     learner = Learner(world, model, log_mel, objective, optimizer, ...)    # weights and how a step changes them
     trainer = Trainer(world, learner, schedule, hooks, stop)               # what is due when
-    outcome = trainer.run(micro_batches, share_of_step, progress)
+    outcome = trainer.run(batches, share_of_step, progress)
 
 A step on each of W ranks::
 
-    for each of its micro-batches:                       (all but the last without synchronisation)
-        learner.accumulate: sum of losses -> backward
+    until its micro-batches are done:                    (a batch is one of them, or several: train.fuse_micro_batches)
+        learner.accumulate: sum of losses -> backward    (all but the last batch without synchronisation)
     one all-reduce of `Tally`: loss, utterances, finiteness, stop request, failures
     learner.update: gradients * W / utterances of the step, clip; all finite? -> AdamW -> moving average
                                                          (else the step is skipped, on all ranks)
@@ -120,7 +120,7 @@ class Hooks:
     message: Callable[[str], None]
     # (step, should_stop): asks `should_stop` between rounds, on all ranks alike; None where it said yes.
     evaluate: Callable[[int, Callable[[], bool]], Evaluation | None]
-    dump: Callable[[int, list[MicroBatch]], None]  # keeps a step's micro-batches on the disk
+    dump: Callable[[int, list[MicroBatch]], None]  # keeps a step's batches on the disk
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,11 @@ class Trainer:
         self._saved: dict[str, Any] | None = None  # the progress in the newest checkpoint
 
     def run(self, batches: Iterator[MicroBatch], share_of_step: range, progress: Progress) -> Outcome:
-        """Trains from `progress` on; `batches` yields this rank's micro-batches from exactly there.
+        """Trains from `progress` on.
+
+        Args:
+            batches: this rank's micro-batches from exactly there; a batch may stand for several of a step.
+            share_of_step: the numbers of the micro-batches of a step that this rank runs.
 
         Raises:
             UserError: on every rank, when one of them cannot go on or a limit is passed.
@@ -170,15 +174,17 @@ class Trainer:
         started = time.monotonic()
         tally, losses, mine = Tally(), [], []
         step = self.progress.step + 1
-        for micro_batch in share_of_step:
+        left = share_of_step
+        while left:
             wait_from = time.monotonic()
             self.world.set_phase(step, "waiting for data")
             batch = next(batches)
             tally.wait_s += time.monotonic() - wait_from
             mine.append(batch)
-            last = micro_batch == share_of_step[-1]
-            self.world.set_phase(step, f"forward and backward of micro-batch {micro_batch}")
-            losses.append(self.learner.accumulate(batch, step=step, last=last))
+            assert batch.micro_batch == left[0] and batch.micro_batches <= len(left), "the loader is at another place"
+            now, left = left[: batch.micro_batches], left[batch.micro_batches :]
+            self.world.set_phase(step, f"forward and backward of micro-batches {now[0]} to {now[-1]}")
+            losses.append(self.learner.accumulate(batch, step=step, last=not left))
             self._count(batch, tally)
         per_utterance = torch.cat(losses)
         tally.loss = float(per_utterance.sum(dtype=torch.float64))

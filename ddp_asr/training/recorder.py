@@ -1,6 +1,7 @@
 """What rank 0 records of a training: the run's files, the display, checkpoints, the tracking process.
 
 recorder.begin()                        # what stands in the run directory before the first step
+recorder.rehearsed(fused)               # what the rehearsal found
 recorder.log(line)                      # after each step
 recorder.save(state, best)              # a checkpoint, written in the background
 recorder.evaluated(step, summary)       # after each evaluation
@@ -15,7 +16,7 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,7 +28,7 @@ from ddp_asr.data.loader import Recordings, Work
 from ddp_asr.data.targets import explain_left_out
 from ddp_asr.errors import UserError
 from ddp_asr.features import masks as augment
-from ddp_asr.files import finite, json_lines, read_json_lines
+from ddp_asr.files import finite, json_lines, read_json, read_json_lines
 from ddp_asr.model import count_parameters
 from ddp_asr.ranks.world import World
 from ddp_asr.recognition.evaluation import Summary
@@ -99,6 +100,13 @@ class Recorder:
         )
         for line in explain_left_out(corpus.targets):
             self._attempt.message(line)
+        if not resumed and (advice := corpus.plan.advise()):  # a resumed run cannot follow it
+            self._attempt.message(advice)
+
+    def rehearsed(self, fused: Sequence[int]) -> None:
+        """Adds to environment.json how many micro-batches each rank runs as one batch."""
+        record = {**(read_json(self._path / "environment.json") or {}), "fused_micro_batches": list(fused)}
+        self._files.write("environment.json", json.dumps(record, indent=1) + "\n")
 
     # ---- while it trains -----------------------------------------------------------------------------------------
 

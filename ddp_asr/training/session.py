@@ -38,7 +38,7 @@ from ddp_asr.training.loop import Evaluation, Hooks, Outcome, Schedule, Trainer
 from ddp_asr.training.optim import WeightAverage, make_optimizer
 from ddp_asr.training.precision import set_matmul_precision
 from ddp_asr.training.recorder import Recorder
-from ddp_asr.training.rehearsal import fix_gradient_buckets, rehearse
+from ddp_asr.training.rehearsal import fix_gradient_buckets, rehearse, sizes_to_try
 from ddp_asr.training.resume import find_checkpoint, is_of_run, load_weights, make_progress, read_state
 
 
@@ -89,9 +89,8 @@ def _train(
     recorder: Recorder | None,
 ) -> Outcome:
     world, config, progress = attempt.world, attempt.config, attempt.reached.progress
-    world.set_phase(progress.step, "rehearsing")
-    for line in world.run_on_all(lambda: rehearse(corpus, learner)):
-        attempt.message(f"rehearsed {line}")
+    mine = micro_batches_of_rank(config.batch.micro_batches, world.rank, world.world_size)
+    fuse = _rehearse(attempt, corpus, learner, recorder, len(mine))
     fix_gradient_buckets(corpus, learner)
     batches = train_loader(
         corpus.index,
@@ -101,12 +100,29 @@ def _train(
         rank=world.rank,
         world_size=world.world_size,
         start=divmod(progress.step, corpus.plan.steps_per_epoch),
+        fuse=fuse,
     )
     trainer = Trainer(world, learner, schedule, _hooks(attempt, corpus, test, learner, recorder), attempt.stop)
-    mine = micro_batches_of_rank(config.batch.micro_batches, world.rank, world.world_size)
     # Closed after an error, too, which ends the threads of the loader.
     with contextlib.closing(on_device(batches, world.device)) as sent:
         return trainer.run(sent, mine, progress)
+
+
+def _rehearse(attempt: Attempt, corpus: Corpus, learner: Learner, recorder: Recorder | None, micro_batches: int) -> int:
+    """How many of its micro-batches of a step this rank runs as one batch; says and records it for all ranks."""
+    world = attempt.world
+    world.set_phase(attempt.reached.progress.step, "rehearsing")
+    sizes = sizes_to_try(attempt.config.train.fuse_micro_batches, micro_batches, world.device)
+    rehearsed = world.run_on_all(lambda: rehearse(corpus, learner, sizes))
+    for line in rehearsed.lines:
+        attempt.message(f"rehearsed {line}")
+    everyones = world.all_gather_objects((rehearsed.fuse, rehearsed.peak_bytes))
+    fused, peaks_bytes = zip(*everyones, strict=True)
+    ranks = ", ".join(f"{number} on {fused.count(number)} rank(s)" for number in sorted(set(fused)))
+    memory = f"; at most {max(peaks_bytes) / 2**30:.1f} GiB of a GPU" if any(peaks_bytes) else ""
+    attempt.message(f"micro-batches that run as one batch: {ranks}{memory}")
+    world.run_on_rank_zero(lambda: recorder.rehearsed(fused) if recorder else None)
+    return rehearsed.fuse
 
 
 def _read_data(config: Config, world: World) -> tuple[Corpus, Index | None]:

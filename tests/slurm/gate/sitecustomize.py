@@ -44,11 +44,11 @@ def gate_steps(trainer: ModuleType) -> None:
     """Puts the gate before the first micro-batch of every step."""
     accumulate, now = trainer.Learner.accumulate, [0]
 
-    def gated(self, batch, *, step, micro_batch, last):
+    def gated(self, batch, *, step, last):
         if self.world.rank == 0 and step != now[0] and step > 0:  # 0 is the rehearsal
             now[0] = step
             pass_gate(step, self.world.world_size)
-        return accumulate(self, batch, step=step, micro_batch=micro_batch, last=last)
+        return accumulate(self, batch, step=step, last=last)
 
     trainer.Learner.accumulate = gated
 
