@@ -51,6 +51,12 @@ class Data:
     prefetch: int = setting(
         8, "micro-batches that a rank's threads decode ahead together, at least one batch for each thread", at_least=1
     )
+    test_max_seconds: float = setting(
+        480.0,
+        "maximum seconds of a batch of an evaluation: utterances x longest; error rates do not depend on it",
+        above=0,
+        also_called="eval_batch_size",
+    )
     max_bad_samples: int = setting(10, "the run stops after more utterances than this fail to decode", at_least=0)
 
 

@@ -55,7 +55,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="fp32, the default, gives the same result for any batch size; bf16 and fp16 are faster on a GPU",
     )
     parser.add_argument(
-        "--max-seconds", type=float, help="audio in a batch (default: the training's batch.max_seconds)"
+        "--max-seconds",
+        type=float,
+        help="maximum seconds of a batch, utterances x longest (default: the training's data.test_max_seconds)",
     )
     parser.add_argument("--threads", type=int, help="threads a rank that decode (default: the training's data.threads)")
     parser.add_argument("--worst", type=int, default=5, help="worst utterances to show (default: %(default)s)")
@@ -130,12 +132,12 @@ def _prepare(arguments: argparse.Namespace) -> Trained:
 
 
 def _with_overrides(config: Config, arguments: argparse.Namespace) -> Config:
-    data, batch = config.data, config.batch
+    data = config.data
     if arguments.threads is not None:
         data = replace(data, threads=arguments.threads)
     if arguments.max_seconds is not None:
-        batch = replace(batch, max_seconds=arguments.max_seconds)
-    return replace(config, data=data, batch=batch)
+        data = replace(data, test_max_seconds=arguments.max_seconds)
+    return replace(config, data=data)
 
 
 def _report(

@@ -24,7 +24,7 @@ def from_command_line(name, text):
 # Worked out by hand: (settings, values that pass, values that do not).
 LIMITS: list[tuple[str, list[str], list[str]]] = [
     (
-        "batch.max_seconds optim.learning_rate optim.start_divisor optim.end_divisor "
+        "batch.max_seconds data.test_max_seconds optim.learning_rate optim.start_divisor optim.end_divisor "
         "optim.clip_norm distributed.timeout_s distributed.stop_grace_s",
         ["1e-3"],
         ["0", "-1", "inf", "nan"],

@@ -52,7 +52,7 @@ def shards(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def best(tmp_path_factory):
-    state = tiny_state(batch={"max_seconds": 8.0}, data={"threads": 0})
+    state = tiny_state(data={"threads": 0, "test_max_seconds": 8.0})
     return write_checkpoint(tmp_path_factory.mktemp("run") / "best.pt", state)
 
 
@@ -230,7 +230,7 @@ def test_a_stop_leaves_the_model_as_it_was(best, shards):
 
 
 def test_the_moving_average_is_evaluated_where_there_is_one(best, shards, tmp_path, capsys):
-    other = tiny_state(seed=8, batch={"max_seconds": 8.0}, data={"threads": 0})
+    other = tiny_state(seed=8, data={"threads": 0, "test_max_seconds": 8.0})
     averaged = {**checkpoint.read(best), "averages": other["model"]}
     facts = result(capsys, write_checkpoint(tmp_path / "averaged.pt", averaged), shards)
     expected = result(capsys, write_checkpoint(tmp_path / "other.pt", other), shards)

@@ -25,7 +25,7 @@ from ddp_asr.text.characters import Characters
 
 TOKENISER = Characters("' abcdefghijklmnopqrstuvwxyz")
 CONFIG = Config(
-    data=Data(threads=0, prefetch=2),
+    data=Data(threads=0, prefetch=2, test_max_seconds=6.0),
     batch=Batch(max_seconds=6.0, micro_batches=3, buckets=4),
     augment=Augment(speeds=[0.9, 1.0, 1.1], noise=Noise(share=0.5)),
     train=Train(epochs=2),
@@ -283,7 +283,7 @@ def test_an_evaluation_hears_everyone_once_in_batches_that_no_rank_changes(whole
 
 
 def test_an_evaluation_changes_no_waveform_and_leaves_nobody_out(whole):
-    too_long = dataclasses.replace(CONFIG, batch=Batch(max_seconds=1.0))
+    too_long = dataclasses.replace(CONFIG, data=Data(threads=0, test_max_seconds=1.0))
     foreign = Characters(" abc")  # most transcripts have characters that it cannot spell
     batches = list(loader.eval_loader(whole, foreign, too_long))
     assert sorted(row for batch in batches for row in batch.rows.tolist()) == list(range(len(whole)))

@@ -41,7 +41,7 @@ from tests.tiny_speech import shard
 # Everything random is on: masks, speeds, noise, dropout and a moving average. K = 4, 4 steps an epoch, 12 in all.
 CONFIG = """
 vocabulary: {symbols: " ab'"}
-data: {threads: 0}
+data: {threads: 0, test_max_seconds: 2.2}
 batch: {max_seconds: 2.2, micro_batches: 4}
 features: {mel_bands: 16, n_fft: 512}
 augment: {frequency_mask_bands: 4, time_mask_share: 0.1, speeds: [0.9, 1.0, 1.1], noise: {share: 0.5}}

@@ -155,7 +155,7 @@ def eval_loader(
     round is a short one.
     """
     recordings = Recordings(index, tokeniser, config, training=False)
-    batches = _eval_batches(index, config.batch.max_seconds)
+    batches = _eval_batches(index, config.data.test_max_seconds)
     numbers = range(rank, len(batches), world_size)
     work = [Work(0, number // world_size, number, batches[number]) for number in numbers]
     yield from _load(recordings, work, config.data.threads, 1, pin_memory)
