@@ -137,7 +137,7 @@ def kept_bytes(config, utterances, seconds):
 def test_the_estimate_is_what_a_micro_batch_really_keeps(shards, kind):
     config = settings(shards, encoder={"kind": kind, "dropout": 0.2, **tiny_encoders.SETTINGS[kind][0]})
     model = make_model(config, 4)
-    a_second = activation_bytes_per_second(config, model)
+    a_second = activation_bytes_per_second(config, model, "fp32")
     for utterances, seconds in ((1, 7.0), (6, 2.0), (10, 1.0)):
         estimate = a_second * utterances * seconds
         assert estimate == pytest.approx(kept_bytes(config, utterances, seconds), rel=0.1)
@@ -157,8 +157,32 @@ def test_the_estimate_is_what_a_micro_batch_really_keeps(shards, kind):
 )
 def test_the_estimate_scales_with_what_is_computed(shards, section, changed, least, most):
     before, after = (settings(shards, **{section: {**SECTIONS.get(section, {}), **more}}) for more in ({}, changed))
-    one, other = (activation_bytes_per_second(c, make_model(c, 4)) for c in (before, after))
+    one, other = (activation_bytes_per_second(c, make_model(c, 4), "fp32") for c in (before, after))
     assert least < other / one < most
+
+
+def test_autocast_halves_most_of_what_is_kept(shards):
+    config = settings(shards, encoder={"rnn_size": 64})
+    model = make_model(config, 4)
+    whole, half = (activation_bytes_per_second(config, model, precision) for precision in ("fp32", "bf16"))
+    assert 0.45 < half / whole < 0.65
+
+
+def test_the_memory_is_that_of_the_precision_and_of_what_runs_as_one_batch(shards):
+    for section, world_size, said in [
+        ({"precision": "auto"}, 1, ["estimate for bf16", "with 4 micro-batches as one batch"]),
+        ({"precision": "fp32", "fuse_micro_batches": 3}, 1, ["estimate for fp32", "with 3 micro-batches as one batch"]),
+        ({}, 3, ["with 2 micro-batches as one batch"]),
+    ]:
+        text = report(settings(shards, train=section), world_size)
+        assert all(part in text for part in said)
+    assert "as one batch" not in report(settings(shards), world_size=4)
+
+
+def test_it_says_where_the_longest_are_alone(shards):
+    alone = settings(shards, batch={"max_seconds": 1.5, "micro_batches": 4})
+    assert re.search(r"^advice +\d+ utterances of up to 0.8 s are alone .* 1.6 would hold two$", report(alone, 1), re.M)
+    assert "advice" not in report(settings(shards), world_size=1)
 
 
 def test_the_largest_micro_batches_are_those_that_a_run_rehearses(shards):

@@ -14,6 +14,7 @@ from ddp_asr.data.targets import explain_left_out
 from ddp_asr.model import AcousticModel, count_parameters, make_model
 from ddp_asr.runs.directory import read_status
 from ddp_asr.settings import describe
+from ddp_asr.training.precision import autocast
 from ddp_asr.training.resume import (
     checkpoint_was_saved,
     find_checkpoint,
@@ -35,7 +36,7 @@ def report(config: Config, world_size: int, resume: str = "auto") -> str:
     sections = [
         _run_lines(config, corpus, count_parameters(model)) + _start_lines(config, corpus, model, resume),
         _plan_lines(config, corpus, world_size),
-        _memory_lines(config, corpus, model),
+        _memory_lines(config, corpus, model, world_size),
         _left_out_lines(corpus),
         [describe(config).rstrip()],
     ]
@@ -77,6 +78,7 @@ def _plan_lines(config: Config, corpus: Corpus, world_size: int) -> list[str]:
     audio_s = corpus.index.samples.sum() / SAMPLE_RATE_HZ / plan.steps_per_epoch
     sizes_of_world = [w for w in sorted({*_WORLD_SIZES, world_size}) if 1 < w <= config.batch.micro_batches]
     balance = ", ".join(f"{epoch.balance(w):.3f} on {w}" for w in sizes_of_world) or "1 process only"
+    advice = plan.advise()
     return [
         f"steps             {plan.steps_per_epoch:,} an epoch, {plan.steps_per_epoch * config.train.epochs:,} in all",
         f"a step            {config.batch.micro_batches} micro-batches, {audio_s:.0f} s of audio on average",
@@ -84,48 +86,67 @@ def _plan_lines(config: Config, corpus: Corpus, world_size: int) -> list[str]:
         f"padding           {epoch.padding:.1%} of what is computed (epoch 1)",
         f"balance           {balance} processes (share of the slowest rank's time that the average rank works)",
         f"processes         up to {config.batch.micro_batches}; the result is the same for any number",
+        *([f"advice            {advice}"] if advice else []),
     ]
 
 
-def _memory_lines(config: Config, corpus: Corpus, model: AcousticModel) -> list[str]:
-    lines = []
-    a_second = activation_bytes_per_second(config, model)
+def _memory_lines(config: Config, corpus: Corpus, model: AcousticModel, world_size: int) -> list[str]:
+    # What `auto` becomes depends on the hardware, which need not be this machine's: every recent GPU has bf16.
+    precision = "bf16" if config.train.precision == "auto" else config.train.precision
+    a_second = activation_bytes_per_second(config, model, precision)
     fixed = count_parameters(model) * _FLOAT_BYTES * _OPTIMISER_COPIES
-    for name, rows in corpus.plan.largest_micro_batches(corpus.target_lengths).items():
-        samples = speed_samples(corpus.index.samples[rows], min(corpus.plan.speeds))
-        longest_s = float(samples.max()) / SAMPLE_RATE_HZ
-        total = fixed + a_second * longest_s * len(rows)
-        lines.append(f"  {name:22}{len(rows)} x {longest_s:.1f} s, about {total / 2**30:.2f} GiB")
-    title = "largest micro-batches, with weights, gradients and optimiser in fp32 (estimate)"
-    return [title, *dict.fromkeys(lines)]
+
+    def largest(fuse: int) -> list[str]:
+        lines = []
+        for name, rows in corpus.plan.largest_micro_batches(corpus.target_lengths, fuse).items():
+            samples = speed_samples(corpus.index.samples[rows], min(corpus.plan.speeds))
+            longest_s = float(samples.max()) / SAMPLE_RATE_HZ
+            total = fixed + a_second * longest_s * len(rows)
+            lines.append(f"  {name:22}{len(rows)} x {longest_s:.1f} s, about {total / 2**30:.2f} GiB")
+        return list(dict.fromkeys(lines))
+
+    # The last rank's, of which no other rank has more.
+    micro_batches = len(micro_batches_of_rank(config.batch.micro_batches, world_size - 1, world_size))
+    lines = [
+        "memory            of the largest batches, with weights, gradients and optimiser: an estimate for "
+        f"{precision}, which knows neither cuDNN's work space nor the allocator's gaps",
+        *largest(1),
+    ]
+    if (fuse := min(config.train.fuse_micro_batches or micro_batches, micro_batches)) > 1:
+        lines += [f"  with {fuse} micro-batches as one batch, as a GPU with enough memory runs them:", *largest(fuse)]
+    return lines
 
 
-def activation_bytes_per_second(config: Config, model: AcousticModel) -> float:
-    """What autograd keeps in fp32 for each second of padded audio, counted over one forward pass of two seconds.
+def activation_bytes_per_second(config: Config, model: AcousticModel, precision: str) -> float:
+    """What autograd keeps for each second of padded audio, counted in forward passes on the CPU.
 
-    Everything that is kept grows with utterances x frames, so a short piece tells. Counted is what the CPU's GRU
-    keeps; cuDNN's keeps its own. Each view of an utterance is kept.
+    Everything that grows is proportional to utterances x frames, so short pieces tell. The difference between two of
+    them leaves out what does not grow, such as autocast's copies of the weights. Each view of an utterance is kept.
     """
     seconds = 2
+    growth = _kept_bytes(config, model, precision, 2 * seconds) - _kept_bytes(config, model, precision, seconds)
+    return config.objective.views * growth / seconds
+
+
+def _kept_bytes(config: Config, model: AcousticModel, precision: str, seconds: int) -> int:
+    """What autograd keeps of a forward pass of one utterance, each storage once."""
     frames = config.features.frames(seconds * SAMPLE_RATE_HZ)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
     held: list[torch.Tensor] = []  # alive, so that no two of them share an address
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-            held.append(tensor)
+        kept[storage.data_ptr()] = storage.nbytes()
+        held.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model(
-            torch.zeros(1, frames, config.features.mel_bands),
-            torch.tensor([frames]),
-            seeds=torch.zeros(1, dtype=torch.int64),
-        )
-    return config.objective.views * sum(kept.values()) / seconds
+    features, lengths = torch.zeros(1, frames, config.features.mel_bands), torch.tensor([frames])
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        autocast(precision, torch.device("cpu")),
+    ):
+        model(features, lengths, seeds=torch.zeros(1, dtype=torch.int64))
+    return sum(kept.values())
 
 
 def _left_out_lines(corpus: Corpus) -> list[str]:
