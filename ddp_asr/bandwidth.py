@@ -19,6 +19,7 @@ from typing import Any
 
 from ddp_asr.config import Distributed
 from ddp_asr.errors import UserError, run_entry_point
+from ddp_asr.ranks.environment import before_torch
 
 SIZES_MIB = (1, 8, 64)  # the default model has 90 MiB of gradients; DDP sends them in buckets of up to 25 MiB
 REPEATS = 5
@@ -59,7 +60,7 @@ def _positive(text: str) -> int:
 
 def _measure(limit_s: int) -> dict[str, Any] | None:
     """The measurement on rank 0, None on the others."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch would log each broken socket beside our own message
+    before_torch(os.environ)
     import torch
 
     from ddp_asr.ranks.rendezvous import join

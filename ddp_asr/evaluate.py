@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ddp_asr import SAMPLE_RATE_HZ
 from ddp_asr.errors import UserError, run_entry_point
 from ddp_asr.files import finite, json_lines, replace_file
+from ddp_asr.ranks.environment import before_torch
 
 if TYPE_CHECKING:
     from ddp_asr.config import Config
@@ -73,7 +74,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when the corpus was scored; only rank 0 prints."""
     arguments = parse_arguments(argv)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # one message a mistake: torch logs broken sockets on its own
+    before_torch(os.environ)
     from ddp_asr.config import Distributed
     from ddp_asr.ranks.rendezvous import join
     from ddp_asr.ranks.signals import ignore_stop_signals

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from ddp_asr.config import Config, load_config, require_shards
 from ddp_asr.errors import UserError, run_entry_point
+from ddp_asr.ranks.environment import before_torch
 from ddp_asr.settings import help_text
 
 if TYPE_CHECKING:
@@ -122,8 +123,7 @@ def run(config: Config, *, resume: str = "auto", profile_steps: int = 0, mistake
 
     A `mistake` that this rank has found in the settings is raised once the ranks have met.
     """
-    # torch logs broken sockets by itself, beside our one sentence; it reads this variable when it is loaded.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    before_torch(os.environ)
     from ddp_asr.ranks.rendezvous import join
     from ddp_asr.ranks.signals import StoppedBeforeTraining
     from ddp_asr.ranks.world import PeerLost, RaisedElsewhere, describe

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 
 from ddp_asr import SAMPLE_RATE_HZ
 from ddp_asr.errors import UserError, run_entry_point
+from ddp_asr.ranks.environment import before_torch
 
 EXAMPLES = """
 examples:
@@ -45,6 +47,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """0 when every file was transcribed; one that cannot be read is named and the others still come."""
     arguments = parse_arguments(argv)
+    before_torch(os.environ)
     from ddp_asr.recognition.recogniser import load_recogniser
     from ddp_asr.recognition.transcription import transcribe
 

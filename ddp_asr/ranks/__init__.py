@@ -1,5 +1,6 @@
 """The processes of a run: which rank this one is, how ranks meet, communicate, stop, and notice that one is gone.
 
+    environment what torch and NCCL read from the environment: our defaults
     rendezvous  place from the environment -> store -> process group -> World
     world       the few collectives of a run; the only user of torch.distributed besides rendezvous
     watchdog    a thread per rank: posts its step and phase, reads those of the others, ends a process that is stuck
