@@ -345,8 +345,13 @@ class Tracking:
 
 @dataclass(frozen=True)
 class Distributed:
-    """How processes wait for each other."""
+    """How processes communicate, and how long they wait for each other."""
 
+    backend: str = setting(
+        "auto",
+        "auto: nccl on GPUs, gloo on CPUs; with gloo several processes may share a GPU, which is slow",
+        choices=("auto", "nccl", "gloo"),
+    )
     timeout_s: float = setting(600.0, "maximum wait in a collective operation before the run fails", above=0)
     stop_grace_s: float = setting(
         20.0, "after a stop signal, a rank that does not finish its step within this time ends itself", above=0

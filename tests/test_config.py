@@ -48,6 +48,7 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [
         ["0", "0.5"],
         ["-0.1", "1", "nan"],
     ),
+    ("distributed.backend", ["auto", "nccl", "gloo"], ["mpi", ""]),
     ("augment.speeds", ["1", "0.5,2"], ["", "0", "1,-1", "inf", "nan"]),
     ("encoder.time_strides", ["1", "2,2"], ["", "0", "2,-1"]),
     ("features.mel_bands", ["16", "80"], ["0", "-2", "127", "14"]),  # odd; no more than the widest mask

@@ -8,11 +8,14 @@ import textwrap
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ddp_asr.config import Distributed
 from ddp_asr.errors import UserError
-from ddp_asr.ranks.rendezvous import join, place
-from ddp_asr.ranks.world import World, no_sync
+from ddp_asr.ranks.environment import before_nccl, before_torch
+from ddp_asr.ranks.rendezvous import choose_device, join, place, refuse_shared_gpus
+from ddp_asr.ranks.watchdog import Watchdog
+from ddp_asr.ranks.world import PeerLost, World, no_sync
 from tests import tiny_training as tiny
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -56,6 +59,62 @@ def test_peers_that_do_not_come_are_waited_for_as_long_as_set(monkeypatch):
         join(Distributed(timeout_s=1))
 
 
+@pytest.mark.parametrize(
+    "backend, local_rank, gpus, expected",
+    [
+        ("auto", 3, 0, ("gloo", "cpu")),
+        ("gloo", 3, 0, ("gloo", "cpu")),
+        ("auto", 3, 8, ("nccl", "cuda:3")),
+        ("nccl", 3, 8, ("nccl", "cuda:3")),
+        ("auto", 3, 1, ("nccl", "cuda:0")),  # srun --gpus-per-task=1
+        ("gloo", 3, 1, ("gloo", "cuda:0")),
+        ("gloo", 3, 2, ("gloo", "cuda:1")),
+    ],
+)
+def test_backend_and_device_of_a_rank(backend, local_rank, gpus, expected):
+    chosen, device = choose_device(backend, local_rank, gpus)
+    assert (chosen, str(device)) == expected
+
+
+def test_gpus_that_do_not_suffice_are_refused():
+    with pytest.raises(UserError, match=r"^distributed.backend = nccl needs an NVIDIA GPU, and this host has none"):
+        choose_device("nccl", 0, 0)
+    with pytest.raises(UserError, match=r"^LOCAL_RANK = 2, but this host has 2 GPUs: start at most that many "):
+        choose_device("auto", 2, 2)
+
+
+def test_two_ranks_on_one_gpu_are_refused_under_nccl():
+    refuse_shared_gpus(["a of one", "b of one", "a of two"])
+    with pytest.raises(UserError, match=r"^ranks 1 and 3 have the same GPU \(b of one\), and NCCL needs one"):
+        refuse_shared_gpus(["a of one", "b of one", "a of two", "b of one"])
+
+
+def test_what_torch_reads_is_set_unless_the_user_has():
+    environment = {}
+    before_torch(environment)
+    assert environment == {"TORCH_CPP_LOG_LEVEL": "ERROR", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        environment = {name: "max_split_size_mb:64", "TORCH_CPP_LOG_LEVEL": "INFO"}
+        before_torch(environment)
+        assert environment == {name: "max_split_size_mb:64", "TORCH_CPP_LOG_LEVEL": "INFO"}
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({}, "2"),
+        ({"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "TORCHELASTIC_RUN_ID": "x"}, "2"),  # torchrun's default
+        ({"TORCH_NCCL_ASYNC_ERROR_HANDLING": "3", "TORCHELASTIC_RUN_ID": "x"}, "3"),
+        ({"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}, "1"),
+        ({"NCCL_ASYNC_ERROR_HANDLING": "0"}, None),
+    ],
+)
+def test_nccl_leaves_the_process_alive_unless_the_user_wants_otherwise(given, expected):
+    environment = dict(given)
+    before_nccl(environment)
+    assert environment.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") == expected
+
+
 # ---- alone ---------------------------------------------------------------------------------------------------------
 
 
@@ -82,6 +141,113 @@ def test_alone_a_mistake_is_raised_as_it_is():
 
 def mistaken():
     raise UserError("mine")
+
+
+# ---- as under NCCL, with a stand-in for it -------------------------------------------------------------------------
+
+
+def of_two(backend="nccl"):
+    """A rank of two whose collectives are stand-ins, on the CPU in any case."""
+    watchdog = Watchdog(0, 2, timeout_s=60.0)
+    watchdog.name_lost_rank = lambda reason: f"lost the others ({reason})"
+    return World(0, 2, 0, torch.device("cpu"), watchdog, backend)
+
+
+class StandInWork:
+    def __init__(self, error=None):
+        self.error, self.waited_s = error, None
+
+    def wait(self, timeout=None):
+        self.waited_s = timeout and timeout.total_seconds()
+        if self.error:
+            raise self.error
+        return True
+
+
+def all_reduce_that(changes, work, monkeypatch):
+    def all_reduce(tensor, async_op):
+        assert async_op
+        changes(tensor)
+        return work
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+
+
+def test_a_sum_waits_on_the_host_for_longer_than_the_watchdog(monkeypatch):
+    work = StandInWork()
+    all_reduce_that(lambda tensor: tensor.mul_(2), work, monkeypatch)
+    assert of_two().sum(torch.tensor([1.0, 3.0])).tolist() == [2.0, 6.0]
+    assert work.waited_s == 120.0  # without a time-out NCCL's `wait` returns at once
+
+
+@pytest.mark.parametrize(
+    "changes, error",
+    [
+        (lambda tensor: None, None),  # aborted before it began, and torch has not noticed
+        (lambda tensor: tensor[:-1].mul_(2), None),  # aborted half-way
+        (lambda tensor: tensor.mul_(2), dist.DistBackendError("NCCL communicator was aborted on rank 0")),
+    ],
+)
+def test_the_sum_of_an_aborted_all_reduce_is_not_used(changes, error, monkeypatch):
+    all_reduce_that(changes, StandInWork(error), monkeypatch)
+    with pytest.raises(PeerLost, match=r"^lost the others \((NCCL communicator was|nccl ended an all-reduce before)"):
+        of_two().sum(torch.tensor([1.0, 3.0]))
+
+
+class Noting(torch.autograd.Function):
+    """The identity, which notes in its backward pass where the rank is."""
+
+    @staticmethod
+    def forward(context, x, note):
+        context.note = note
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        context.note("computing")
+        return gradient, None
+
+
+def places_of_a_backward_pass(world):
+    """What the rank does in turn, and where it is meanwhile."""
+    first, second, seen = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), []
+
+    def note(what):
+        here = world.watchdog._here
+        seen.append((what, here.phase, here.waiting))
+
+    world.set_phase(1, "backward")
+    for _ in range(2):  # it leaves no hook behind
+        with world.reducing_gradients(torch.nn.Sequential(first, second)):
+            second(Noting.apply(first(torch.ones(1, 2)), note)).sum().backward()
+            note("ended on the host")
+        note("all done")
+        world.set_phase(1, "backward")
+    assert seen[:3] == seen[3:]
+    return seen[:3]
+
+
+def test_a_rank_waits_for_the_others_from_its_last_gradient_on():
+    seen = places_of_a_backward_pass(of_two("gloo"))
+    reducing = ("reducing the gradients", True)
+    assert seen == [("computing", "backward", False), ("ended on the host", *reducing), ("all done", *reducing)]
+
+
+def test_a_gpu_that_still_computes_does_not_wait_for_the_others(monkeypatch):
+    world, calls = of_two("nccl"), []
+
+    class StandInEvent:
+        def record(self):
+            calls.append(("record", world.watchdog._here.waiting))
+
+        def synchronize(self):
+            calls.append(("synchronize", world.watchdog._here.waiting))
+
+    monkeypatch.setattr(torch.cuda, "Event", StandInEvent)
+    seen = places_of_a_backward_pass(world)
+    assert calls == 2 * [("record", False), ("synchronize", False)]
+    assert seen[1] == ("ended on the host", "backward", False)
+    assert seen[2] == ("all done", "reducing the gradients", True)
 
 
 # ---- together ------------------------------------------------------------------------------------------------------
@@ -141,6 +307,9 @@ def test_collectives_of_three_ranks(tiny_corpus, tmp_path):
         assert model.module.weight.grad.item() == rank
         model(torch.tensor([[float(rank)]])).sum().backward()
         assert model.module.weight.grad.item() == 2.0  # twice the mean
+        with world.reducing_gradients(model):
+            model(torch.tensor([[1.0]])).sum().backward()
+        assert model.module.weight.grad.item() == 3.0 and world.watchdog._here.waiting
         world.leave()
         print("all held")
         """,

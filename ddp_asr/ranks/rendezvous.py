@@ -2,8 +2,11 @@
 
     world = join(config.distributed)      # from RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
 
-NCCL and CUDA where there are GPUs, gloo and the CPU otherwise. The ranks of a Slurm job meet under a key of the job and
-its attempt, so that ranks of two attempts never meet.
+NCCL and CUDA where there are GPUs, gloo and the CPU otherwise. Over gloo several ranks may share a GPU, which NCCL
+refuses. The ranks of a Slurm job meet under a key of the job and its attempt, so that ranks of two attempts never meet.
+
+NCCL connects in `init_process_group`, because it is given the GPU: a network that does not work shows here, in a phase
+of its own, and not in the middle of the first step. Not tried, for want of several GPUs: NCCL between two ranks.
 """
 
 import datetime
@@ -20,12 +23,12 @@ import torch.distributed as dist
 
 from ddp_asr import config
 from ddp_asr.errors import UserError
+from ddp_asr.ranks.environment import before_nccl
 from ddp_asr.ranks.watchdog import Watchdog
-from ddp_asr.ranks.world import World
+from ddp_asr.ranks.world import World, backend_timeout
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _HANDSHAKE_S = 10.0  # from an open port to an answer of the store; it takes milliseconds
-_BACKEND_GRACE_S = 60.0  # gloo and NCCL wait longer than the watchdog, which names the rank to blame
 
 
 def join(settings: config.Distributed, run_directory: Path | None = None) -> World:
@@ -37,19 +40,14 @@ def join(settings: config.Distributed, run_directory: Path | None = None) -> Wor
         UserError: an incomplete environment, an unusable address or port, ranks that do not come in time.
     """
     rank, world_size, local_rank = place(os.environ)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"LOCAL_RANK = {local_rank}, but this host has {torch.cuda.device_count()} GPU(s): start at most that "
-                "many processes per host (torchrun --nproc_per_node)"
-            )
-        device = torch.device("cuda", local_rank)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    backend, device = choose_device(settings.backend, local_rank, gpus)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size == 1:
         return World(rank, world_size, local_rank, device)
     try:
-        watchdog = _join_group(rank, world_size, "nccl" if device.type == "cuda" else "gloo", settings.timeout_s)
+        watchdog = _join_group(rank, world_size, backend, device, settings.timeout_s)
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
@@ -59,9 +57,9 @@ def join(settings: config.Distributed, run_directory: Path | None = None) -> Wor
             f"rank {rank} could not meet the other {world_size - 1} rank(s) at {address} ({reason[:200]}): check "
             "MASTER_ADDR, MASTER_PORT and that all ranks were started"
         ) from None
-    if device.type == "cuda" and run_directory is not None:
+    if backend == "nccl" and run_directory is not None:
         watchdog.dump = lambda: _write_flight_record(run_directory / f"flight-rank-{rank}")
-    return World(rank, world_size, local_rank, device, watchdog)
+    return World(rank, world_size, local_rank, device, watchdog, backend)
 
 
 def place(environment: Mapping[str, str]) -> tuple[int, int, int]:
@@ -84,7 +82,24 @@ def place(environment: Mapping[str, str]) -> tuple[int, int, int]:
     return rank, world_size, local_rank
 
 
-def _join_group(rank: int, world_size: int, backend: str, timeout_s: float) -> Watchdog:
+def choose_device(backend: str, local_rank: int, gpus: int) -> tuple[str, torch.device]:
+    """(nccl or gloo, device) of a rank of a host on which it sees so many GPUs, by `distributed.backend`."""
+    if not gpus:
+        if backend == "nccl":
+            raise UserError("distributed.backend = nccl needs an NVIDIA GPU, and this host has none: use auto or gloo")
+        return "gloo", torch.device("cpu")
+    if backend == "gloo":
+        return "gloo", torch.device("cuda", local_rank % gpus)
+    # Where each task is given one GPU (srun --gpus-per-task=1), each sees only its own, as GPU 0.
+    if gpus > 1 and local_rank >= gpus:
+        raise UserError(
+            f"LOCAL_RANK = {local_rank}, but this host has {gpus} GPUs: start at most that many processes per host "
+            "(torchrun --nproc_per_node), or set distributed.backend=gloo, which lets several share a GPU"
+        )
+    return "nccl", torch.device("cuda", local_rank if gpus > 1 else 0)
+
+
+def _join_group(rank: int, world_size: int, backend: str, device: torch.device, timeout_s: float) -> Watchdog:
     """Joins the process group; returns the watchdog, started, with the first posts of all ranks."""
     timeout = datetime.timedelta(seconds=timeout_s)
     attempt = f"{os.environ.get('SLURM_JOB_ID', 'run')}.{os.environ.get('SLURM_RESTART_COUNT') or 0}"
@@ -95,12 +110,38 @@ def _join_group(rank: int, world_size: int, backend: str, timeout_s: float) -> W
     own_client.set_timeout(timeout)
     watchdog = Watchdog(rank, world_size, own_client, timeout_s)
     watchdog.exchange()  # returns when all ranks have posted
-    patience = timeout + datetime.timedelta(seconds=_BACKEND_GRACE_S)
-    watchdog.begin_waiting()
+    if backend == "nccl":
+        before_nccl(os.environ)
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        refuse_shared_gpus(_texts_of_all(store, rank, world_size, "gpu", f"{uuid} of {socket.gethostname()}"))
+    watchdog.begin_waiting(f"connecting {backend} on {device}")
     watchdog.start()
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=backend_timeout(timeout_s),
+        device_id=device if backend == "nccl" else None,
+    )
     watchdog.end_waiting()
     return watchdog
+
+
+def _texts_of_all(store: dist.Store, rank: int, world_size: int, name: str, text: str) -> list[str]:
+    """The text of every rank, in rank order, through the store."""
+    store.set(f"{name}/{rank}", text)
+    return [data.decode() for data in store.multi_get([f"{name}/{other}" for other in range(world_size)])]
+
+
+def refuse_shared_gpus(gpus: list[str]) -> None:
+    """Raises a UserError if two ranks have the same GPU, which NCCL refuses, or hangs on."""
+    for rank, gpu in enumerate(gpus):
+        if gpu in gpus[:rank]:
+            raise UserError(
+                f"ranks {gpus.index(gpu)} and {rank} have the same GPU ({gpu}), and NCCL needs one for each: start as "
+                "many processes per host as it has GPUs, or set distributed.backend=gloo"
+            )
 
 
 def _connect(rank: int, world_size: int, timeout: datetime.timedelta) -> dist.Store:

@@ -17,9 +17,9 @@ The store is the one of the rendezvous, in rank 0's process or in torchrun's. A 
 never return, whatever its timeout (seen with torch 2.11.0), so only the posting thread calls it.
 
 gloo and NCCL get a longer timeout than distributed.timeout_s, so that the watchdog always acts first. A connection that
-breaks makes gloo fail at once, and then the main thread reports. Not tried, for want of several GPUs: a broken
-connection that NCCL itself notices. It may end the process first with a trace of its own, and the note of a long wait
-in the rank's log is then what names the rank.
+breaks makes gloo fail at once, and then the main thread reports. NCCL is told to abort its communicator and to let the
+process live (environment.py), so that the main thread reports there, too (world.py). Not tried, for want of several
+GPUs: NCCL noticing a broken connection.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ class Watchdog:
         self._stop_grace_s = math.inf
         self._torchrun: int | None = None  # its process id
         self._host = socket.gethostname()
+        self.waited_s = 0.0  # for the other ranks, in all phases that have ended
         self._here = Position(0, "joining the others", False, clock())
         self._noted: Position | None = None  # the long wait that was noted last
         self._number = 0
@@ -147,16 +148,21 @@ class Watchdog:
 
     def set_phase(self, step: int, phase: str) -> None:
         """This rank is now in this phase of this step, and waits for nobody."""
-        self._here = Position(step, phase, False, self._clock())
+        self._move(step, phase, waiting=False)
 
     def begin_waiting(self, phase: str = "") -> None:
         """This rank now waits for the others, in a phase of the same name if none is given."""
-        here = self._here
-        self._here = Position(here.step, phase or here.phase, self.world_size > 1, self._clock())
+        self._move(self._here.step, phase or self._here.phase, waiting=self.world_size > 1)
 
     def end_waiting(self) -> None:
         """The others have come."""
         self.set_phase(self._here.step, self._here.phase)
+
+    def _move(self, step: int, phase: str, *, waiting: bool) -> None:
+        now_s = self._clock()
+        if self._here.waiting:
+            self.waited_s += now_s - self._here.since_s
+        self._here = Position(step, phase, waiting, now_s)
 
     def _own_post(self) -> Post:
         here = self._here

@@ -71,11 +71,9 @@ class Learner:
 
         Returns the detached losses (B,), still on the device.
         """
-        synchronised = contextlib.nullcontext() if last else no_sync(self.model)
+        synchronised = self.world.reducing_gradients(self.model) if last else no_sync(self.model)
         with torch.enable_grad(), naming_lost_peers(self.world), synchronised:
             losses = self.losses(batch, step)
-            if last:
-                self.world.watchdog.begin_waiting("reducing the gradients")
             self.scaler.scale(losses.sum()).backward()
         return losses.detach()
 
