@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from ddp_asr import config
 from ddp_asr.model import make_model
@@ -123,6 +124,27 @@ def test_the_allocated_state_is_all_that_a_step_needs():
     model(torch.randn(1, 9, 8), torch.tensor([9]))[0].sum().backward()
     optimizer.step()
     assert {id(tensor) for state in optimizer.state.values() for tensor in state.values()} == before
+
+
+def test_on_a_gpu_it_is_fused_and_a_checkpoint_goes_on_on_either():
+    """On CUDA tensors without data: which kernels run shows only on a GPU (tests/test_gpu.py)."""
+    on_cpu = make_optimizer(nn.Linear(3, 2), config.Optim())
+    for state in on_cpu.state.values():
+        state["step"] += 7
+    saved = on_cpu.state_dict()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        on_gpu = make_optimizer(nn.Linear(3, 2, device="cuda:0"), config.Optim())
+        for _ in range(2):
+            assert {group["fused"] for group in on_gpu.param_groups} == {True}
+            devices = {tensor.device.type for state in on_gpu.state.values() for tensor in state.values()}
+            assert devices == {"cuda"} and {state["step"].dtype for state in on_gpu.state.values()} == {torch.float32}
+            on_gpu.load_state_dict(saved)
+        from_gpu = on_gpu.state_dict()
+    assert saved["param_groups"] == from_gpu["param_groups"] and saved["state"].keys() == from_gpu["state"].keys()
+    # As it comes back from a file: on the CPU.
+    on_cpu.load_state_dict({**saved, "param_groups": from_gpu["param_groups"]})
+    assert {group["fused"] for group in on_cpu.param_groups} == {None}
+    assert {(state["step"].device.type, float(state["step"])) for state in on_cpu.state.values()} == {("cpu", 7.0)}
 
 
 def test_the_average_forgets_its_noisy_start_soon_and_then_decays_as_set():
