@@ -31,6 +31,10 @@ def train(step):
     return {"kind": "train", "step": step, "loss": 1 / step}
 
 
+def epoch(step):
+    return {"kind": "epoch", "step": step, "fired": {}}
+
+
 def evaluation(step):
     return {"kind": "test", "step": step, "wer": 1 / step}
 
@@ -61,14 +65,14 @@ def test_lines_are_on_the_disk_as_soon_as_they_are_added(files, tmp_path):
 
 def test_a_resumed_run_keeps_what_its_checkpoint_knows_of(files, tmp_path):
     """A checkpoint of step 4 that was written before the evaluation of step 4 knows that of step 2 only."""
-    metrics = [train(1), train(2), evaluation(2), train(3), train(4), evaluation(4), train(5)]
+    metrics = [train(1), train(2), evaluation(2), train(3), train(4), epoch(4), evaluation(4), train(5), epoch(5)]
     for line in metrics:
         files.append("metrics.jsonl", line)
     for line in (samples(2), samples(4)):
         files.append("samples.jsonl", line)
     files.close()
     RunDirectory(tmp_path, FakeLease(), None, 1).cut_after(step=4, evaluated_step=2)
-    assert lines(tmp_path / "metrics.jsonl") == [train(1), train(2), evaluation(2), train(3), train(4)]
+    assert lines(tmp_path / "metrics.jsonl") == [train(1), train(2), evaluation(2), train(3), train(4), epoch(4)]
     assert lines(tmp_path / "samples.jsonl") == [samples(2)]
 
 

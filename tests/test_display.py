@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ddp_asr.runs.display import PLAIN_EVERY_S, Display, duration
+from ddp_asr.runs.display import PLAIN_EVERY_S, Display, describe_epoch, duration, memory
 from tests.run_files import read_to_end
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -19,7 +19,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def train_line(step, **changes):
     line = {"kind": "train", "step": step, "epoch": 1 + (step - 1) // 50, "loss": 3.0 / step, "learning_rate": 5e-4}
     return (
-        line | {"gradient_norm": 1.0, "audio_s_per_s": 312.4, "data_wait": 0.0, "padding": 0.0, "skipped": 0} | changes
+        line
+        | {"gradient_norm": 1.0, "audio_s_per_s": 312.4, "process_audio_s_per_s": 156.2, "padding": 0.0, "skipped": 0}
+        | {"data_wait": 0.01, "rank_wait": 0.2, "gpu_memory_gb": None, "host_memory_gb": 2.04}
+        | changes
     )
 
 
@@ -61,8 +64,26 @@ def test_log_shows_the_first_step_and_then_one_in_half_a_minute(log, clock):
     assert PLAIN_EVERY_S == 30.0
     shown = lines_of(stream)
     assert [line.split("step ")[1].split("/")[0] for line in shown] == ["1", "31", "61", "91"]
-    assert shown[0] == ("epoch 1/4  step 1/200  loss 3.000  rate 5.00e-04  312 audio-s/s  left -  last WER -")
+    assert shown[0] == (
+        "epoch 1/4  step 1/200  loss 3.000  rate 5.00e-04  312 audio-s/s (156 a process)  "
+        "waited 1.0 % for data, 20.0 % for ranks  peak 2.0 GB  left -  last WER -"
+    )
     assert "left 1 min 49 s" in shown[-1]  # 109 steps at one a second
+
+
+def test_the_peak_shown_is_that_of_the_gpu_where_there_is_one():
+    assert memory(train_line(1, gpu_memory_gb=61.26)) == "61.3 GB" and memory({}) == "-"
+
+
+def test_an_epoch_says_what_its_augmentations_did_and_warns_of_one_that_did_nothing():
+    line = {"epoch": 3, "utterances": 28_539, "fired": {"speed 0.9": 9_500, "noise": 0}}
+    assert describe_epoch(line) == [
+        "epoch 3: speed 0.9 in 33.3 %, noise in 0.0 % of 28,539 utterances",
+        "warning: noise changed none of the 28,539 utterances of epoch 3, although it is turned on: check the settings "
+        "of augment",
+    ]
+    none = {"epoch": 1, "utterances": 7, "fired": {}}
+    assert describe_epoch(none) == ["epoch 1: 7 utterances, and no augmentation is turned on"]
 
 
 def test_log_shows_every_evaluation_and_the_last_step(log):

@@ -161,8 +161,10 @@ def test_a_start_at_any_position_is_the_rest(whole):
 def test_speed_changes_length_and_pitch_by_the_plans_arithmetic(tmp_path):
     tone = (8_000 * np.sin(2 * np.pi * 1_000 * np.arange(16_001) / 16_000)).astype(np.int16)
     whole = index_of_flacs(tmp_path, [flac(tone)], [len(tone)])
-    recordings = loader.Recordings(whole, TOKENISER, PLAIN, training=True)
-    for speed in (0.9, 1.1, 1.2345):
+    speeds = [0.9, 1.1, 1.2345]
+    settings = dataclasses.replace(PLAIN, augment=dataclasses.replace(PLAIN.augment, speeds=speeds))
+    recordings = loader.Recordings(whole, TOKENISER, settings, training=True)
+    for speed in speeds:
         batch = recordings.micro_batch(loader.Work(0, 0, 0, np.array([0]), np.array([speed])))
         assert batch.samples.tolist() == [speed_samples(whole.samples, speed)[0]] == [round(16_001 / speed)]
         spectrum = np.abs(np.fft.rfft(batch.waveforms[0].numpy().astype(float)))
@@ -181,6 +183,42 @@ def test_augmentations_change_the_audio_of_their_utterances_and_no_padding(whole
 
 
 # damaged shards
+
+
+def test_a_micro_batch_counts_the_utterances_that_each_augmentation_changed(whole):
+    quiet = dataclasses.replace(CONFIG, augment=dataclasses.replace(CONFIG.augment, noise=Noise()))
+    counted = dict.fromkeys(["speed 0.9", "speed 1.1", "noise", "frequency masks", "time masks"], 0)
+    plan = Plan(whole.samples, whole.key_hash, settings=CONFIG.batch, speeds=CONFIG.augment.speeds)
+    for batch, without in zip(train(whole, CONFIG, epochs=1), train(whole, quiet, epochs=1), strict=True):
+        assert list(batch.fired) == list(counted) and list(without.fired) == [n for n in counted if n != "noise"]
+        speeds = plan.epoch(0).speed[plan.epoch(0).span(batch.step, batch.micro_batch)]
+        hidden = {name: (spans[:, :, 1] > spans[:, :, 0]).any(1).sum() for name, spans in batch.masks.items()}
+        expected = {
+            "speed 0.9": (speeds == 0.9).sum(),
+            "speed 1.1": (speeds == 1.1).sum(),
+            "noise": (batch.waveforms != without.waveforms).any(1).sum(),
+            "frequency masks": hidden["frequency"],
+            "time masks": hidden["time"],
+        }
+        assert batch.fired == expected
+        counted = {name: counted[name] + count for name, count in batch.fired.items()}
+    assert all(0 < count <= len(whole) for count in counted.values())
+    (untouched, *_) = train(whole, PLAIN, epochs=1)
+    assert untouched.fired == {}
+
+
+def test_an_augmentation_that_changes_nothing_has_not_fired(whole):
+    class Broken:
+        purpose = "noise"
+
+        def __call__(self, waveform, draw):
+            return waveform.copy()
+
+    recordings = loader.Recordings(whole, TOKENISER, CONFIG, training=True)
+    recordings._augmentations = [Broken()]
+    work = loader.Work(epoch=0, step=0, micro_batch=0, rows=np.arange(4), speed=np.ones(4))
+    fired = recordings.micro_batch(work).fired
+    assert (fired["noise"], fired["speed 0.9"]) == (0, 0) and fired["time masks"] > 0
 
 
 def flac(samples, rate=16_000):
@@ -249,6 +287,7 @@ def test_an_emptied_batch_carries_silence_of_no_weight(tmp_path, micro_batches):
     assert [key for key, _ in batch.bad] == ["key-0", "key-1"]
     assert (batch.weight.tolist(), batch.rows.tolist(), batch.keys) == ([0.0], [-1], [""])
     assert (batch.utterances, batch.audio_samples) == (0, 0)
+    assert batch.fired and not any(batch.fired.values())
     assert not batch.waveforms.any() and batch.waveforms.shape == (1, int(batch.samples[0]))
     assert batch.target_lengths.tolist() == [1] and all(len(mask) == 1 for mask in batch.masks.values())
     assert CONFIG.features.frames(int(batch.samples[0])) > 8

@@ -43,10 +43,14 @@ def test_a_run_directory_holds_what_the_design_says(run):
     for rank in (0, 1):
         assert f"rank {rank} of 2" in (run / f"rank-{rank:04d}.log").read_text()
     lines = tiny.read_lines(run / "metrics.jsonl")
-    train = "kind step epoch loss learning_rate gradient_norm audio_s_per_s data_wait padding skipped"
-    train += " gpu_memory_gb host_memory_gb time_s"
-    test = "kind step epoch loss wer cer time_s"
-    assert all(" ".join(line) == {"train": train, "test": test}[line["kind"]] for line in lines)
+    train = "kind step epoch loss learning_rate gradient_norm audio_s_per_s process_audio_s_per_s data_wait rank_wait"
+    train += " padding skipped gpu_memory_gb host_memory_gb time_s"
+    fields = {
+        "train": train,
+        "test": "kind step epoch loss wer cer time_s",
+        "epoch": "kind step epoch utterances fired time_s",
+    }
+    assert all(" ".join(line) == fields[line["kind"]] for line in lines)
     assert all(line["host_memory_gb"] > 0.01 for line in lines if line["kind"] == "train")
     assert [(line["step"], line["epoch"]) for line in lines if line["kind"] == "train"] == [
         (step, (step - 1) // 4 + 1) for step in range(1, 13)
@@ -63,6 +67,20 @@ def test_the_first_attempt_says_where_the_longest_are_alone(tiny_corpus, tmp_pat
         output = tiny.train(tiny_corpus.arguments(tmp_path, "run", *options, f"--train.stop_at_step={step}"))
         advised = "at speed 0.9 are alone in their micro-batches, because batch.max_seconds = 1.5 is less" in output
         assert advised == (step == 1)  # a checkpoint of other batches could not be continued
+
+
+def test_each_epoch_says_how_often_its_augmentations_fired(run):
+    """Over both processes; that it does not depend on their number or on stops is part of the properties."""
+    epochs = [line for line in tiny.metrics(run) if line["kind"] == "epoch"]
+    assert [(line["epoch"], line["step"], line["utterances"]) for line in epochs] == [
+        (1, 4, 26),
+        (2, 8, 26),
+        (3, 12, 26),
+    ]
+    for line in epochs:
+        assert list(line["fired"]) == ["speed 0.9", "speed 1.1", "noise", "frequency masks", "time masks"]
+        assert all(0 < count <= 26 for count in line["fired"].values())
+    assert "epoch 3: speed 0.9 in " in (run / "rank-0000.log").read_text()
 
 
 def test_the_best_checkpoint_is_of_the_best_evaluation(run):

@@ -29,7 +29,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 
 import numpy as np
@@ -44,7 +44,7 @@ from ddp_asr.data.index import Index
 from ddp_asr.data.plan import Plan, micro_batches_of_rank, speed_samples
 from ddp_asr.data.storage import Shards
 from ddp_asr.draws import Draw
-from ddp_asr.features import masks, waveform_augmentations
+from ddp_asr.features import masks, speed_name, turned_on, waveform_augmentations
 from ddp_asr.text import Tokeniser
 
 Batches = Generator["MicroBatch", None, None]  # closing it ends its threads
@@ -90,6 +90,7 @@ class MicroBatch:
     micro_batches: int  # how many it stands for
     utterances: int  # without the silent one; a number of the host, so that reading it needs no synchronisation
     audio_samples: int  # without padding and the silent utterance
+    fired: dict[str, int] = field(default_factory=dict)  # utterances of each augmentation that is turned on
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MicroBatch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -219,6 +220,7 @@ class Recordings:
         samples = speed_samples(self.index.samples[work.rows], speed)
         waveforms = np.zeros((len(work.rows), int(samples.max())), np.int16)
         good, bad = [], []
+        fired = dict.fromkeys(turned_on(self.config.augment), 0) if self.training else {}
         for i, row in enumerate(work.rows.tolist()):
             waveform = waveforms[i, : samples[i]]
             try:
@@ -227,13 +229,18 @@ class Recordings:
                 bad.append((self.index.key(row), _reason(error)))
                 continue
             good.append(i)
+            if speed[i] != 1.0:
+                fired[speed_name(speed[i])] += 1
             for op in self._augmentations:
                 draw = Draw(op.purpose, self.config.train.seed, work.epoch, int(self.index.key_hash[row]))
-                waveform[:] = op(waveform, draw)
+                changed = op(waveform, draw)
+                if changed is not waveform and not np.array_equal(changed, waveform):
+                    fired[op.purpose] += 1
+                    waveform[:] = changed
         if bad:
             samples = samples[good]
             waveforms = waveforms[good, : samples.max(initial=0)]
-        return self._collate(work, work.rows[good], samples, waveforms, bad)
+        return self._collate(work, work.rows[good], samples, waveforms, bad, fired)
 
     def _decode(self, row: int, speed: float, out: np.ndarray) -> None:
         """Fills `out`, which has the length after the change of speed."""
@@ -253,7 +260,13 @@ class Recordings:
             out[: len(changed)] = changed
 
     def _collate(
-        self, work: Work, rows: np.ndarray, samples: np.ndarray, waveforms: np.ndarray, bad: list[tuple[str, str]]
+        self,
+        work: Work,
+        rows: np.ndarray,
+        samples: np.ndarray,
+        waveforms: np.ndarray,
+        bad: list[tuple[str, str]],
+        fired: dict[str, int],
     ) -> MicroBatch:
         utterances, audio_samples = len(rows), int(samples.sum())
         keys = [self.index.key(row) for row in rows]
@@ -267,6 +280,9 @@ class Recordings:
         padded = np.zeros((len(targets), max(1, int(target_lengths.max()))), np.int64)
         for target, into in zip(targets, padded, strict=True):
             into[: len(target)] = target
+        drawn = self._masks(work.epoch, key_hash, samples) if self.training else None
+        if drawn is not None and utterances:
+            fired |= {f"{name} masks": count for name, count in masks.fired(drawn).items() if f"{name} masks" in fired}
         return MicroBatch(
             waveforms=torch.from_numpy(waveforms),
             samples=torch.from_numpy(samples),
@@ -274,7 +290,7 @@ class Recordings:
             target_lengths=torch.from_numpy(target_lengths),
             weight=torch.full((len(rows),), float(utterances > 0)),
             rows=torch.from_numpy(rows),
-            masks=self._masks(work.epoch, key_hash, samples) if self.training else None,
+            masks=None if drawn is None else {name: torch.from_numpy(spans) for name, spans in drawn.items()},
             dropout_seeds=self._dropout_seeds(work.epoch, key_hash) if self.training else None,
             keys=keys,
             bad=bad,
@@ -284,13 +300,13 @@ class Recordings:
             micro_batches=work.micro_batches,
             utterances=utterances,
             audio_samples=audio_samples,
+            fired=fired,
         )
 
-    def _masks(self, epoch: int, key_hash: np.ndarray, samples: np.ndarray) -> dict[str, Tensor]:
+    def _masks(self, epoch: int, key_hash: np.ndarray, samples: np.ndarray) -> masks.Masks:
         config = self.config
         frames, bands, views = config.features.frames(samples), config.features.mel_bands, config.objective.views
-        drawn = masks.draw(config.augment, config.train.seed, epoch, key_hash, frames, bands, views)
-        return {name: torch.from_numpy(mask) for name, mask in drawn.items()}
+        return masks.draw(config.augment, config.train.seed, epoch, key_hash, frames, bands, views)
 
     def _dropout_seeds(self, epoch: int, key_hash: np.ndarray) -> Tensor:
         drawn = draws.hashes(self.config.train.seed, epoch, key_hash, "dropout", self.config.objective.views)

@@ -31,7 +31,10 @@ class WaveformAugmentation(Protocol):
         ...
 
     def __call__(self, waveform: NDArray[np.int16], draw: Draw) -> NDArray[np.int16]:
-        """int16 (S,) -> int16 (S,), a function of its arguments alone; the waveform given is left as it is."""
+        """int16 (S,) -> int16 (S,), a function of its arguments alone; the waveform given is left as it is.
+
+        It has fired where what it returns differs from what it was given (`MicroBatch.fired`).
+        """
         ...
 
 
@@ -40,6 +43,20 @@ def registered() -> tuple[type[WaveformAugmentation], ...]:
     from ddp_asr.features.noise import WhiteNoise
 
     return (WhiteNoise,)
+
+
+def turned_on(settings: config.Augment) -> list[str]:
+    """The augmentations that the settings turn on, as the log of an epoch names them."""
+    return [
+        *(speed_name(factor) for factor in settings.speeds if factor != 1.0),
+        *(op.purpose for op in waveform_augmentations(settings)),
+        *(["frequency masks"] if settings.frequency_masks and settings.frequency_mask_bands else []),
+        *(["time masks"] if settings.time_masks and settings.time_mask_share else []),
+    ]
+
+
+def speed_name(factor: float) -> str:
+    return f"speed {factor:g}"
 
 
 def waveform_augmentations(settings: config.Augment) -> list[WaveformAugmentation]:

@@ -56,6 +56,11 @@ def _spans(numbers: NDArray[np.float64], widest: NDArray[np.int64], length: NDAr
     return np.stack([first, first + width], axis=2).astype(np.int32)
 
 
+def fired(masks: Masks) -> dict[str, int]:
+    """How many of the utterances lose at least one band, and one frame."""
+    return {name: int((spans[:, :, 1] > spans[:, :, 0]).any(1).sum()) for name, spans in masks.items()}
+
+
 def apply(features: Tensor, masks: dict[str, Tensor], views: int) -> list[Tensor]:
     """Features (B, T, F) once for each view, with that view's share of the masked bands and frames set to zero."""
     T, F = features.shape[1:]

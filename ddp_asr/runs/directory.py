@@ -2,7 +2,7 @@
 
     runs/NAME/
         config.yaml        every setting, of the newest attempt
-        metrics.jsonl      a train line a step, a test line an evaluation (fields below)
+        metrics.jsonl      a train line a step, a test line an evaluation, an epoch line an epoch (fields below)
         samples.jsonl      references and hypotheses of each evaluation
         left_out.jsonl     utterances that the plan leaves out, with the reason
         environment.json   versions, hardware and git commit of the newest attempt; its fused micro-batches, by rank
@@ -12,10 +12,16 @@
 Each line is flushed at once, so a killed run loses at most the line that it was writing. `cut_after` removes a torn
 line and everything beyond the step from which a resumed run continues.
 
-Fields of metrics.jsonl. Both kinds: `kind` ("train" or "test"), `step` and `epoch` (counted from 1 since the start of
-the run), `loss`, `time_s` (Unix time). A train line: `learning_rate`, `gradient_norm`, `audio_s_per_s` (all ranks),
-`data_wait` and `padding` (shares), `skipped` (steps so far), `gpu_memory_gb` (null without a GPU) and `host_memory_gb`,
-the most that rank 0 has held since the attempt began (10^9 bytes). A test line: `wer` and `cer` (shares).
+Fields of metrics.jsonl. All kinds: `kind` ("train", "test" or "epoch"), `step` and `epoch` (counted from 1 since the
+start of the run), `time_s` (Unix time).
+- A train line: `loss`, `learning_rate`, `gradient_norm`, `audio_s_per_s` (of all ranks together) and
+  `process_audio_s_per_s` (of one, on average), `skipped` (steps so far), `padding` (share of what is computed). Shares
+  of the step in which a rank waited, on average over the ranks: `data_wait` for data, `rank_wait` for the gradients of
+  the others after its own were computed. The most that rank 0 has held, in 10^9 bytes: `gpu_memory_gb` since the line
+  before (null without a GPU), `host_memory_gb` since the attempt began.
+- A test line: `loss`, `wer` and `cer` (shares).
+- An epoch line: `utterances` that were trained in the epoch, and `fired`: how many of them each augmentation that is
+  turned on has changed. Counted over all ranks and attempts.
 """
 
 import contextlib
@@ -68,7 +74,7 @@ class RunDirectory:
         """Keeps of the metrics and samples only what a checkpoint at `step` knows of."""
 
         def known(line: dict[str, Any]) -> bool:
-            return line["step"] <= (step if line.get("kind") == "train" else evaluated_step)
+            return line["step"] <= (step if line.get("kind") in ("train", "epoch") else evaluated_step)
 
         for name in _GROWING:
             path = self.path / name

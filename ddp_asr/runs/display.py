@@ -39,6 +39,28 @@ def number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def describe_epoch(line: dict[str, Any]) -> list[str]:
+    """What the augmentations did in an epoch, and a warning for each that did nothing."""
+    epoch, utterances, fired = line["epoch"], f"{line['utterances']:,} utterances", line["fired"]
+    shares = ", ".join(f"{name} in {percent(count / max(line['utterances'], 1))}" for name, count in fired.items())
+    summary = f"epoch {epoch}: {shares} of {utterances}"
+    if not fired:
+        summary = f"epoch {epoch}: {utterances}, and no augmentation is turned on"
+    warnings = [
+        f"warning: {name} changed none of the {utterances} of epoch {epoch}, although it is turned on: check the "
+        "settings of augment"
+        for name, count in fired.items()
+        if not count
+    ]
+    return [summary, *warnings]
+
+
+def memory(line: dict[str, Any]) -> str:
+    """The peak of the GPU where there is one, else of the host."""
+    held_gb = line.get("gpu_memory_gb") or line.get("host_memory_gb")
+    return "-" if held_gb is None else f"{held_gb:.1f} GB"
+
+
 class Display:
     """Shows the progress of a run: `train` after each step, `test` after each evaluation, `message` in between."""
 
@@ -100,11 +122,12 @@ class Display:
         return duration((self.total_steps - last) * (now - began) / (last - first))
 
     def _plain(self, line: dict[str, Any]) -> str:
-        speed = line.get("audio_s_per_s")
         return (
             f"epoch {line['epoch']}/{self.epochs}  step {line['step']}/{self.total_steps}  loss {number(line['loss'])}"
-            f"  rate {line['learning_rate']:.2e}  {number(speed, 0)} audio-s/s  left {self.time_left()}"
-            f"  last WER {percent(self.last_wer)}"
+            f"  rate {line['learning_rate']:.2e}  {number(line.get('audio_s_per_s'), 0)} audio-s/s"
+            f" ({number(line.get('process_audio_s_per_s'), 0)} a process)"
+            f"  waited {percent(line.get('data_wait'))} for data, {percent(line.get('rank_wait'))} for ranks"
+            f"  peak {memory(line)}  left {self.time_left()}  last WER {percent(self.last_wer)}"
         )
 
 
@@ -136,7 +159,9 @@ class _Live:
         self._progress.update(self._task, completed=line["step"], epoch=epoch, left=left)
         numbers = Text.from_markup(
             f"loss [bold]{number(line['loss'])}[/]   rate {line['learning_rate']:.2e}"
-            f"   [cyan]{number(line.get('audio_s_per_s'), 0)}[/] audio-s/s   last WER [bold green]{wer}[/]"
+            f"   [cyan]{number(line.get('audio_s_per_s'), 0)}[/] audio-s/s   waited {percent(line.get('data_wait'))}"
+            f" for data, {percent(line.get('rank_wait'))} for ranks   peak {memory(line)}"
+            f"   last WER [bold green]{wer}[/]"
         )
         self._live.update(Group(self._progress, numbers))
 

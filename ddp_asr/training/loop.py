@@ -58,6 +58,8 @@ class Progress:
     best: Score | None = None  # lowest score of an evaluation
     best_step: int = 0  # the step that it is of
     trained_s: float = 0.0  # wall-clock seconds in steps, over all attempts; evaluations are not in it
+    epoch_utterances: int = 0  # of this epoch so far, over all ranks and attempts
+    fired: dict[str, int] = field(default_factory=dict)  # of these, those that each augmentation has changed
 
 
 @dataclass
@@ -69,13 +71,18 @@ class Tally:
     samples: float = 0.0  # of audio
     computed_samples: float = 0.0  # with padding
     wait_s: float = 0.0  # for data
+    rank_wait_s: float = 0.0  # for the gradients of the other ranks
     bad_samples: float = 0.0
     stops: float = 0.0  # ranks that were asked to stop
     failures: float = 0.0  # ranks that cannot go on
+    fired: dict[str, float] = field(default_factory=dict)  # see MicroBatch.fired; the same names on all ranks
 
     def over_all_ranks(self, world: World) -> "Tally":
-        vector = torch.tensor([getattr(self, name.name) for name in fields(self)], dtype=torch.float64)
-        return Tally(*world.sum(vector).tolist())
+        numbers = [getattr(self, each.name) for each in fields(self) if each.name != "fired"]
+        sums = world.sum(torch.tensor([*numbers, *self.fired.values()], dtype=torch.float64)).tolist()
+        everyones = Tally(*sums[: len(numbers)])
+        everyones.fired = dict(zip(self.fired, sums[len(numbers) :], strict=True))
+        return everyones
 
     @property
     def padding(self) -> float:
@@ -114,7 +121,7 @@ class Schedule:
 class Hooks:
     """What the loop calls; on ranks other than 0 all but `evaluate` and `dump` do nothing."""
 
-    log: Callable[[dict[str, Any]], None]  # a train line of the metrics
+    log: Callable[[dict[str, Any]], None]  # a train line of the metrics, or the line of an epoch
     save: Callable[[dict[str, Any], bool], None]  # (state, whether it is the best); takes a snapshot and returns
     flush: Callable[[], None]  # returns when everything saved is on the disk
     message: Callable[[str], None]
@@ -171,7 +178,7 @@ class Trainer:
 
     def _step(self, batches: Iterator[MicroBatch], share_of_step: range) -> bool:
         """One step; returns whether any rank has been asked to stop."""
-        started = time.monotonic()
+        started, waited_s = time.monotonic(), self.world.watchdog.waited_s
         tally, losses, mine = Tally(), [], []
         step = self.progress.step + 1
         left = share_of_step
@@ -190,6 +197,7 @@ class Trainer:
         tally.loss = float(per_utterance.sum(dtype=torch.float64))
         tally.stops, tally.failures = float(self.stop.reason is not None), float(self._failure is not None)
         self.world.set_phase(step, "reducing")
+        tally.rank_wait_s = self.world.watchdog.waited_s - waited_s
         everyones = tally.over_all_ranks(self.world)
         self.world.set_phase(step, "updating")
         if everyones.stops:
@@ -202,6 +210,7 @@ class Trainer:
         self.progress.step = step
         self._note_bad_samples(mine, everyones)
         self._log(step, everyones, norm, time.monotonic() - started)
+        self._note_fired(step, everyones)
         return everyones.stops > 0
 
     def _count(self, batch: MicroBatch, tally: Tally) -> None:
@@ -209,6 +218,8 @@ class Trainer:
         tally.samples += batch.audio_samples
         tally.computed_samples += batch.waveforms.numel()
         tally.bad_samples += len(batch.bad)
+        for name, utterances in batch.fired.items():
+            tally.fired[name] = tally.fired.get(name, 0.0) + utterances
 
     def _update(self, step: int, everyones: Tally) -> tuple[bool, float]:
         """(whether the weights were updated, the gradient's norm)."""
@@ -267,6 +278,7 @@ class Trainer:
 
     def _log(self, step: int, everyones: Tally, norm: float, seconds: float) -> None:
         self.progress.trained_s += seconds
+        audio_s_per_s = everyones.samples / SAMPLE_RATE_HZ / seconds
         line = {
             "kind": "train",
             "step": step,
@@ -274,8 +286,10 @@ class Trainer:
             "loss": finite(everyones.loss / max(everyones.utterances, 1.0)),
             "learning_rate": learning_rate(step, self.schedule.total_steps, self.learner.optim),
             "gradient_norm": finite(norm),
-            "audio_s_per_s": everyones.samples / SAMPLE_RATE_HZ / seconds,
+            "audio_s_per_s": audio_s_per_s,
+            "process_audio_s_per_s": audio_s_per_s / self.world.world_size,
             "data_wait": everyones.wait_s / self.world.world_size / seconds,
+            "rank_wait": everyones.rank_wait_s / self.world.world_size / seconds,
             "padding": everyones.padding,
             "skipped": self.progress.skipped,
             **peak_memory(self.world.device),
@@ -283,6 +297,25 @@ class Trainer:
         }
         self.world.set_phase(step, "writing the metrics")
         self._guarded(lambda: self.hooks.log(line))
+
+    def _note_fired(self, step: int, everyones: Tally) -> None:
+        """Counts what the augmentations did to the step's utterances, and writes it at the end of each epoch."""
+        progress = self.progress
+        progress.epoch_utterances += int(everyones.utterances)
+        for name, utterances in everyones.fired.items():
+            progress.fired[name] = progress.fired.get(name, 0) + int(utterances)
+        if step % self.schedule.steps_per_epoch:
+            return
+        line = {
+            "kind": "epoch",
+            "step": step,
+            "epoch": step // self.schedule.steps_per_epoch,
+            "utterances": progress.epoch_utterances,
+            "fired": progress.fired,
+            "time_s": time.time(),
+        }
+        self._guarded(lambda: self.hooks.log(line))
+        progress.epoch_utterances, progress.fired = 0, {}
 
     def _evaluate_if_due(self) -> bool:
         """Evaluates after the step where that is due and still missing; returns whether a stop cut it short."""
@@ -359,7 +392,10 @@ class Trainer:
 
 
 def peak_memory(device: torch.device) -> dict[str, float | None]:
-    """The most memory that this process has held so far, on its GPU and on the host, in GB."""
-    gpu_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    """The most memory that this process has held, in GB: on its GPU since the last call, on the host so far."""
+    gpu_bytes = None
+    if device.type == "cuda":
+        gpu_bytes = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
     host_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
     return {"gpu_memory_gb": None if gpu_bytes is None else gpu_bytes / 1e9, "host_memory_gb": host_bytes / 1e9}

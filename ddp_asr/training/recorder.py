@@ -35,7 +35,7 @@ from ddp_asr.recognition.evaluation import Summary
 from ddp_asr.runs import checkpoint, comet, plots, tracking
 from ddp_asr.runs.checkout import git_checkout
 from ddp_asr.runs.directory import RunDirectory
-from ddp_asr.runs.display import Display
+from ddp_asr.runs.display import Display, describe_epoch
 from ddp_asr.settings import describe
 from ddp_asr.training.attempt import Attempt, print_at_once
 from ddp_asr.training.learner import Learner
@@ -111,9 +111,13 @@ class Recorder:
     # ---- while it trains -----------------------------------------------------------------------------------------
 
     def log(self, line: dict[str, Any]) -> None:
-        """Records a step."""
+        """Records a step, or the end of an epoch."""
         self._writer.raise_if_failed()
         self._files.append("metrics.jsonl", line)
+        if line["kind"] == "epoch":
+            for sentence in describe_epoch(line):
+                self._attempt.message(sentence)
+            return
         with contextlib.suppress(OSError):  # a terminal that is gone must not end a run
             self._display.train(line)
         self._on_step()
