@@ -5,6 +5,7 @@ import signal
 import socket
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from ddp_asr.config import Distributed
 from ddp_asr.errors import UserError
+from ddp_asr.ranks import rendezvous
 from ddp_asr.ranks.environment import before_nccl, before_torch
 from ddp_asr.ranks.rendezvous import choose_device, join, place, refuse_shared_gpus
 from ddp_asr.ranks.watchdog import Watchdog
@@ -144,6 +146,24 @@ def mistaken():
 
 
 # ---- as under NCCL, with a stand-in for it -------------------------------------------------------------------------
+
+
+def test_nccl_connects_the_ranks_gpu_at_once_in_a_phase_of_its_own(monkeypatch):
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "")
+    made, seen = [], {}
+    monkeypatch.setattr(rendezvous, "_connect", lambda *_: dist.TCPStore("127.0.0.1", tiny.free_port(), is_master=True))
+    monkeypatch.setattr(rendezvous, "Watchdog", lambda *given: made.append(Watchdog(*given)) or made[0])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="4711"))
+
+    def init_process_group(backend, *, device_id, timeout, **_):
+        seen.update(made[0]._own_post()._asdict(), backend=backend, device_id=device_id, timeout=timeout)
+
+    monkeypatch.setattr(dist, "init_process_group", init_process_group)
+    device = torch.device("cuda", 3)
+    rendezvous._join_group(0, 1, "nccl", device, timeout_s=60.0).close()
+    assert (seen["backend"], seen["device_id"], seen["timeout"].total_seconds()) == ("nccl", device, 120.0)
+    assert seen["phase"] == "connecting nccl on cuda:3" and not made[0]._here.waiting
+    assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "2"
 
 
 def of_two(backend="nccl"):
