@@ -5,7 +5,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 BOUNDS = {
-    "ddp_asr": 10_840,
+    "ddp_asr": 10_935,
     "launch": 2_900,
     "synthetic_speech": 330,
     "benchmarks": 380,

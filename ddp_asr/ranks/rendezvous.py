@@ -129,9 +129,13 @@ def _join_group(rank: int, world_size: int, backend: str, device: torch.device, 
 
 
 def _texts_of_all(store: dist.Store, rank: int, world_size: int, name: str, text: str) -> list[str]:
-    """The text of every rank, in rank order, through the store."""
+    """The text of every rank, in rank order, through the store; rank 0, which may keep it, returns last."""
     store.set(f"{name}/{rank}", text)
-    return [data.decode() for data in store.multi_get([f"{name}/{other}" for other in range(world_size)])]
+    texts = [data.decode() for data in store.multi_get([f"{name}/{other}" for other in range(world_size)])]
+    store.set(f"{name} read/{rank}", "")
+    if rank == 0:
+        store.multi_get([f"{name} read/{other}" for other in range(world_size)])
+    return texts
 
 
 def refuse_shared_gpus(gpus: list[str]) -> None:
