@@ -253,6 +253,13 @@ def test_a_rank_waits_for_the_others_from_its_last_gradient_on():
     assert seen == [("computing", "backward", False), ("ended on the host", *reducing), ("all done", *reducing)]
 
 
+def test_ddp_leaves_lengths_on_the_host(monkeypatch):
+    given = {}
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda model, **options: given.update(options))
+    of_two("nccl").wrap(torch.nn.Linear(1, 1))
+    assert given == {"gradient_as_bucket_view": True}  # with `device_ids` it sends every argument to the GPU
+
+
 def test_a_gpu_that_still_computes_does_not_wait_for_the_others(monkeypatch):
     world, calls = of_two("nccl"), []
 

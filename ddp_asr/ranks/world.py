@@ -133,9 +133,9 @@ class World:
         """The model under DDP, whose gradients are the mean over ranks; the model itself for a single process."""
         if self.world_size == 1:
             return model
-        device_ids = [self.device] if self.device.type == "cuda" else None
         with self._collective():
-            return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+            # Without `device_ids`, for which it would send every argument to the GPU: lengths stay on the host.
+            return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     @contextlib.contextmanager
     def reducing_gradients(self, model: nn.Module) -> Iterator[None]:
