@@ -13,6 +13,7 @@ Nothing here draws from a generator: dropout belongs to the utterance (encoders/
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -90,15 +91,15 @@ class Learner:
         # DDP has divided the sum over the ranks by their number. `_foreach_mul_` (torch 2.11.0) is one kernel for all
         # on a GPU; its name is private although the documentation lists it, and a loop over `mul_` does the same.
         torch._foreach_mul_(gradients, self.world.world_size / max(utterances, 1.0))
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm)
-        finite = bool(torch.isfinite(norm)) and utterances > 0
+        norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip_norm))  # waits for the GPU
+        finite = math.isfinite(norm) and utterances > 0
         if finite:
             self.scaler.step(self.optimizer)
             if self.average is not None:
                 self.average.update(self.plain_model.parameters())
         self.scaler.update()
         self.discard()
-        return float(norm), finite
+        return norm, finite
 
     def discard(self) -> None:
         """Drops the step's gradients."""
