@@ -74,7 +74,8 @@ def test_a_signal_to_one_rank_stops_all_at_the_next_boundary(undisturbed, tiny_c
     found = tiny.status(tmp_path / "run")
     assert (found["state"], found["retry"], found["step"]) == ("stopped", True, 5)
     assert found["reason"] == number.name and f"stopped at step 5: {number.name}" in output
-    assert [line["step"] for line in tiny.metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    lines = [(line["kind"], line["step"]) for line in tiny.metrics(tmp_path / "run")]
+    assert lines == [*(("train", step) for step in (1, 2, 3, 4)), ("epoch", 4), ("train", 5)]
     tiny.train(tiny_corpus.arguments(tmp_path), 3)
     tiny.assert_same_run(tmp_path / "run", undisturbed(3))
 
@@ -87,7 +88,7 @@ def test_a_stop_in_the_middle_of_an_evaluation_makes_it_anew(undisturbed, tiny_c
     os.kill(ranks.processes[1].pid, signal.SIGTERM)
     gate.open()
     assert "stopped at step 5: SIGTERM" in ranks.succeed()
-    assert [line["kind"] for line in tiny.metrics(tmp_path / "run")] == ["train"] * 5
+    assert [line["kind"] for line in tiny.metrics(tmp_path / "run")] == [*["train"] * 4, "epoch", "train"]
     tiny.train(tiny_corpus.arguments(tmp_path), 3)
     tiny.assert_same_run(tmp_path / "run", undisturbed(3))
 
