@@ -190,7 +190,8 @@ class Trainer:
             mine.append(batch)
             assert batch.micro_batch == left[0] and batch.micro_batches <= len(left), "the loader is at another place"
             now, left = left[: batch.micro_batches], left[batch.micro_batches :]
-            self.world.set_phase(step, f"forward and backward of micro-batches {now[0]} to {now[-1]}")
+            which = f"micro-batch {now[0]}" if len(now) == 1 else f"micro-batches {now[0]} to {now[-1]}"
+            self.world.set_phase(step, f"forward and backward of {which}")
             losses.append(self.learner.accumulate(batch, step=step, last=not left))
             self._count(batch, tally)
         per_utterance = torch.cat(losses)
