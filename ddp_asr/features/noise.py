@@ -1,14 +1,21 @@
-"""White noise under some of the utterances, as loud as a drawn signal-to-noise ratio says."""
+"""White noise under some of the utterances, as loud as a drawn signal-to-noise ratio says.
+
+The noise is a stretch of one long recording of Gaussian noise, the same in every process, from a drawn place on: to
+draw it anew for each utterance took more than half as long as to decode the utterance.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddp_asr import config
 from ddp_asr.draws import Draw
+
+_RECORDING_SAMPLES = 1 << 20  # 65 s, 4 MB
 
 
 @dataclass(frozen=True)
@@ -27,11 +34,27 @@ class WhiteNoise:
         return cls(noise.share, noise.snr_db_min, noise.snr_db_max) if noise.share else None
 
     def __call__(self, waveform: NDArray[np.int16], draw: Draw) -> NDArray[np.int16]:
-        chance, place = draw.uniform(2)
+        chance, place, first = draw.uniform(3)
         if chance >= self.share:
             return waveform
         snr_db = self.snr_db_min + place * (self.snr_db_max - self.snr_db_min)
-        speech = waveform.astype(np.float32)
-        loudness = np.sqrt(np.mean(speech**2, dtype=np.float64)) * 10 ** (-snr_db / 20)  # root mean square
-        speech += draw.generator().standard_normal(len(speech), np.float32) * np.float32(loudness)
-        return np.clip(np.rint(speech), -32768, 32767).astype(np.int16)
+        power = np.mean(np.square(waveform, dtype=np.float32), dtype=np.float64)
+        loudness = np.sqrt(power) * 10 ** (-snr_db / 20)  # root mean square
+        noisy = _stretch(first, len(waveform)) * np.float32(loudness)
+        noisy += waveform
+        np.rint(noisy, out=noisy)
+        return np.clip(noisy, -32768, 32767, out=noisy).astype(np.int16)
+
+
+def _stretch(place: float, samples: int) -> NDArray[np.float32]:
+    """So many samples of the recording, from a place in [0, 1) of it on."""
+    recording = _recording()
+    if samples > len(recording):
+        return np.resize(np.roll(recording, -int(place * len(recording))), samples)
+    first = int(place * (len(recording) - samples + 1))
+    return recording[first : first + samples]
+
+
+@cache
+def _recording() -> NDArray[np.float32]:
+    return np.random.Generator(np.random.PCG64(0)).standard_normal(_RECORDING_SAMPLES, np.float32)
