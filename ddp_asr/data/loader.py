@@ -4,7 +4,7 @@
                   (with fuse=n a Work and its MicroBatch stand for n neighbouring micro-batches of a step)
     eval_loader:  lengths --batches of similar lengths, round-robin over ranks--> threads --> MicroBatch or None a round
 
-    Recordings: Work --Store, soundfile, soxr, waveform augmentations, masks--> MicroBatch
+    Recordings: Work --Store, soundfile, speed, waveform augmentations, masks--> MicroBatch
 
 The position (epoch, step) is the whole state: `train_loader` starts at any position at once, and its threads live
 through all epochs. What becomes of an utterance depends on (seed, epoch, key) and never on thread, rank or attempt.
@@ -34,7 +34,6 @@ from queue import SimpleQueue
 
 import numpy as np
 import soundfile
-import soxr
 import torch
 from torch import Tensor
 
@@ -42,6 +41,7 @@ from ddp_asr import SAMPLE_RATE_HZ, draws
 from ddp_asr.config import Config
 from ddp_asr.data.index import Index
 from ddp_asr.data.plan import Plan, micro_batches_of_rank, speed_samples
+from ddp_asr.data.speed import change_speed
 from ddp_asr.data.storage import Shards
 from ddp_asr.draws import Draw
 from ddp_asr.features import masks, speed_name, turned_on, waveform_augmentations
@@ -255,9 +255,7 @@ class Recordings:
         if decoded != samples:  # older versions of libsndfile end early where newer ones raise
             raise _Mismatch(f"{decoded} of {samples} samples decode")
         if speed != 1.0:
-            # Rounding and the filter's delay give soxr a sample more or less than `speed_samples`.
-            changed = soxr.resample(waveform, SAMPLE_RATE_HZ * speed, SAMPLE_RATE_HZ)[: len(out)]
-            out[: len(changed)] = changed
+            change_speed(waveform, speed, out)
 
     def _collate(
         self,
