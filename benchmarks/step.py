@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from ddp_asr.config import Config
     from ddp_asr.data.index import Index
+    from ddp_asr.ranks.world import World
     from ddp_asr.training.learner import Learner
 
 TUTORIAL_BATCH = 20  # utterances
@@ -198,7 +199,8 @@ def ours(index: Index, config: Config, learner: Learner) -> Way:
     return Way(f"ddp_asr {learner.precision}", draw, train, learner.precision, learner.plain_model)
 
 
-def make_learner(config: Config, precision: str) -> Learner:
+def make_learner(config: Config, precision: str, world: World | None = None) -> Learner:
+    """On the device of this rank, or on the CPU where there is only this process."""
     import torch
 
     from ddp_asr.features.log_mel import LogMel
@@ -210,11 +212,12 @@ def make_learner(config: Config, precision: str) -> Learner:
     from ddp_asr.training.optim import make_optimizer
 
     torch.manual_seed(0)
-    model = make_model(config, make_tokeniser(config.vocabulary).size).train()
+    world = world or World(0, 1, 0, torch.device("cpu"))
+    model = make_model(config, make_tokeniser(config.vocabulary).size).train().to(world.device)
     return Learner(
-        world=World(0, 1, 0, torch.device("cpu")),
-        model=model,
-        log_mel=LogMel(config.features),
+        world=world,
+        model=world.wrap(model),
+        log_mel=LogMel(config.features).to(world.device),
         objective=Objective(config.objective, seed=0, frame_s=config.frame_s),
         optimizer=make_optimizer(model, config.optim),
         optim=config.optim,
