@@ -38,12 +38,12 @@ class WhiteNoise:
         if chance >= self.share:
             return waveform
         snr_db = self.snr_db_min + place * (self.snr_db_max - self.snr_db_min)
-        power = np.mean(np.square(waveform, dtype=np.float32), dtype=np.float64)
-        loudness = np.sqrt(power) * 10 ** (-snr_db / 20)  # root mean square
-        noisy = _stretch(first, len(waveform)) * np.float32(loudness)
-        noisy += waveform
-        np.rint(noisy, out=noisy)
-        return np.clip(noisy, -32768, 32767, out=noisy).astype(np.int16)
+        mixed = np.square(waveform, dtype=np.float32)  # one array for all that follows: a new one costs page faults
+        loudness = np.float32(np.sqrt(mixed.mean()) * 10 ** (-snr_db / 20))  # root mean square
+        np.multiply(_stretch(first, len(waveform)), loudness, out=mixed)
+        mixed += waveform
+        np.rint(mixed, out=mixed)
+        return np.clip(mixed, -32768, 32767, out=mixed).astype(np.int16)
 
 
 def _stretch(place: float, samples: int) -> NDArray[np.float32]:
