@@ -59,9 +59,13 @@ lint: $(STAMP)  ## ruff: rules and format
 types: $(STAMP)  ## mypy
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## speed of plan and loader
+bench: $(STAMP)  ## speed of plan, loader and step, beside peers; a run by the number of processes
+	$(BIN)/pip install -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.plan
 	$(BIN)/python -m benchmarks.loader
+	$(BIN)/python -m benchmarks.loader --augment.speeds=0.9,1,1.1 --augment.noise.share=0.5
+	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.scaling
 
 clean:  ## everything that make made, .venv included
 	rm -rf .venv demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -142,8 +142,9 @@ def lhotse(setup: Setup) -> Iterator[tuple[Any, ...]]:
 
     cuts = CutSet.from_shar(in_dir=_shar(setup), split_for_dataloading=True, shuffle_shards=True).repeat(setup.times)
     batch = setup.config.batch
+    buckets = min(batch.buckets, len(setup.index) // setup.times // 8)  # lhotse refuses more buckets than utterances
     sampler = DynamicBucketingSampler(
-        cuts, max_duration=batch.max_seconds, num_buckets=batch.buckets, shuffle=True, rank=0, world_size=1
+        cuts, max_duration=batch.max_seconds, num_buckets=max(2, buckets), shuffle=True, rank=0, world_size=1
     )
     dataset = IterableDatasetWrapper(_LhotseBatches(make_tokeniser(setup.config.vocabulary)), sampler)
     return iter(DataLoader(dataset, batch_size=None, num_workers=PROCESSES, prefetch_factor=4))

@@ -22,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -142,6 +143,7 @@ def tutorial(index: Index, config: Config, sizes: Sizes, precision: str, utteran
     from ddp_asr.text import make_tokeniser
     from ddp_asr.training.precision import autocast
 
+    warnings.filterwarnings("ignore", "At least one mel filterbank")  # four of the tutorial's are empty
     tokeniser = make_tokeniser(config.vocabulary)
     model = tutorial_model(sizes, tokeniser.size).train()
     transform = nn.Sequential(
