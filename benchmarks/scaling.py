@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ddp_asr.config import Config
 
 WORLD_SIZES = [2**power for power in range(11)]
-SMALL_MIB, LARGE_MIB = 1, 64  # the all-reduces that latency and bandwidth come from
+SMALL_BYTES, LARGE_BYTES = 4 << 10, 64 << 20  # the all-reduces that latency and bandwidth come from
 # A network of which a process trains 100 seconds of speech a second on a CPU core, so that steps can be measured.
 NETWORK = {
     "features.mel_bands": 64,
@@ -116,7 +116,7 @@ def measure(config: Config, precision: str, steps: int) -> dict[str, Any] | None
     batches.close()
     result: dict[str, Any] = {name: statistics.median(step[name] for step in taken) for name in taken[0]}
     result["gradient_bytes"] = sum(4 * p.numel() for p in learner.plain_model.parameters())
-    result["all_reduce_s"] = {mib: world.all_reduce_s(mib << 20, 5) for mib in (SMALL_MIB, LARGE_MIB)}
+    result["all_reduce_s"] = {size: world.all_reduce_s(size, 10) for size in (SMALL_BYTES, LARGE_BYTES)}
     result["gradients_s"] = world.all_reduce_s(result["gradient_bytes"], 5)
     result["device"] = str(world.device)
     world.leave()
@@ -146,10 +146,10 @@ def pieces(alone: dict[str, Any], many: dict[str, Any] | None, world_size: int) 
     """From the steps of one process, and the all-reduces of several; without these an all-reduce takes no time."""
     latency_s, bytes_per_s = 0.0, float("inf")
     if many is not None:
-        small_s, large_s = (many["all_reduce_s"][str(mib)] for mib in (SMALL_MIB, LARGE_MIB))
+        small_s, large_s = (many["all_reduce_s"][str(size)] for size in (SMALL_BYTES, LARGE_BYTES))
         ring = 2 * (world_size - 1)
-        bytes_per_s = ring / world_size * (LARGE_MIB - SMALL_MIB) * 2**20 / max(large_s - small_s, 1e-9)
-        latency_s = max(0.0, small_s - ring / world_size * SMALL_MIB * 2**20 / bytes_per_s) / ring
+        latency_s = small_s / ring
+        bytes_per_s = ring / world_size * LARGE_BYTES / max(large_s - small_s, 1e-9)
     return Pieces(alone["per_audio_s"], alone["update_s"], alone["gradient_bytes"], latency_s, bytes_per_s)
 
 
@@ -209,7 +209,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("shards", nargs="*", type=Path, help="shard directories to measure steps on (default: synthesised speech)")
     add("--measure", type=int, nargs="+", default=[1, 2], metavar="W", help="processes to measure (default: 1 2)")
-    add("--steps", type=int, default=5, metavar="N", help="measured steps, after one to warm up (default: 5)")
+    add("--steps", type=int, default=3, metavar="N", help="measured steps, after one to warm up (default: 3)")
     add("--weak", type=int, default=4, metavar="N", help="micro-batches of a rank in weak scaling (default: 4)")
     add("--same-steps", type=int, default=100_000, metavar="N", help="steps of the time to so many (default: 100,000)")
     add("--precision", default="fp32", choices=("fp32", "bf16", "tf32", "fp16"), help="(default: fp32)")

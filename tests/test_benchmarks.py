@@ -75,7 +75,7 @@ def test_a_ring_of_all_reduce():
     from benchmarks.scaling import pieces
 
     alone = {"per_audio_s": 0.01, "update_s": 0.1, "gradient_bytes": 90 << 20}
-    of = pieces(alone, {"all_reduce_s": {"1": 0.003, "64": 0.066}}, world_size=2)
+    of = pieces(alone, {"all_reduce_s": {str(4 << 10): 0.002, str(64 << 20): 0.066}}, world_size=2)
     assert of.latency_s == pytest.approx(0.001) and of.bytes_per_s == pytest.approx(2**20 / 0.001)
     assert of.all_reduce_s(1) == 0.0 and of.all_reduce_s(2) == pytest.approx(0.002 + 0.09)
     assert of.all_reduce_s(1024) == pytest.approx(2046 * 0.001 + 2 * 1023 / 1024 * 0.09)
