@@ -1,0 +1,34 @@
+"""Whole steps of the production model through the real loop, by the number of micro-batches that run as one batch."""
+
+from benchmarks.gpu import production
+from benchmarks.gpu.job import Job
+
+
+def run(job: Job) -> None:
+    config = production.settings(job.small)
+    corpus = production.make_corpus(config, small=job.small)
+    together = config.batch.micro_batches
+    # All together and all apart first: the others lie between.
+    groups = sorted({together, 1, 8, 16, 4} & set(range(1, together + 1)), key=lambda n: (n not in (together, 1), -n))
+    reference: production.Step | None = None
+    for fuse in groups:
+        learner = production.make_learner(config, corpus, job.device)
+        production.reset_peak(job.device)
+        batches = production.first_batches(config, corpus, steps=3, fuse=fuse)
+        warm_up, *steps = production.train(learner, config, batches, steps=3)
+        reference = reference or warm_up
+        computed = sum(batch.waveforms.numel() for batch in batches)
+        job.row(
+            f"K = {together}, {learner.precision}",
+            **{
+                "micro-batches a batch": fuse,
+                "batches a step": -(-together // fuse),
+                "s a step": sum(step.seconds for step in steps) / len(steps),
+                "audio-h per GPU-s": sum(step.audio_h_per_s for step in steps) / len(steps),
+                "padding": 1 - sum(batch.audio_samples for batch in batches) / computed,
+                **production.peak_gb(job.device),
+                "loss of step 1": warm_up.loss,
+                "its difference": abs(warm_up.loss - reference.loss) / reference.loss,
+                "norm's difference": abs(warm_up.norm - reference.norm) / reference.norm,
+            },
+        )

@@ -1,0 +1,91 @@
+"""What a block is given: the device it runs on, time that is left, and where its rows go.
+
+    job.row("forward", utterances=3, ms=7.1)                   # a measurement: a line of a table
+    job.check("losses", difference < 1e-9, difference=...)     # one that must hold; else the block has failed
+    job.note("needs CUDA: ...")                                # a sentence below the tables
+
+Each is appended to results.jsonl at once, so what was measured stays when the block hangs and is killed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.gpu import results
+from ddp_asr.runs.checkout import git_checkout
+
+if TYPE_CHECKING:
+    import torch
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class Job:
+    """A block at work."""
+
+    def __init__(self, block: str, *, out: Path, folder: Path, small: bool, limit_s: float) -> None:
+        """`out` is for what is kept, `folder` for what is not."""
+        self.block, self.out, self.folder, self.small = block, out, folder, small
+        self.failures = 0
+        self._ends_s = time.monotonic() + limit_s
+
+    @cached_property
+    def device(self) -> torch.device:
+        import torch
+
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until this process is killed."""
+        return self._ends_s - time.monotonic()
+
+    def row(self, table: str, **values: Any) -> None:
+        results.append(self.out, self.block, table=table, row=values)
+
+    def check(self, table: str, passes: bool, **values: Any) -> None:
+        self.failures += not passes
+        self.row(table, **values, holds=passes)
+
+    def note(self, text: str) -> None:
+        results.append(self.out, self.block, note=text)
+
+    def describe_machine(self) -> None:
+        """Notes what this block runs on."""
+        import torch
+
+        facts: dict[str, Any] = {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "cpu_cores": len(os.sched_getaffinity(0)),
+            "commit": git_checkout()["git_commit"],
+        }
+        if self.on_gpu:
+            device = torch.cuda.get_device_properties(self.device)
+            facts |= {
+                "gpu": device.name,
+                "gpu_memory_gib": round(device.total_memory / 2**30, 1),
+                "driver": _driver(),
+                "cuda": torch.version.cuda,
+                "cudnn": torch.backends.cudnn.version(),
+                "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+            }
+        results.append(self.out, self.block, machine=facts)
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"

@@ -1,0 +1,211 @@
+"""The training of configs/librispeech_100.yaml without its audio: noise of LibriSpeech's lengths, letters at random.
+
+    config = settings(job.small)
+    corpus = make_corpus(config, utterances)                       # an index of drawn lengths; nothing on the disk
+    learner = make_learner(config, corpus, device)                 # as a session makes it
+    steps = train(learner, corpus, batches, steps=3)               # the real loop; what each step took and gave
+
+Settings, plan, collation, masks, model, objective, optimiser and loop are those of a run. Only the decoder is replaced.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from unittest.mock import patch
+
+import numpy as np
+import pyarrow
+import torch
+
+from benchmarks.gpu.job import REPOSITORY
+from benchmarks.plan import librispeech_like
+from ddp_asr import SAMPLE_RATE_HZ
+from ddp_asr.config import Config, load_config
+from ddp_asr.data import corpus as corpora
+from ddp_asr.data import loader
+from ddp_asr.data.corpus import Corpus
+from ddp_asr.data.index import Index
+from ddp_asr.data.loader import MicroBatch, Recordings, on_device, train_loader
+from ddp_asr.features.log_mel import LogMel
+from ddp_asr.model import make_model
+from ddp_asr.objective import Objective
+from ddp_asr.ranks.signals import StopRequest
+from ddp_asr.ranks.world import World
+from ddp_asr.training import precision
+from ddp_asr.training.learner import Learner
+from ddp_asr.training.loop import Evaluation, Hooks, Progress, Schedule, Trainer
+from ddp_asr.training.optim import WeightAverage, make_optimizer
+
+CONFIG = REPOSITORY / "configs" / "librispeech_100.yaml"
+UTTERANCES = 28_539  # of train-clean-100
+_LETTERS_PER_S = 14.5
+
+# A training of a second, for the reduced form.
+SMALL = (
+    *("--features.mel_bands=16", "--features.n_fft=512", "--augment.frequency_mask_bands=4"),
+    *("--encoder.conv_channels=4", "--encoder.residual_blocks=1", "--encoder.rnn_layers=2", "--encoder.rnn_size=16"),
+    *("--batch.max_seconds=3", "--batch.micro_batches=4", "--train.precision=fp32"),
+)
+SMALL_UTTERANCES, SMALL_SCALE = 40, 0.1
+
+
+def settings(small: bool, *overrides: str) -> Config:
+    """The production settings, or small ones, with more on top."""
+    return load_config(CONFIG, [*(SMALL if small else ()), *overrides])
+
+
+def make_corpus(config: Config, *, small: bool, utterances: int = UTTERANCES, scale: float = 1.0) -> Corpus:
+    """So many utterances of LibriSpeech's lengths times `scale`, planned as a run would."""
+    if small:
+        utterances, scale = min(utterances, SMALL_UTTERANCES), SMALL_SCALE
+    samples, key_hash = librispeech_like(utterances)
+    samples = np.maximum(samples * scale, SAMPLE_RATE_HZ // 5).astype(np.int64)
+    generator = np.random.default_rng(0)
+    letters = np.array(list("etaoinshrdlu "))
+    texts = ["".join(generator.choice(letters, int(n / SAMPLE_RATE_HZ * _LETTERS_PER_S) + 1)) + "e" for n in samples]
+    zeros = np.zeros(utterances, np.int64)
+    index = Index(
+        shards=(),
+        checksums=(),
+        shard=zeros.astype(np.int32),
+        offset=zeros,
+        bytes=zeros,
+        samples=samples,
+        keys=pyarrow.array([f"noise-{n:06d}" for n in range(utterances)]),
+        texts=pyarrow.array(texts),
+        key_hash=key_hash,
+    )
+    with patch.object(corpora, "read_index", lambda directories: index):
+        return corpora.read_corpus(config)
+
+
+_NOISE = np.random.default_rng(0).integers(-8_000, 8_000, 30 * SAMPLE_RATE_HZ, dtype=np.int16)
+
+
+def _noise(self: Recordings, row: int, speed: float, out: np.ndarray) -> None:
+    """In place of `Recordings._decode`: what an utterance gets depends on its row alone."""
+    start = row * 7_919 % (len(_NOISE) - len(out))
+    out[:] = _NOISE[start : start + len(out)]
+
+
+def first_batches(config: Config, corpus: Corpus, *, steps: int, fuse: int = 1) -> list[MicroBatch]:
+    """The batches of the first steps on the host, `fuse` micro-batches in each."""
+    batches = train_loader(corpus.index, corpus.tokeniser, corpus.plan, config, rank=0, world_size=1)
+    with patch.object(loader.Recordings, "_decode", _noise):
+        taken = list(islice(batches, steps * -(-config.batch.micro_batches // fuse)))
+    batches.close()
+    return taken
+
+
+def make_learner(config: Config, corpus: Corpus, device: torch.device) -> Learner:
+    """Weights by the seed, optimiser and moving average, as a session makes them."""
+    chosen = precision.resolve(config.train.precision, device)
+    precision.set_matmul_precision(chosen)
+    torch.manual_seed(config.train.seed)
+    model = make_model(config, corpus.tokeniser.size).to(device)
+    return Learner(
+        world=World(0, 1, 0, device),
+        model=model,
+        log_mel=LogMel(config.features).to(device),
+        objective=Objective(config.objective, seed=config.train.seed, frame_s=config.frame_s),
+        optimizer=make_optimizer(model, config.optim),
+        optim=config.optim,
+        precision=chosen,
+        seed=config.train.seed,
+        average=WeightAverage(model.parameters(), config.optim.ema_decay) if config.optim.ema_decay else None,
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step took and gave."""
+
+    seconds: float
+    audio_s: float  # without padding
+    loss: float
+    norm: float
+
+    @property
+    def audio_h_per_s(self) -> float:
+        return self.audio_s / 3600 / self.seconds
+
+
+def train(learner: Learner, config: Config, batches: Sequence[MicroBatch], steps: int) -> list[Step]:
+    """So many steps of the real loop on batches of the host; the rate is that of the run's first steps."""
+    taken: list[Step] = []
+    at = time.perf_counter()
+    audio = [sum(part) / SAMPLE_RATE_HZ for part in _split([b.audio_samples for b in batches], steps)]
+
+    def log(line: dict[str, float]) -> None:  # the loop has waited for the step's loss and norm
+        nonlocal at
+        now = time.perf_counter()
+        taken.append(Step(now - at, audio[len(taken)], line["loss"], line["gradient_norm"]))
+        at = now
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    hooks = Hooks(
+        log=log,
+        save=lambda state, best: None,
+        flush=lambda: None,
+        message=say,
+        evaluate=lambda step, should_stop: Evaluation(score=None),
+        dump=lambda step, batches: None,
+    )
+    schedule = Schedule(1_000, 1, 1_000, 0, 0.0, stop_at_step=steps, max_nonfinite_steps=0, max_bad_samples=0)
+    trainer = Trainer(learner.world, learner, schedule, hooks, StopRequest())
+    trainer.run(on_device(iter(batches), learner.world.device), range(len(batches) // steps), Progress())  # type: ignore[arg-type]
+    return taken
+
+
+def _split(values: Sequence[int], parts: int) -> list[Sequence[int]]:
+    size = len(values) // parts
+    return [values[part * size : (part + 1) * size] for part in range(parts)]
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def median_ms(device: torch.device, work: Callable[[], object], repeats: int, warm_up: int = 2) -> float:
+    """Median wall-clock milliseconds of `work`, each to the end of what it has queued on the GPU."""
+    taken: list[float] = []
+    for number in range(warm_up + repeats):
+        synchronise(device)
+        started = time.perf_counter()
+        work()
+        synchronise(device)
+        if number >= warm_up:
+            taken.append(1e3 * (time.perf_counter() - started))
+    return float(np.median(taken))
+
+
+def peak_gb(device: torch.device) -> dict[str, float]:
+    """The most that PyTorch's allocator has held since the last reset; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    return {
+        "allocated GB": torch.cuda.max_memory_allocated(device) / 1e9,
+        "reserved GB": torch.cuda.max_memory_reserved(device) / 1e9,
+    }
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def relative(ours: Iterable[torch.Tensor], reference: Iterable[torch.Tensor]) -> float:
+    """||ours - reference|| / ||reference|| over all tensors together, in float64 on the CPU."""
+    apart = whole = 0.0
+    for one, other in zip(ours, reference, strict=True):
+        one, other = one.detach().double().cpu(), other.detach().double().cpu()
+        apart += float((one - other).square().sum())
+        whole += float(other.square().sum())
+    return (apart / max(whole, 1e-300)) ** 0.5
