@@ -8,7 +8,7 @@ TESTS_AT_A_TIME ?= 4
 DEMO_RUN := demo/runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-gpu test-slurm lint types bench clean
+.PHONY: help install demo test test-fast test-gpu test-slurm lint types bench gpu-run clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -66,6 +66,9 @@ bench: $(STAMP)  ## speed of plan, loader and step, beside peers; a run by the n
 	$(BIN)/python -m benchmarks.loader --augment.speeds=0.9,1,1.1 --augment.noise.share=0.5
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.scaling
+
+gpu-run:  ## all that takes a GPU, in ten minutes; needs torch, numpy, pyarrow, pytest. GPU_RUN=... are its options
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m benchmarks.gpu $(GPU_RUN)
 
 clean:  ## everything that make made, .venv included
 	rm -rf .venv demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

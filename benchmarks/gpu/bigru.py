@@ -5,53 +5,66 @@ beyond a row's own.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from ddp_asr.encoders.gru import run_gru
-from ddp_asr.encoders.rescnn_bigru import BiGRU, reverse_by_length
-
-Way = Callable[[BiGRU, Tensor, Tensor], Tensor]
+from ddp_asr.encoders.rescnn_bigru import BiGRU, reversal, reverse
 
 
-def in_turn(layer: BiGRU, x: Tensor, frames: Tensor) -> Tensor:
+class Lengths(NamedTuple):
+    """What a layer needs to know of the rows' lengths."""
+
+    frames: Tensor  # (B,) on the CPU
+    reversal: Tensor  # (T', B), see `rescnn_bigru.reversal`
+
+
+Way = Callable[[BiGRU, Tensor, Lengths], Tensor]
+
+
+def lengths_of(frames: Tensor, longest: int, device: torch.device) -> Lengths:
+    return Lengths(frames, reversal(frames, longest, device))
+
+
+def in_turn(layer: BiGRU, x: Tensor, lengths: Lengths) -> Tensor:
     """What the encoder does."""
     ahead = run_gru(layer.forward_gru, x)
-    back = reverse_by_length(run_gru(layer.backward_gru, reverse_by_length(x, frames)), frames)
+    back = reverse(run_gru(layer.backward_gru, reverse(x, lengths.reversal)), lengths.reversal)
     return torch.cat([ahead, back], dim=2)
 
 
 _side: list[torch.cuda.Stream] = []
 
 
-def in_two_streams(layer: BiGRU, x: Tensor, frames: Tensor) -> Tensor:
+def in_two_streams(layer: BiGRU, x: Tensor, lengths: Lengths) -> Tensor:
     """The backward direction in a stream of its own; its gradients are computed there, too."""
     if not x.is_cuda:
-        return in_turn(layer, x, frames)
+        return in_turn(layer, x, lengths)
     if not _side:
         _side.append(torch.cuda.Stream())
     here, side = torch.cuda.current_stream(), _side[0]
     side.wait_stream(here)
     with torch.cuda.stream(side):
-        back = reverse_by_length(run_gru(layer.backward_gru, reverse_by_length(x, frames)), frames)
+        back = reverse(run_gru(layer.backward_gru, reverse(x, lengths.reversal)), lengths.reversal)
     ahead = run_gru(layer.forward_gru, x)
     here.wait_stream(side)
-    x.record_stream(side)  # the allocator must not hand their memory out while the other stream uses it
-    back.record_stream(here)
+    for tensor, stream in ((x, side), (lengths.reversal, side), (back, here)):
+        tensor.record_stream(stream)  # the allocator must not hand its memory out while the other stream uses it
     return torch.cat([ahead, back], dim=2)
 
 
-def in_one_call(layer: BiGRU, x: Tensor, frames: Tensor) -> Tensor:
+def in_one_call(layer: BiGRU, x: Tensor, lengths: Lengths) -> Tensor:
     """Packed, so that the backward direction of each row begins at its own last frame."""
-    packed = pack_padded_sequence(x, frames.cpu(), enforce_sorted=False)
+    packed = pack_padded_sequence(x, lengths.frames, enforce_sorted=False)
     data = _bidirectional(layer, packed.data, packed.batch_sizes)
     output = PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
     return pad_packed_sequence(output, total_length=len(x))[0]
 
 
-def in_one_call_without_lengths(layer: BiGRU, x: Tensor, frames: Tensor) -> Tensor:
+def in_one_call_without_lengths(layer: BiGRU, x: Tensor, lengths: Lengths) -> Tensor:
     """The bound of what one call could bring: right only where all rows are equally long."""
     return _bidirectional(layer, x, None)
 

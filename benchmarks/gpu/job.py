@@ -9,8 +9,10 @@ Each is appended to results.jsonl at once, so what was measured stays when the b
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import time
 from functools import cached_property
@@ -61,31 +63,27 @@ class Job:
         results.append(self.out, self.block, note=text)
 
     def describe_machine(self) -> None:
-        """Notes what this block runs on."""
-        import torch
-
-        facts: dict[str, Any] = {
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "cpu_cores": len(os.sched_getaffinity(0)),
-            "commit": git_checkout()["git_commit"],
-        }
-        if self.on_gpu:
-            device = torch.cuda.get_device_properties(self.device)
-            facts |= {
-                "gpu": device.name,
-                "gpu_memory_gib": round(device.total_memory / 2**30, 1),
-                "driver": _driver(),
-                "cuda": torch.version.cuda,
-                "cudnn": torch.backends.cudnn.version(),
-                "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-            }
+        """Notes what this block runs on; without torch, which takes seconds to import."""
+        facts = {"python": platform.python_version(), "cpu_cores": len(os.sched_getaffinity(0))}
+        facts |= {"commit": git_checkout()["git_commit"], **_gpu(), **_versions()}
         results.append(self.out, self.block, machine=facts)
 
 
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def _gpu() -> dict[str, str]:
+    """Name, memory and driver of the first GPU; nothing where there is none."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader", "--id=0"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return "unknown"
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(("gpu", "gpu_memory", "driver"), answer.split(", "), strict=False))
+
+
+def _versions() -> dict[str, str]:
+    """Of torch and of the libraries that it brings."""
+    wanted = ("torch", "triton", "nvidia-cuda-runtime", "nvidia-cudnn", "nvidia-nccl", "nvidia-cublas")
+    return {
+        each.name: each.version
+        for each in importlib.metadata.distributions()
+        if re.fullmatch(rf"({'|'.join(wanted)})(-cu\d+)?", each.name)
+    }

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -114,7 +115,6 @@ def make_learner(config: Config, corpus: Corpus, device: torch.device) -> Learne
         optimizer=make_optimizer(model, config.optim),
         optim=config.optim,
         precision=chosen,
-        seed=config.train.seed,
         average=WeightAverage(model.parameters(), config.optim.ema_decay) if config.optim.ema_decay else None,
     )
 
@@ -127,10 +127,20 @@ class Step:
     audio_s: float  # without padding
     loss: float
     norm: float
+    memory_gb: float | None  # the most that PyTorch's allocator handed out; None on a CPU
 
     @property
     def audio_h_per_s(self) -> float:
         return self.audio_s / 3600 / self.seconds
+
+
+def describe(steps: Sequence[Step]) -> dict[str, float | None]:
+    """Columns for the mean of some steps."""
+    return {
+        "s a step": sum(step.seconds for step in steps) / len(steps),
+        "audio-h per GPU-s": sum(step.audio_s for step in steps) / 3600 / sum(step.seconds for step in steps),
+        "GPU memory GB": max((step.memory_gb for step in steps if step.memory_gb is not None), default=None),
+    }
 
 
 def train(learner: Learner, config: Config, batches: Sequence[MicroBatch], steps: int) -> list[Step]:
@@ -139,11 +149,13 @@ def train(learner: Learner, config: Config, batches: Sequence[MicroBatch], steps
     at = time.perf_counter()
     audio = [sum(part) / SAMPLE_RATE_HZ for part in _split([b.audio_samples for b in batches], steps)]
 
-    def log(line: dict[str, float]) -> None:  # the loop has waited for the step's loss and norm
+    def log(line: dict[str, Any]) -> None:  # the loop has waited for the step's loss and norm
         nonlocal at
-        now = time.perf_counter()
-        taken.append(Step(now - at, audio[len(taken)], line["loss"], line["gradient_norm"]))
-        at = now
+        if line["kind"] == "train":
+            now = time.perf_counter()
+            measured = (line["loss"], line["gradient_norm"], line["gpu_memory_gb"])
+            taken.append(Step(now - at, audio[len(taken)], *measured))
+            at = now
 
     def say(text: str) -> None:
         print(text, flush=True)
@@ -158,7 +170,7 @@ def train(learner: Learner, config: Config, batches: Sequence[MicroBatch], steps
     )
     schedule = Schedule(1_000, 1, 1_000, 0, 0.0, stop_at_step=steps, max_nonfinite_steps=0, max_bad_samples=0)
     trainer = Trainer(learner.world, learner, schedule, hooks, StopRequest())
-    trainer.run(on_device(iter(batches), learner.world.device), range(len(batches) // steps), Progress())  # type: ignore[arg-type]
+    trainer.run(on_device((batch for batch in batches), learner.world.device), range(len(batches) // steps), Progress())
     return taken
 
 
@@ -183,22 +195,6 @@ def median_ms(device: torch.device, work: Callable[[], object], repeats: int, wa
         if number >= warm_up:
             taken.append(1e3 * (time.perf_counter() - started))
     return float(np.median(taken))
-
-
-def peak_gb(device: torch.device) -> dict[str, float]:
-    """The most that PyTorch's allocator has held since the last reset; nothing on a CPU."""
-    if device.type != "cuda":
-        return {}
-    return {
-        "allocated GB": torch.cuda.max_memory_allocated(device) / 1e9,
-        "reserved GB": torch.cuda.max_memory_reserved(device) / 1e9,
-    }
-
-
-def reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def relative(ours: Iterable[torch.Tensor], reference: Iterable[torch.Tensor]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -17,9 +18,9 @@ PAGE = REPOSITORY / "docs" / "gpu.md"
 HEAD = """\
 # On a GPU
 
-`python -m benchmarks.gpu` (or `make gpu-run`) runs all of this in ten minutes on a machine with one GPU, and needs
-nothing there but Python with torch, torchaudio, numpy, pyarrow and pytest; what else is missing travels as wheels
-(`--wheels`). `python -m benchmarks.gpu --report` writes this page from the results in docs/gpu: it is not edited by hand.
+`make gpu-run` (`python -m benchmarks.gpu`) runs all of this in ten minutes on a machine with one GPU. It needs nothing
+there but Python with torch, torchaudio, numpy, pyarrow and pytest; what else is missing travels as wheels (`--wheels`).
+This page is not edited by hand: `python -m benchmarks.gpu --report` writes it from the results in docs/gpu.
 
 **Two or more GPUs have never been used, so NCCL between ranks has not been run.** What is known of it comes from its
 documentation, and from gloo between processes on CPUs.
@@ -48,14 +49,14 @@ def render(found: Mapping[str, Result], blocks: Mapping[str, Block] = BLOCKS) ->
     """The page."""
     parts = [HEAD, _overview(found, blocks), ESTIMATES]
     for name, block in blocks.items():
-        parts.append(f"## {block.title}\n\n{block.what}\n")
+        parts.append(f"## {block.title}\n\n{_wrapped(block.what)}\n")
         parts.append(_block(found[name]) if name in found else f"{NOT_RUN.capitalize()}.\n")
     return "\n".join(parts)
 
 
 def _overview(found: Mapping[str, Result], blocks: Mapping[str, Block]) -> str:
     """A line for each block, and the machine."""
-    lines = ["| block (`--blocks`) | | limit, s |\n|---|---|---|"]
+    lines = ["| block (`--blocks`) | state | limit, s |\n|---|---|---|"]
     for name, block in blocks.items():
         lines.append(
             f"| `{name}`: {block.title} | {_state(found[name]) if name in found else NOT_RUN} | {block.limit_s:g} |"
@@ -73,10 +74,15 @@ def _state(result: Result) -> str:
 def _block(result: Result) -> str:
     day = time.strftime("%Y-%m-%d", time.gmtime(result.time_s))
     machine = ", ".join(f"{name} {value}" for name, value in result.machine.items() if value is not None)
-    parts = [f"{_state(result).capitalize()}, {day}. {machine}.\n"]
+    state = _state(result)
+    parts = [_wrapped(f"{state[0].upper()}{state[1:]}, {day}. {machine}.") + "\n"]
     parts += [f"**{title}**\n\n{_table(rows)}" for title, rows in result.tables.items()]
-    parts += [f"- {note}\n" for note in result.notes]
+    parts += [_wrapped(f"- {note}") + "\n" for note in result.notes]
     return "\n".join(parts)
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -39,26 +39,26 @@ PLATFORMS = [*(f"manylinux_2_{minor}_x86_64" for minor in range(5, 40)), "manyli
 
 def to_carry() -> dict[str, str]:
     """Name and version of each distribution that is needed there: `NEEDED` and what those need, without `THERE`."""
-    names = _with_requirements(NEEDED) - _with_requirements(THERE)
+    names = with_requirements(NEEDED) - with_requirements(THERE)
     return {name: importlib.metadata.version(name) for name in sorted(names)}
 
 
-def _with_requirements(names: Iterable[str]) -> set[str]:
+def with_requirements(names: Iterable[str]) -> set[str]:
     from packaging.requirements import Requirement
 
     found: set[str] = set()
-    waiting = [_normalised(name) for name in names]
+    waiting = [normalised(name) for name in names]
     while waiting:
         name = waiting.pop()
         if name not in found:
             found.add(name)
             for requirement in map(Requirement, importlib.metadata.requires(name) or []):
                 if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                    waiting.append(_normalised(requirement.name))
+                    waiting.append(normalised(requirement.name))
     return found
 
 
-def _normalised(name: str) -> str:
+def normalised(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 

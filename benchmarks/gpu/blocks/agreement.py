@@ -58,7 +58,7 @@ def _gradient(config: Config, corpus: Corpus, batches: list[MicroBatch], device:
         losses = []
         for k, batch in enumerate(batches):
             sent = batch.to(device)
-            losses.append(learner.accumulate(sent, step=1, micro_batch=k, last=k == len(batches) - 1))
+            losses.append(learner.accumulate(sent, step=1, last=k == len(batches) - 1))
         gradients = {
             name: weight.grad.double().cpu() / learner.scaler.get_scale()
             for name, weight in learner.plain_model.named_parameters()

@@ -25,7 +25,7 @@ def run(job: Job) -> None:
     name = os.environ.get("PYTORCH_ALLOC_CONF", "the allocator's defaults")
     for number, batch in enumerate(batches, start=1):
         seen.add(tuple(batch.waveforms.shape))
-        learner.accumulate(batch.to(job.device), step=1, micro_batch=0, last=True)
+        learner.accumulate(batch.to(job.device), step=1, last=True)
         learner.discard()
         if number % (shapes // ROWS) == 0 or number == 1:
             job.row(name, batches=number, shapes=len(seen), **_memory(job.device))
@@ -41,7 +41,8 @@ def _memory(device: torch.device) -> dict[str, float]:
     free, total = torch.cuda.mem_get_info(device)
     return {
         "allocated GB": torch.cuda.memory_allocated(device) / 1e9,
-        **{f"peak {name}": value for name, value in production.peak_gb(device).items()},
+        "most allocated GB": torch.cuda.max_memory_allocated(device) / 1e9,
+        "reserved GB": torch.cuda.memory_reserved(device) / 1e9,
         "outside the allocator GB": (total - free - torch.cuda.memory_reserved(device)) / 1e9,
         **host,
     }

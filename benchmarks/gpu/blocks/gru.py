@@ -34,7 +34,7 @@ def _measure(layer: BiGRU, way: bigru.Way, B: int, frames: int, job: Job) -> tup
     """(forward, backward) milliseconds of B rows of nearly equal lengths, as buckets give them."""
     size = 2 * layer.forward_gru.hidden_size
     x = torch.randn(frames, B, size, device=job.device, requires_grad=True)
-    lengths = torch.linspace(0.9 * frames, frames, B).round().long()
+    lengths = bigru.lengths_of(torch.linspace(0.9 * frames, frames, B).round().long(), frames, job.device)
     grad = torch.randn(frames, B, size, device=job.device)
     repeats = 2 if job.small else 5
 

@@ -64,7 +64,7 @@ def _ddp(job: Job, backend: str) -> None:
                 learner.model, device_ids=ids, gradient_as_bucket_view=True
             )
         for k, batch in enumerate(batches):
-            learner.accumulate(batch.to(job.device), step=1, micro_batch=k, last=k == len(batches) - 1)
+            learner.accumulate(batch.to(job.device), step=1, last=k == len(batches) - 1)
         gradients.append([weight.grad for weight in learner.plain_model.parameters() if weight.grad is not None])
     difference = production.relative(gradients[1], gradients[0])
     job.check(backend, difference < 1e-5, what="gradient under DDP", difference=difference)

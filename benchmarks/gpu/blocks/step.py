@@ -13,7 +13,6 @@ def run(job: Job) -> None:
     reference: production.Step | None = None
     for fuse in groups:
         learner = production.make_learner(config, corpus, job.device)
-        production.reset_peak(job.device)
         batches = production.first_batches(config, corpus, steps=3, fuse=fuse)
         warm_up, *steps = production.train(learner, config, batches, steps=3)
         reference = reference or warm_up
@@ -23,10 +22,8 @@ def run(job: Job) -> None:
             **{
                 "micro-batches a batch": fuse,
                 "batches a step": -(-together // fuse),
-                "s a step": sum(step.seconds for step in steps) / len(steps),
-                "audio-h per GPU-s": sum(step.audio_h_per_s for step in steps) / len(steps),
+                **production.describe(steps),
                 "padding": 1 - sum(batch.audio_samples for batch in batches) / computed,
-                **production.peak_gb(job.device),
                 "loss of step 1": warm_up.loss,
                 "its difference": abs(warm_up.loss - reference.loss) / reference.loss,
                 "norm's difference": abs(warm_up.norm - reference.norm) / reference.norm,
