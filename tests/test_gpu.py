@@ -1,4 +1,7 @@
-"""What only a CUDA GPU can show: the number types that really run, overflows, memory, and a resume on its kernels."""
+"""What only a CUDA GPU can show: the number types that really run, overflows, memory, and a resume on its kernels.
+
+cuDNN chooses another algorithm for a GRU of 256 or 512 units, the sizes of real models, than for one of 16 or 64.
+"""
 
 import itertools
 import json
@@ -13,6 +16,7 @@ from ddp_asr import config
 from ddp_asr.config import load_config
 from ddp_asr.data.corpus import read_corpus
 from ddp_asr.data.loader import train_loader
+from ddp_asr.encoders.dropout import Dropout
 from ddp_asr.features.log_mel import LogMel
 from ddp_asr.model import make_model
 from ddp_asr.objective import Objective
@@ -29,6 +33,8 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda", 0)
 K = 4
+SIZES = pytest.mark.parametrize("rnn_size", [16, 256, 512])
+SMALL_AND_LARGE = pytest.mark.parametrize("rnn_size", [16, 512])
 
 
 @pytest.fixture
@@ -134,15 +140,16 @@ class Seen(TorchDispatchMode):
         return operation(*arguments, **(named or {}))
 
 
+@SIZES
 @pytest.mark.parametrize(
     "precision, expected", [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
 )
-def test_cudnns_gru_runs_in_the_type_that_was_asked_for(settings, precision, expected):
+def test_cudnns_gru_runs_in_the_type_that_was_asked_for(settings, precision, expected, rnn_size):
     """Autocast's own wrapper would make float16 of it, and a type that cuDNN refuses would run frame by frame.
 
     cuDNN's warning about scattered weights would be an error here.
     """
-    learner, _ = learner_of(settings(), precision)
+    learner, _ = learner_of(settings(f"--encoder.rnn_size={rnn_size}"), precision)
     frames = torch.tensor([40, 31])
     with Seen() as seen, autocast(precision, DEVICE):
         logits = learner.model(torch.randn(2, 40, 16, device=DEVICE), frames).logits
@@ -152,14 +159,37 @@ def test_cudnns_gru_runs_in_the_type_that_was_asked_for(settings, precision, exp
     assert {parameter.grad.dtype for parameter in learner.model.parameters()} == {torch.float32}
 
 
+# ---- dropout -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 4, 5, 64), (2, 1_025, 3)], ids=str)
+def test_dropout_drops_on_a_gpu_what_it_drops_on_a_cpu(dtype, shape):
+    """Forwards and backwards: the kernel against the eager expression."""
+    dropout = Dropout(0.3)
+    dropout.site = 7
+    seeds = torch.arange(shape[0]) * 0x5DEECE66D
+    x = (torch.rand(shape) + 0.5).to(dtype)  # no zeros
+    kept = []
+    for device in ("cpu", DEVICE):
+        given = x.detach().to(device).requires_grad_()
+        out = dropout(given, seeds.to(device))
+        out.backward(torch.ones_like(out))
+        assert torch.equal(given.grad == 0, out == 0)
+        kept.append(out.cpu())
+    assert torch.equal(kept[0] == 0, kept[1] == 0) and 0.6 < float((kept[0] != 0).double().mean()) < 0.8
+    torch.testing.assert_close(*kept)
+
+
 # ---- padding -------------------------------------------------------------------------------------------------------
 
 
+@SIZES
 @pytest.mark.parametrize("strides", [[2], [2, 1], [3, 2]], ids=str)
 @torch.no_grad()
-def test_an_utterance_alone_and_beside_31_longer_ones_gives_the_same_logits(strides):
+def test_an_utterance_alone_and_beside_31_longer_ones_gives_the_same_logits(strides, rnn_size):
     set_matmul_precision("fp32")
-    tree = {"encoder": {"kind": "rescnn_bigru", "time_strides": strides, "rnn_size": 64}}
+    tree = {"encoder": {"kind": "rescnn_bigru", "time_strides": strides, "rnn_size": rnn_size}}
     settings = config.config_from_dict(tree, "the test")
     torch.manual_seed(0)
     model = make_model(settings, 29).to(DEVICE).eval()
@@ -178,19 +208,18 @@ def test_an_utterance_alone_and_beside_31_longer_ones_gives_the_same_logits(stri
 # ---- a whole run ---------------------------------------------------------------------------------------------------
 
 
-def test_a_stop_is_invisible_on_a_gpu(tiny_corpus, tmp_path):
+@SMALL_AND_LARGE
+def test_a_stop_is_invisible_on_a_gpu(tiny_corpus, tmp_path, rnn_size):
     """Property 3: to 1e-4 in float32, because the backward pass of CTC adds in no fixed order there."""
     on_gpu = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
-    tiny.train(tiny_corpus.arguments(tmp_path, "whole"), **on_gpu)
+    size = f"--encoder.rnn_size={rnn_size}"
+    tiny.train(tiny_corpus.arguments(tmp_path, "whole", size), **on_gpu)
     for stop in (["--train.stop_at_step=6"], []):
-        tiny.train(tiny_corpus.arguments(tmp_path, "resumed", *stop), **on_gpu)
+        tiny.train(tiny_corpus.arguments(tmp_path, "resumed", size, *stop), **on_gpu)
     for run in ("whole", "resumed"):
         assert json.loads((tmp_path / run / "environment.json").read_text())["cuda"], "not on the GPU"
-    whole, resumed = (
-        torch.cat([weight.flatten() for weight in tiny.final_state(tmp_path / run)["model"].values()])
-        for run in ("whole", "resumed")
-    )
-    assert (whole - resumed).norm() < 1e-4 * whole.norm()
+    # Without the weights that have no gradient but rounding, which is other rounding each time.
+    assert tiny.weight_distance(tmp_path / "whole", tmp_path / "resumed") < 1e-4
     losses = [
         [line["loss"] for line in tiny.metrics(tmp_path / run) if line["kind"] == "train"]
         for run in ("whole", "resumed")
@@ -198,9 +227,10 @@ def test_a_stop_is_invisible_on_a_gpu(tiny_corpus, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@SMALL_AND_LARGE
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_no_step_needs_more_memory_than_the_rehearsal(settings, precision):
-    chosen = settings("--encoder.conv_channels=32", "--encoder.rnn_size=64")
+def test_no_step_needs_more_memory_than_the_rehearsal(settings, precision, rnn_size):
+    chosen = settings("--encoder.conv_channels=32", f"--encoder.rnn_size={rnn_size}")
     learner, corpus = learner_of(chosen, precision)
     rehearsed = rehearse(corpus, learner, [1])
     assert all("peak" in line and "GiB" in line for line in rehearsed.lines)
