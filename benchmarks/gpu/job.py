@@ -15,6 +15,9 @@ import platform
 import re
 import subprocess
 import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +61,15 @@ class Job:
     def check(self, table: str, passes: bool, **values: Any) -> None:
         self.failures += not passes
         self.row(table, **values, holds=passes)
+
+    @contextmanager
+    def guarding(self, table: str, **values: Any) -> Iterator[None]:
+        """Around a measurement that may fail without ending the block: its traceback goes to the log."""
+        try:
+            yield
+        except Exception:
+            traceback.print_exc()
+            self.check(table, False, **values)
 
     def note(self, text: str) -> None:
         results.append(self.out, self.block, note=text)

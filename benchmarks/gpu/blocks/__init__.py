@@ -22,7 +22,7 @@ BLOCKS: dict[str, Block] = {
     "tests": Block(
         "The tests marked gpu",
         "Every test that needs a GPU, with its outcome.",
-        80,
+        85,
         f"{_HERE}.marked_tests",
     ),
     "agreement": Block(
@@ -30,28 +30,28 @@ BLOCKS: dict[str, Block] = {
         "The gradient of one step of the production model (configs/librispeech_100.yaml, dropout and masks on), of the "
         "same weights and utterances, compared with float64 on the CPU. Differences are relative: of the losses the "
         "largest, of the gradients ||dg|| / ||g|| over all weights together.",
-        45,
+        40,
         f"{_HERE}.agreement",
     ),
     "gru": Block(
         "GRU of 512 units",
         "A bidirectional layer of B utterances of 590 frames, bfloat16: both directions in turn, as the encoder runs "
         "them, in two streams, and as one bidirectional call of cuDNN, of equal lengths and packed. Medians.",
-        30,
+        25,
         f"{_HERE}.gru",
     ),
     "step": Block(
         "A whole step, micro-batches apart and fused",
         "Steps of configs/librispeech_100.yaml through the real loop, on noise of LibriSpeech's lengths, by the number "
         "of micro-batches that run as one batch. Audio counts without padding.",
-        70,
+        65,
         f"{_HERE}.step",
     ),
     "processes": Block(
         "Property 2: 1, 2 and 4 processes that share the GPU",
         "The same training on several ranks, joined by gloo because NCCL refuses two ranks on one GPU; float32. "
         "Differences are relative to one process; weights without a gradient are left out.",
-        70,
+        60,
         f"{_HERE}.processes",
     ),
     "nccl": Block(
@@ -70,7 +70,7 @@ BLOCKS: dict[str, Block] = {
     "speed": Block(
         "The real program: speed",
         "`ddp-asr train` with configs/librispeech_100.yaml on FLAC from the disk, one process.",
-        50,
+        55,
         f"{_HERE}.speed",
     ),
     "waits": Block(
@@ -97,7 +97,7 @@ BLOCKS: dict[str, Block] = {
     "variants": Block(
         "Variants of a step",
         "One change at a time to the fused step above, which says what each would be worth.",
-        50,
+        60,
         f"{_HERE}.variants",
     ),
 }

@@ -19,15 +19,16 @@ WAYS: dict[str, bigru.Way] = {
 def run(job: Job) -> None:
     size, frames, batches = (16, 20, [2, 3]) if job.small else (512, 590, [83, 3, 16, 128, 224])
     precision = "bf16" if job.on_gpu else "fp32"
+    table = f"{size} units, {frames} frames, {precision}"
     torch.manual_seed(0)
     layer = BiGRU(2 * size, size, 0.0).to(job.device)
     for B in batches:
         for name, way in WAYS.items():
-            with autocast(precision, job.device):
+            with job.guarding(table, B=B, way=name), autocast(precision, job.device):
                 forward_ms, backward_ms = _measure(layer, way, B, frames, job)
-            values = {"forward ms": forward_ms, "backward ms": backward_ms}
-            values |= {f"{key[:-3]} us a frame and direction": 1e3 * ms / frames / 2 for key, ms in values.items()}
-            job.row(f"{size} units, {frames} frames, {precision}", B=B, way=name, **values)
+                values = {"forward ms": forward_ms, "backward ms": backward_ms}
+                values |= {f"{key[:-3]} us a frame and direction": 1e3 * ms / frames / 2 for key, ms in values.items()}
+                job.row(table, B=B, way=name, **values)
 
 
 def _measure(layer: BiGRU, way: bigru.Way, B: int, frames: int, job: Job) -> tuple[float, float]:

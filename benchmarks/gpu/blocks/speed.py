@@ -9,7 +9,7 @@ from benchmarks.gpu.trainings import Training
 
 def run(job: Job) -> None:
     # A few recordings many times over: what is measured is a step, and synthesis would take longer than it.
-    utterances, seconds, copies = (24, (1.0, 2.0), 2) if job.small else (120, (8.0, 16.0), 20)
+    utterances, seconds, copies = (24, (1.0, 2.0), 2) if job.small else (120, (8.0, 16.0), 12)
     shards, hours = make_shards(job.folder / "train", utterances=utterances, seconds=seconds, seed=0, copies=copies)
     for threads in (1,) if job.small else (2, 8):
         training = Training(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import cast
@@ -27,23 +26,12 @@ def run(job: Job) -> None:
     as_it_is: production.Step | None = None
     for name, change in _changes(job).items():
         learner = production.make_learner(config, corpus, job.device)
-        try:
-            with change():
-                first, *steps = production.train(learner, config, batches, steps=3)
-        except Exception:  # a compiler that fails must not hide the other variants
-            traceback.print_exc()
-            job.check("a fused step", False, variant=name)
-            continue
-        as_it_is = as_it_is or first
-        job.row(
-            "a fused step",
-            variant=name,
-            **{
-                "s the first step": first.seconds,
-                **production.describe(steps),
-                "loss's difference": abs(first.loss - as_it_is.loss) / as_it_is.loss,
-            },
-        )
+        with job.guarding("a fused step", variant=name), change():
+            first, *steps = production.train(learner, config, batches, steps=3)
+            as_it_is = as_it_is or first
+            values = {"s the first step": first.seconds, **production.describe(steps)}
+            values["loss's difference"] = abs(first.loss - as_it_is.loss) / as_it_is.loss
+            job.row("a fused step", variant=name, **values)
     if not job.on_gpu:
         job.note("needs CUDA: compiled parts and dropout without its kernel; two streams are one on a CPU")
 
