@@ -6,6 +6,7 @@ cuDNN chooses another algorithm for a GRU of 256 or 512 units, the sizes of real
 import itertools
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,12 @@ from ddp_asr.data.loader import train_loader
 from ddp_asr.encoders.dropout import Dropout
 from ddp_asr.features.log_mel import LogMel
 from ddp_asr.model import make_model
-from ddp_asr.objective import Objective
 from ddp_asr.ranks.signals import StopRequest
 from ddp_asr.ranks.world import World
-from ddp_asr.training.learner import Learner
 from ddp_asr.training.loop import Evaluation, Hooks, Progress, Schedule, Trainer
-from ddp_asr.training.optim import make_optimizer
 from ddp_asr.training.precision import autocast, set_matmul_precision
 from ddp_asr.training.rehearsal import rehearse
+from ddp_asr.training.session import make_learner
 from tests import tiny_training as tiny
 
 pytestmark = pytest.mark.gpu
@@ -56,21 +55,11 @@ def tf32_as_it_was():
 
 
 def learner_of(settings, precision="fp32"):
-    """The learner of a run, as its session makes it, and the corpus."""
+    """The learner of a run, and the corpus."""
     set_matmul_precision(precision)
     corpus = read_corpus(settings)
-    torch.manual_seed(0)
-    model = make_model(settings, corpus.tokeniser.size).to(DEVICE)
-    learner = Learner(
-        world=World(0, 1, 0, DEVICE),
-        model=model,
-        log_mel=LogMel(settings.features).to(DEVICE),
-        objective=Objective(settings.objective, seed=0, frame_s=settings.frame_s),
-        optimizer=make_optimizer(model, settings.optim),
-        optim=settings.optim,
-        precision=precision,
-    )
-    return learner, corpus
+    settings = replace(settings, train=replace(settings.train, precision=precision))
+    return make_learner(settings, World(0, 1, 0, DEVICE), corpus, None), corpus
 
 
 def batches_of(settings, corpus):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 from unittest.mock import patch
@@ -30,15 +30,11 @@ from ddp_asr.data import loader
 from ddp_asr.data.corpus import Corpus
 from ddp_asr.data.index import Index
 from ddp_asr.data.loader import MicroBatch, Recordings, on_device, train_loader
-from ddp_asr.features.log_mel import LogMel
-from ddp_asr.model import make_model
-from ddp_asr.objective import Objective
 from ddp_asr.ranks.signals import StopRequest
 from ddp_asr.ranks.world import World
-from ddp_asr.training import precision
+from ddp_asr.training import precision, session
 from ddp_asr.training.learner import Learner
 from ddp_asr.training.loop import Evaluation, Hooks, Progress, Schedule, Trainer
-from ddp_asr.training.optim import WeightAverage, make_optimizer
 
 CONFIG = REPOSITORY / "configs" / "librispeech_100.yaml"
 UTTERANCES = 28_539  # of train-clean-100
@@ -65,8 +61,10 @@ def make_corpus(config: Config, *, small: bool, utterances: int = UTTERANCES, sc
     samples, key_hash = librispeech_like(utterances)
     samples = np.maximum(samples * scale, SAMPLE_RATE_HZ // 5).astype(np.int64)
     generator = np.random.default_rng(0)
-    letters = np.array(list("etaoinshrdlu "))
-    texts = ["".join(generator.choice(letters, int(n / SAMPLE_RATE_HZ * _LETTERS_PER_S) + 1)) + "e" for n in samples]
+    letters = "".join(generator.choice(list("etaoinshrdlu "), 100_000))
+    starts = generator.integers(0, 90_000, utterances)
+    lengths = (samples / SAMPLE_RATE_HZ * _LETTERS_PER_S).astype(np.int64)
+    texts = [letters[start : start + length] + "e" for start, length in zip(starts, lengths, strict=True)]
     zeros = np.zeros(utterances, np.int64)
     index = Index(
         shards=(),
@@ -102,21 +100,11 @@ def first_batches(config: Config, corpus: Corpus, *, steps: int, fuse: int = 1) 
 
 
 def make_learner(config: Config, corpus: Corpus, device: torch.device) -> Learner:
-    """Weights by the seed, optimiser and moving average, as a session makes them."""
+    """As a session makes it, for one process."""
     chosen = precision.resolve(config.train.precision, device)
     precision.set_matmul_precision(chosen)
-    torch.manual_seed(config.train.seed)
-    model = make_model(config, corpus.tokeniser.size).to(device)
-    return Learner(
-        world=World(0, 1, 0, device),
-        model=model,
-        log_mel=LogMel(config.features).to(device),
-        objective=Objective(config.objective, seed=config.train.seed, frame_s=config.frame_s),
-        optimizer=make_optimizer(model, config.optim),
-        optim=config.optim,
-        precision=chosen,
-        average=WeightAverage(model.parameters(), config.optim.ema_decay) if config.optim.ema_decay else None,
-    )
+    config = replace(config, train=replace(config.train, precision=chosen))
+    return session.make_learner(config, World(0, 1, 0, device), corpus, None)
 
 
 @dataclass(frozen=True)
