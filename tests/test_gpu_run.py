@@ -9,10 +9,14 @@ import textwrap
 import zipfile
 
 import pytest
+import torch
 
-from benchmarks.gpu import report, results, runner, wheels
-from benchmarks.gpu.blocks import BLOCKS, Block
+from benchmarks.gpu import bigru, report, results, runner, wheels
+from benchmarks.gpu.blocks import BLOCKS, Block, variants
+from ddp_asr import config
+from ddp_asr.encoders.rescnn_bigru import BiGRU
 from ddp_asr.errors import UserError
+from ddp_asr.model import make_model
 from tests.conftest import REPOSITORY
 from tests.tiny_training import is_alive
 
@@ -148,3 +152,41 @@ def test_what_is_carried_is_all_that_is_needed_and_nothing_large():
     assert set(wheels.NEEDED) <= set(carried) and {"cffi", "rapidfuzz"} <= set(carried)
     assert not {"torch", "numpy", "pyarrow", "pytest", "triton", "comet-ml"} & set(carried)
     assert json.dumps(carried)  # versions are texts
+
+
+# ---- ways to run a bidirectional layer -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", [bigru.in_two_streams, bigru.in_one_call, bigru.in_one_call_without_lengths])
+def test_every_way_computes_the_same_layer(way):
+    """Forwards and backwards, in each row's own frames."""
+    torch.manual_seed(0)
+    layer = BiGRU(6, 4, 0.0).double()
+    frames = torch.tensor([9, 5, 7] if way is not bigru.in_one_call_without_lengths else [9, 9, 9])
+    lengths = bigru.lengths_of(frames, 9, torch.device("cpu"))
+    own = (torch.arange(9)[:, None] < frames)[:, :, None]
+    found = []
+    for each in (way, bigru.in_turn):
+        x = torch.randn(9, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * own
+        output = each(layer, x.requires_grad_(), lengths) * own
+        found.append([output, *torch.autograd.grad(output.square().sum(), [x, *layer.forward_gru.parameters()])])
+        found[-1] += torch.autograd.grad(
+            (each(layer, x, lengths) * own).square().sum(), [*layer.backward_gru.parameters()]
+        )
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_the_layers_of_a_model_can_run_in_another_way():
+    """What the block `variants` replaces is what the encoder calls."""
+    settings = config.config_from_dict({"encoder": {"conv_channels": 2, "rnn_layers": 2, "rnn_size": 8}}, "the test")
+    torch.manual_seed(0)
+    model = make_model(settings, 5).double()
+    features, frames = torch.randn(2, 21, 128, dtype=torch.float64), torch.tensor([21, 14])
+    features[1, 14:] = 0
+    seeds = torch.tensor([3, 4])
+    outputs = [model(features, frames, seeds=seeds)]
+    with variants.gru_by(bigru.in_one_call):
+        outputs.append(model(features, frames, seeds=seeds))
+    for row, length in enumerate(outputs[0].frames.tolist()):
+        torch.testing.assert_close(outputs[0].logits[row, :length], outputs[1].logits[row, :length])

@@ -39,8 +39,8 @@ def run(job: Job) -> None:
 def _changes(job: Job) -> dict[str, Change]:
     changes: dict[str, Change] = {
         "as it is": nullcontext,
-        "GRU directions in two streams": lambda: _gru_by(bigru.in_two_streams),
-        "GRU in one bidirectional call": lambda: _gru_by(bigru.in_one_call),
+        "GRU directions in two streams": lambda: gru_by(bigru.in_two_streams),
+        "GRU in one bidirectional call": lambda: gru_by(bigru.in_one_call),
         "torch's dropout": lambda: patch.object(dropout.Dropout, "forward", _torch_dropout),
         "LayerNorm in autocast's type": lambda: patch.object(LayerNorm, "forward", nn.LayerNorm.forward),
     }
@@ -68,7 +68,7 @@ def _compiled(function: Callable[..., object]) -> Callable[..., object]:
 
 
 @contextmanager
-def _gru_by(way: bigru.Way) -> Iterator[None]:
+def gru_by(way: bigru.Way) -> Iterator[None]:
     """Layers that run their GRUs in another way; the encoder hands them what `reversal` gives."""
 
     def forward(
