@@ -24,7 +24,7 @@ from ddp_asr.ranks.signals import StopRequest
 from ddp_asr.ranks.world import World
 from ddp_asr.training.loop import Evaluation, Hooks, Progress, Schedule, Trainer
 from ddp_asr.training.precision import autocast, set_matmul_precision
-from ddp_asr.training.rehearsal import rehearse
+from ddp_asr.training.rehearsal import rehearse, sizes_to_try
 from ddp_asr.training.session import make_learner
 from tests import tiny_training as tiny
 
@@ -62,13 +62,14 @@ def learner_of(settings, precision="fp32"):
     return make_learner(settings, World(0, 1, 0, DEVICE), corpus, None), corpus
 
 
-def batches_of(settings, corpus):
-    """The micro-batches of a whole training, in order, on the device."""
-    loader = train_loader(corpus.index, corpus.tokeniser, corpus.plan, settings, rank=0, world_size=1, pin_memory=False)
+def batches_of(settings, corpus, fuse):
+    """The micro-batches of a whole training, in order, on the device, so many in a batch."""
+    data = (corpus.index, corpus.tokeniser, corpus.plan, settings)
+    loader = train_loader(*data, rank=0, world_size=1, fuse=fuse, pin_memory=False)
     return (batch.to(DEVICE) for batch in loader)
 
 
-def train(learner, corpus, settings, epochs=1):
+def train(learner, corpus, settings, epochs=1, fuse=1):
     """The loop itself, with hooks that keep the train lines and the messages."""
     lines, messages = [], []
     schedule = Schedule(corpus.plan.steps_per_epoch, epochs, 0, 0, 0.0, 0, max_nonfinite_steps=0, max_bad_samples=0)
@@ -83,7 +84,7 @@ def train(learner, corpus, settings, epochs=1):
     )
     progress = Progress()
     trainer = Trainer(learner.world, learner, schedule, hooks, StopRequest())
-    outcome = trainer.run(batches_of(settings, corpus), range(K), progress)
+    outcome = trainer.run(batches_of(settings, corpus, fuse), range(K), progress)
     assert outcome.state == "done"
     return lines, messages, progress
 
@@ -192,6 +193,34 @@ def test_an_utterance_alone_and_beside_31_longer_ones_gives_the_same_logits(stri
         alone, (own,), _ = model(*log_mel(waveforms[row : row + 1, : samples[row]], samples[row : row + 1]))
         assert own == frames[row] == alone.shape[1]
         assert (together[row, :own] - alone[0]).abs().max() < 1e-5 * alone.abs().max()
+
+
+# ---- fused micro-batches -------------------------------------------------------------------------------------------
+
+
+@SIZES
+def test_fused_micro_batches_are_the_same_steps(settings, rnn_size):
+    """Property 2, with all that is random."""
+    chosen = settings("--train.epochs=2", "--encoder.dropout=0.2", f"--encoder.rnn_size={rnn_size}")
+    apart, *fused = (train(*learner_of(chosen), chosen, epochs=2, fuse=fuse)[0] for fuse in (1, 3, K))
+    for lines in fused:
+        for name in ("loss", "gradient_norm"):
+            assert [line[name] for line in lines] == pytest.approx([line[name] for line in apart], rel=1e-4)
+
+
+def test_the_rehearsal_halves_what_does_not_fit(settings):
+    large = ("--features.mel_bands=128", "--features.n_fft=1024", "--encoder.conv_channels=128")
+    chosen = settings(*large)
+    learner, corpus = learner_of(chosen)
+    one, together = (rehearse(corpus, learner, [fuse]).peak_bytes for fuse in (1, K))
+    limit = (one + 0.6 * (together - one)) / torch.cuda.get_device_properties(DEVICE).total_memory
+    torch.cuda.set_per_process_memory_fraction(limit, DEVICE)
+    try:
+        rehearsed = rehearse(corpus, learner, sizes_to_try(0, K, DEVICE))
+        assert rehearsed.fuse in (1, 2) and f"{K} micro-batches as one batch, which need too much" in rehearsed.lines[0]
+        train(learner, corpus, chosen, fuse=rehearsed.fuse)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
 
 
 # ---- a whole run ---------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def _noise(self: Recordings, row: int, speed: float, out: np.ndarray) -> None:
 
 def first_batches(config: Config, corpus: Corpus, *, steps: int, fuse: int = 1) -> list[MicroBatch]:
     """The batches of the first steps on the host, `fuse` micro-batches in each."""
-    batches = train_loader(corpus.index, corpus.tokeniser, corpus.plan, config, rank=0, world_size=1)
+    batches = train_loader(corpus.index, corpus.tokeniser, corpus.plan, config, rank=0, world_size=1, fuse=fuse)
     with patch.object(loader.Recordings, "_decode", _noise):
         taken = list(islice(batches, steps * -(-config.batch.micro_batches // fuse)))
     batches.close()
@@ -158,7 +158,8 @@ def train(learner: Learner, config: Config, batches: Sequence[MicroBatch], steps
     )
     schedule = Schedule(1_000, 1, 1_000, 0, 0.0, stop_at_step=steps, max_nonfinite_steps=0, max_bad_samples=0)
     trainer = Trainer(learner.world, learner, schedule, hooks, StopRequest())
-    trainer.run(on_device((batch for batch in batches), learner.world.device), range(len(batches) // steps), Progress())
+    sent = on_device((batch for batch in batches), learner.world.device)
+    trainer.run(sent, range(config.batch.micro_batches), Progress())
     return taken
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import importlib
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.gpu.job import Job
+from ddp_asr.ranks.environment import before_torch
 
 _TRACEBACK_BEFORE_S = 2.0  # before the limit, a block that hangs writes where
 
@@ -31,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         limits = {"small": arguments.small, "limit_s": arguments.limit_s}
         job = Job(arguments.name, out=arguments.out, folder=Path(folder), **limits)
         job.describe_machine()
+        before_torch(os.environ)  # as every entry point does; the block's own environment wins
         importlib.import_module(arguments.module).run(job)
     return 1 if job.failures else 0
 

@@ -56,7 +56,7 @@ BLOCKS: dict[str, Block] = {
     ),
     "nccl": Block(
         "NCCL with one rank",
-        "A process group of one: DDP, and each collective that a run uses.",
+        "A process group of one: DDP, and each collective that a run uses, by the same calls as ddp_asr/ranks/world.py.",
         25,
         f"{_HERE}.nccl",
     ),
@@ -83,16 +83,17 @@ BLOCKS: dict[str, Block] = {
     "growth": Block(
         "Memory over 2,000 shapes",
         "Forward and backward of one batch after the other, hardly two of the same shape: what PyTorch's allocator "
-        "holds, and what the GPU holds beside it (libraries, their plans and workspaces).",
+        "holds, and what the GPU holds beside it (libraries, their plans and workspaces). Segments grow, as in every run "
+        "(ddp_asr/ranks/environment.py).",
         35,
         f"{_HERE}.growth",
     ),
-    "growth_expandable": Block(
-        "Memory over 2,000 shapes, with expandable segments",
-        "The same with PYTORCH_ALLOC_CONF=expandable_segments:True.",
+    "growth_fixed": Block(
+        "Memory over 2,000 shapes, in segments of fixed size",
+        "The same with PYTORCH_ALLOC_CONF=expandable_segments:False.",
         35,
         f"{_HERE}.growth",
-        {"PYTORCH_ALLOC_CONF": "expandable_segments:True"},
+        {"PYTORCH_ALLOC_CONF": "expandable_segments:False"},
     ),
     "variants": Block(
         "Variants of a step",

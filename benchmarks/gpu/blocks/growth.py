@@ -22,7 +22,7 @@ def run(job: Job) -> None:
     K = config.batch.micro_batches
     batches = production.first_batches(config, corpus, steps=-(-shapes // K))[:shapes]
     seen: set[tuple[int, ...]] = set()
-    name = os.environ.get("PYTORCH_ALLOC_CONF", "the allocator's defaults")
+    name = os.environ["PYTORCH_ALLOC_CONF"]
     for number, batch in enumerate(batches, start=1):
         seen.add(tuple(batch.waveforms.shape))
         learner.accumulate(batch.to(job.device), step=1, last=True)

@@ -1,5 +1,6 @@
 """The tests marked gpu, by pytest in this process; a row for each test as soon as it has ended."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,19 @@ class _Rows:
 def run(job: Job) -> None:
     # Other test files import packages that are not carried to a machine without a network.
     files = [str(path) for path in sorted((REPOSITORY / "tests").glob("test_*.py")) if _has_gpu_tests(path)]
-    options = ["-m", "gpu", "-v", "-p", "no:cacheprovider", f"--basetemp={job.folder / 'pytest'}", "--timeout=60"]
+    # A machine may have plugins that nobody here has tried.
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    options = [
+        "-p",
+        "pytest_timeout",
+        "-m",
+        "gpu",
+        "-v",
+        "-p",
+        "no:cacheprovider",
+        f"--basetemp={job.folder / 'pytest'}",
+        "--timeout=60",
+    ]
     status = pytest.main([*options, *files], plugins=[_Rows(job)])
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         job.check("tests", False, test="all", outcome=f"pytest ended with {status!r}", seconds=0.0, why="see the log")

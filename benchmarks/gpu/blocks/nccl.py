@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,12 +13,16 @@ from torch import nn
 
 from benchmarks.gpu import production
 from benchmarks.gpu.job import Job
+from ddp_asr.ranks import rendezvous
+from ddp_asr.ranks.environment import before_nccl
+from ddp_asr.ranks.world import backend_timeout
 
 
 def run(job: Job) -> None:
     backend = "nccl" if job.on_gpu else "gloo"
     if not job.on_gpu:
         job.note("needs CUDA: gloo runs in NCCL's place")
+    before_nccl(os.environ)
     started = time.perf_counter()
     dist.init_process_group(
         backend, store=dist.HashStore(), rank=0, world_size=1, device_id=job.device if job.on_gpu else None
@@ -25,6 +30,10 @@ def run(job: Job) -> None:
     job.row(backend, what="init_process_group", ms=1e3 * (time.perf_counter() - started))
     _collectives(job, backend)
     _ddp(job, backend)
+    if job.on_gpu:
+        record = job.folder / "flight-record"
+        rendezvous._write_flight_record(record)
+        job.check(backend, record.stat().st_size > 0, what="flight record", bytes=record.stat().st_size)
     started = time.perf_counter()
     dist.destroy_process_group()
     job.row(backend, what="destroy_process_group", ms=1e3 * (time.perf_counter() - started))
@@ -35,8 +44,12 @@ def _collectives(job: Job, backend: str) -> None:
         torch.ones(8, dtype=torch.float64, device=job.device),
         torch.ones((1 if job.small else 90) << 18, device=job.device),
     )
+
+    def all_reduce_of_a_step() -> None:  # with the time-out by which NCCL waits on the host
+        dist.all_reduce(tally, async_op=True).wait(backend_timeout(60.0))
+
     calls: dict[str, Callable[[], Any]] = {
-        "all_reduce of 8 float64": lambda: dist.all_reduce(tally),
+        "all_reduce of 8 float64, waited for": all_reduce_of_a_step,
         f"all_reduce of {gradients.numel() >> 18} MiB": lambda: dist.all_reduce(gradients),
         "all_gather_object": lambda: dist.all_gather_object([None], {"step": 1}),
         "broadcast_object_list": lambda: dist.broadcast_object_list([{"step": 1}], src=0),

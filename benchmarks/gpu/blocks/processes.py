@@ -14,6 +14,7 @@ def run(job: Job) -> None:
             f"--data.train={shards}",
             "--data.test=",
             "--train.precision=fp32",
+            "--distributed.backend=gloo",
         ),
         *("--batch.max_seconds=6", "--batch.micro_batches=4", "--train.epochs=4", "--data.threads=1"),
     ]

@@ -5,6 +5,7 @@ import statistics
 from benchmarks.gpu.job import Job
 from benchmarks.gpu.speech import make_shards
 from benchmarks.gpu.trainings import Training
+from ddp_asr.files import read_json
 
 
 def run(job: Job) -> None:
@@ -31,4 +32,5 @@ def _speed(training: Training) -> dict[str, object]:
         "waits for data": statistics.median(line["data_wait"] for line in lines),
         "padding": statistics.median(line["padding"] for line in lines),
         "GPU memory GB": lines[-1]["gpu_memory_gb"],
+        "fused": (read_json(training.run / "environment.json") or {}).get("fused_micro_batches"),
     }
