@@ -56,7 +56,7 @@ BLOCKS: dict[str, Block] = {
     ),
     "nccl": Block(
         "NCCL with one rank",
-        "A process group of one: DDP, and each collective that a run uses, by the same calls as ddp_asr/ranks/world.py.",
+        "A process group of one: DDP, and the collectives of a run, by the same calls as in ddp_asr/ranks/world.py.",
         25,
         f"{_HERE}.nccl",
     ),
@@ -83,8 +83,8 @@ BLOCKS: dict[str, Block] = {
     "growth": Block(
         "Memory over 2,000 shapes",
         "Forward and backward of one batch after the other, hardly two of the same shape: what PyTorch's allocator "
-        "holds, and what the GPU holds beside it (libraries, their plans and workspaces). Segments grow, as in every run "
-        "(ddp_asr/ranks/environment.py).",
+        "holds, and what the GPU holds beside it (libraries, their plans and workspaces). Segments grow, as in every "
+        "run (ddp_asr/ranks/environment.py).",
         35,
         f"{_HERE}.growth",
     ),
