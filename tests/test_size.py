@@ -8,8 +8,8 @@ BOUNDS = {
     "ddp_asr": 11_100,
     "launch": 2_900,
     "synthetic_speech": 330,
-    "benchmarks": 380,
-    "tests": 16_550,
+    "benchmarks": 2_250,
+    "tests": 16_760,
 }
 
 

@@ -73,7 +73,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--out", type=Path, default=default_out, metavar="DIR", help="for the results (default: $OUT, else %(default)s)"
     )
-    add("--total-s", type=float, default=570, metavar="S", help="limit for all blocks (default: %(default)s)")
+    add("--total-s", type=float, default=540, metavar="S", help="limit for all blocks (default: %(default)s)")
     add("--small", action="store_true", help="the reduced form: tiny models, a minute on two cores, no GPU needed")
     add("--wheels", type=Path, metavar="DIR", help="packages for a machine that lacks some, as wheels")
     add("--download-wheels", type=Path, metavar="DIR", help="fetch these wheels, and run nothing")

@@ -1,9 +1,10 @@
 """The training of configs/librispeech_100.yaml without its audio: noise of LibriSpeech's lengths, letters at random.
 
     config = settings(job.small)
-    corpus = make_corpus(config, utterances)                       # an index of drawn lengths; nothing on the disk
+    corpus = make_corpus(config, small=job.small)                  # an index of drawn lengths; nothing on the disk
+    batches = first_batches(config, corpus, steps=3, fuse=4)       # on the host
     learner = make_learner(config, corpus, device)                 # as a session makes it
-    steps = train(learner, corpus, batches, steps=3)               # the real loop; what each step took and gave
+    steps = train(learner, config, batches, steps=3)               # the real loop; what each step took and gave
 
 Settings, plan, collation, masks, model, objective, optimiser and loop are those of a run. Only the decoder is replaced.
 """
@@ -95,7 +96,7 @@ def first_batches(config: Config, corpus: Corpus, *, steps: int, fuse: int = 1) 
     batches = train_loader(corpus.index, corpus.tokeniser, corpus.plan, config, rank=0, world_size=1, fuse=fuse)
     with patch.object(loader.Recordings, "_decode", _noise):
         taken = list(islice(batches, steps * -(-config.batch.micro_batches // fuse)))
-    batches.close()
+        batches.close()  # its threads are decoding ahead
     return taken
 
 

@@ -1,6 +1,6 @@
 """Runs blocks, each in a process of its own under its own time limit; none stops the others.
 
-run(names, out, small=False, total_s=570)  -->  out/results.jsonl   what each has measured, line by line
+run(names, out, small=False, total_s=540)  -->  out/results.jsonl   what each has measured, line by line
                                                 out/log.txt         what each has printed
 """
 

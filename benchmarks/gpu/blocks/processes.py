@@ -1,7 +1,7 @@
 """Property 2 with 1, 2 and 4 processes on one GPU, by the real program; gloo, as NCCL wants a GPU for each rank."""
 
 from benchmarks.gpu.job import Job
-from benchmarks.gpu.speech import make_shards
+from benchmarks.gpu.tones import make_shards
 from benchmarks.gpu.trainings import Training, differences
 
 _ALLOWED = 1e-4  # in float32

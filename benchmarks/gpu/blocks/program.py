@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.job import REPOSITORY, Job
-from benchmarks.gpu.speech import make_shards
+from benchmarks.gpu.tones import make_shards
 from benchmarks.gpu.trainings import Training, differences
 
 _ALLOWED = 1e-4  # in float32, where kernels do not add in a fixed order

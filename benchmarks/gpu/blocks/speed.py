@@ -3,7 +3,7 @@
 import statistics
 
 from benchmarks.gpu.job import Job
-from benchmarks.gpu.speech import make_shards
+from benchmarks.gpu.tones import make_shards
 from benchmarks.gpu.trainings import Training
 from ddp_asr.files import read_json
 

@@ -42,7 +42,7 @@ def _changes(job: Job) -> dict[str, Change]:
         "GRU directions in two streams": lambda: gru_by(bigru.in_two_streams),
         "GRU in one bidirectional call": lambda: gru_by(bigru.in_one_call),
         "torch's dropout": lambda: patch.object(dropout.Dropout, "forward", _torch_dropout),
-        "LayerNorm in autocast's type": lambda: patch.object(LayerNorm, "forward", nn.LayerNorm.forward),
+        "LayerNorm in float32, as autocast has it": lambda: patch.object(LayerNorm, "forward", nn.LayerNorm.forward),
     }
     if job.on_gpu:
         from ddp_asr.encoders import dropout_cuda

@@ -1,4 +1,4 @@
-"""A language for recognisers in a hurry: each letter is a tone, each utterance a few words of a small vocabulary.
+"""A corpus that is made in seconds and learned in a few hundred steps: each letter is a tone, each word one of 60.
 
 make_shards(folder / "train", utterances=96, seconds=(2, 8), seed=0)     # FLAC, transcripts, shards of them
 """
@@ -17,7 +17,7 @@ _WORDS = ["".join(np.random.default_rng(n).choice(list(_LETTERS), 3 + n % 5)) fo
 
 
 def speak(text: str, generator: np.random.Generator) -> np.ndarray:
-    """int16 at 16 kHz: a tone for each letter, a pause for each space, faint noise."""
+    """int16 at 16 kHz: a tone for each letter, a pause for each space, and faint noise."""
     time_s = np.arange(round(_LETTER_S * SAMPLE_RATE_HZ)) / SAMPLE_RATE_HZ
     envelope = np.sin(np.pi * time_s / time_s[-1])  # falls to zero, so that equal neighbours are two
     parts = []
