@@ -29,7 +29,7 @@ documentation, and from gloo between processes on CPUs.
 ESTIMATES = """\
 ## Estimates
 
-These are estimates, not measurements. `configs/librispeech_100.yaml` has 32 micro-batches a step, of 2.6 utterances on
+These are estimates, not measurements. `configs/librispeech_100.yaml` has 32 micro-batches a step, of 3.0 utterances on
 average, and the GRUs walk some 590 frames ten times for each. A frame of a direction takes 8 to 12 us forward and 12 to
 18 us backward, hardly depending on the number of utterances up to 128. So the time of a step is nearly proportional to
 the number of batches in it:
