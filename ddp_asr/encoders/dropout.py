@@ -22,6 +22,9 @@ from ddp_asr.draws import seed_of
 # Both multipliers are those of Wellons' "lowbias32", an integer hash that was searched for low bias (2018).
 FIRST_FACTOR, SECOND_FACTOR = 0x7FEB352D, 0x846CA68B - 2**32
 COLUMN_FACTOR = 0x9E3779B1 - 2**32  # 2^32 / golden ratio, odd
+_PIECE_ELEMENTS = (
+    2**16
+)  # their integers stay in the cache: 5 ns an element instead of 9 to 15 at the sizes of a training
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 
 
@@ -95,13 +98,19 @@ def drop(x: Tensor, hashes: Tensor, p: float) -> Tensor:
 
 
 def _drop_eagerly(x: Tensor, hashes: Tensor, p: float) -> Tensor:
-    column = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device) * COLUMN_FACTOR
+    size = x.shape[-1]
+    column = torch.arange(size, dtype=torch.int32, device=x.device) * COLUMN_FACTOR
     column = (column ^ ((column >> 15) & (2**17 - 1))) * FIRST_FACTOR
-    mixed = hashes[..., None] ^ column
-    mixed *= FIRST_FACTOR
-    mixed ^= (mixed >> 15).bitwise_and_(2**17 - 1)
-    mixed *= SECOND_FACTOR
-    return (x * (mixed >= lowest_kept(p))).mul_(1 / (1 - p))  # a product, so that what is not finite stays so
+    out, rows = torch.empty_like(x), max(1, _PIECE_ELEMENTS // max(1, size))
+    pieces = (part.split(rows) for part in (x.view(-1, size), hashes.reshape(-1, 1), out.view(-1, size)))
+    for piece, hash_of, into in zip(*pieces, strict=True):
+        mixed = hash_of ^ column
+        mixed *= FIRST_FACTOR
+        mixed ^= (mixed >> 15).bitwise_and_(2**17 - 1)
+        mixed *= SECOND_FACTOR
+        # A product, so that what is not finite stays so.
+        torch.mul(piece, mixed >= lowest_kept(p), out=into).mul_(1 / (1 - p))
+    return out
 
 
 @drop.register_fake
