@@ -12,7 +12,7 @@ ENTRY_POINTS = [
     "ddp_asr",
     *(f"ddp_asr.{name}" for name in ("shard", "train", "evaluate", "transcribe", "tracking", "bandwidth")),
     *(f"launch.{name}" for name in ("submit", "doctor", "sweep", "status", "job", "node")),
-    "benchmarks.gpu",
+    *(f"benchmarks.{name}" for name in ("plan", "loader", "step", "scaling", "gpu")),
 ]
 SLOW_TO_IMPORT = [
     "torch",
