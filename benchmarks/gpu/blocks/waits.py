@@ -76,8 +76,9 @@ def _profile(job: Job, learner: production.Learner, config: production.Config, c
     averages = profiler.key_averages()
     kind = "self_device_time_total" if job.on_gpu else "self_cpu_time_total"
     print(averages.table(sort_by=kind, row_limit=60, max_name_column_width=90))
-    # A kernel has an event of its own; operations repeat the time of the kernels that they launch.
-    events = [e for e in averages if not job.on_gpu or e.device_type == torch.autograd.DeviceType.CUDA]
+    # A kernel has an event of its own; operations and named regions repeat the time of the kernels in them.
+    on_gpu = torch.autograd.DeviceType.CUDA
+    events = [e for e in averages if not e.is_user_annotation and (not job.on_gpu or e.device_type == on_gpu)]
     total_us = sum(getattr(event, kind) for event in events)
     busy = total_us / 1e6 / step.seconds
     job.note(f"a step of {step.seconds:.3f} s under the profiler, of which kernels took {100 * busy:.0f} %")
@@ -85,6 +86,9 @@ def _profile(job: Job, learner: production.Learner, config: production.Config, c
         ms = getattr(event, kind) / 1e3
         share = getattr(event, kind) / max(total_us, 1)
         job.row("kernels of a fused step", kernel=event.key[:90], calls=event.count, ms=ms, share=share)
+    for event in averages:
+        if event.key.startswith(("cudaLaunch", "cuLaunch", "cudaStream", "cudaDevice", "cudaEvent", "cudaMemcpy")):
+            job.row("calls of the host", call=event.key, calls=event.count, ms=event.self_cpu_time_total / 1e3)
     _keep_trace(job, profiler)
 
 
