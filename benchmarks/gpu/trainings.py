@@ -20,7 +20,7 @@ from ddp_asr.runs import checkpoint
 from ddp_asr.runs.directory import read_status
 
 # A bias before a LayerNorm has a gradient of rounding alone, which Adam blows up to full steps.
-_NO_GRADIENT = re.compile(r"encoder\.blocks\.\d+\.convs\.0\.bias")
+NO_GRADIENT = re.compile(r"encoder\.blocks\.\d+\.convs\.0\.bias")
 
 
 class Training:
@@ -68,7 +68,7 @@ class Training:
         """The weights of the newest checkpoint that have a gradient."""
         _, newest = checkpoint.numbered(self.run)[-1]
         model = checkpoint.read(newest)["model"]
-        return {name: weight for name, weight in model.items() if not _NO_GRADIENT.fullmatch(name)}
+        return {name: weight for name, weight in model.items() if not NO_GRADIENT.fullmatch(name)}
 
 
 def differences(ours: Training, theirs: Training) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.gpu import production
 from benchmarks.gpu.job import Job
+from benchmarks.gpu.trainings import NO_GRADIENT
 from ddp_asr import SAMPLE_RATE_HZ
 from ddp_asr.config import Config
 from ddp_asr.data.corpus import Corpus
@@ -18,8 +18,6 @@ from ddp_asr.data.loader import MicroBatch
 _TABLE = "against float64 on the CPU"
 # What float32 and float64 must keep to; the other types are shown.
 _ALLOWED = {"float64": 1e-9, "fp32": 1e-4}
-# A bias before a LayerNorm has a gradient of zero but for rounding.
-_NO_GRADIENT = re.compile(r"encoder\.blocks\.\d+\.convs\.0\.bias")
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def _compare(job: Job, name: str, found: Gradient, reference: Gradient, allowed:
     each = {
         name: production.relative([found.weights[name]], [weight])
         for name, weight in reference.weights.items()
-        if not _NO_GRADIENT.fullmatch(name)
+        if not NO_GRADIENT.fullmatch(name)
     }
     worst = max(each, key=lambda name: each[name])
     values = {"run": name, "losses": losses, "gradient": gradient, "worst tensor": worst, "its gradient": each[worst]}
