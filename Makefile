@@ -39,10 +39,10 @@ demo: $(STAMP)  ## synthesise a corpus, shard, train with two processes, evaluat
 	@echo "Curves        $(DEMO_RUN)/curves.png"
 
 test: $(STAMP)  ## every test this machine can run, but for those on a cluster
-	$(BIN)/python -m pytest -n $(TESTS_AT_A_TIME) --dist loadfile
+	$(BIN)/python -m pytest -n $(TESTS_AT_A_TIME) --dist loadfile --no-loadscope-reorder
 
 test-fast: $(STAMP)  ## the tests without the slow ones
-	$(BIN)/python -m pytest -n $(TESTS_AT_A_TIME) --dist loadfile -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n $(TESTS_AT_A_TIME) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 test-gpu: $(STAMP)  ## the tests that need a GPU
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \

@@ -26,7 +26,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 
-def pytest_collection_modifyitems(items):
+# Four processes share out the files (`make test`): the longest first, so that none is left with one of them at the end.
+LONGEST = ("gpu_run", "resume", "properties", "tracking", "watchdog", "launch_sweep", "benchmarks", "cli", "world")
+
+
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):  # one of several processes
+        order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     reason = _why_no_gpu() if marked else ""
     for item in marked if reason else []:
