@@ -155,8 +155,8 @@ class NGramModel:
         if missing and (foreign or UNKNOWN not in number):
             has = f" and has {_named(sorted(foreign))}, which the recogniser cannot write" if foreign else " or <unk>"
             raise UserError(
-                f"the language model does not have the recogniser's {_named(missing)}{has}: it is one of other symbols, so "
-                "make one with python -m ddp_asr.lm TEXT --run RUN --out lm.arpa"
+                f"the language model does not have the recogniser's {_named(missing)}{has}: it is one of other "
+                "symbols; make one with python -m ddp_asr.lm TEXT --run RUN --out lm.arpa"
             )
         return [number.get(text, number.get(UNKNOWN, -1)) for text in symbols]
 
