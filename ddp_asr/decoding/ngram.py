@@ -84,37 +84,6 @@ class NGramModel:
             return ngrams.symbol[:, None]
         return np.column_stack([self.members(length - 1)[ngrams.prefix], ngrams.symbol])
 
-    def log10_p(self, context: Sequence[str], symbol: str) -> float:
-        """log10 p(symbol | context), of at most the last order - 1 symbols; slow, for tests and single questions.
-
-        A symbol that the model does not have is taken for <unk>.
-        """
-        number = {text: place for place, text in enumerate(self.symbols)}
-        numbers = [number.get(text, number.get(UNKNOWN, -1)) for text in (*context, symbol)]
-        if numbers[-1] < 0:
-            return -math.inf
-        numbers = numbers[-self.order :]
-        back_off = 0.0
-        for first in range(len(numbers)):
-            place = self._find(numbers[first:])
-            if place is not None:
-                return back_off + float(self.orders[len(numbers) - first - 1].log10_p[place])
-            context_place = self._find(numbers[first:-1])
-            if context_place is not None:
-                back_off += float(self.orders[len(numbers) - first - 2].log10_back_off[context_place])
-        raise AssertionError("every symbol of the model is a unigram")
-
-    def _find(self, numbers: Sequence[int]) -> int | None:
-        """The place of an n-gram among those of its length."""
-        place = 0
-        for ngrams, number in zip(self.orders, numbers, strict=False):
-            first, last = np.searchsorted(ngrams.prefix, [place, place + 1])
-            found = first + int(np.searchsorted(ngrams.symbol[first:last], number))
-            if found == last or ngrams.symbol[found] != number:
-                return None
-            place = found
-        return int(place)
-
     def table(self, symbols: Sequence[str], *, limit_mb: float = 1024.0) -> Table:
         """The model as a table over what each class of a recogniser writes, in class order and without the blank.
 
@@ -376,7 +345,7 @@ class _Reader:
         for length, key in enumerate(keys[1:], 2):
             wanted = place * len(keys[0]) + members[:, length - 1]
             place = np.searchsorted(key, wanted)
-            missing = (place == len(key)) | (key[np.minimum(place, len(key) - 1)] != wanted)
+            missing = np.append(key, -1)[place] != wanted
             if missing.any():
                 self._fail(
                     f"above stands one of the {length + 1}-grams whose first {length} symbols are no {length}-gram"
