@@ -200,8 +200,8 @@ def write_arpa(model: NGramModel, path: Path) -> None:
     """
     with writing_aside(path) as file:
         if path.name.endswith(".gz"):
-            # without a name and a time in the header
-            with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as compressed:
+            # Without a name and a time in the header. Level 9 takes seven times as long for 5 % less.
+            with gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as compressed:
                 _write(model, compressed)
         else:
             _write(model, file)
