@@ -23,7 +23,7 @@ from typing import Any
 
 from ddp_asr import SAMPLE_RATE_HZ
 from ddp_asr.errors import UserError
-from ddp_asr.settings import from_dict, load, section, setting
+from ddp_asr.settings import from_dict, load, read_yaml, section, setting
 
 
 @dataclass(frozen=True)
@@ -249,6 +249,42 @@ class Greedy:
 
 
 @dataclass(frozen=True)
+class Beam:
+    """CTC prefix beam search, with a language model if `lm` names one (see decoding/beam.py)."""
+
+    kind: str = field(default="beam", init=False)
+
+    size: int = setting(16, "texts kept for each utterance", at_least=1, also_called="beam_size beam_width")
+    lm: str = setting(
+        "",
+        "ARPA file (.arpa, .arpa.gz) of an n-gram model over the symbols of the vocabulary; empty: none",
+        also_called="lm_path language_model kenlm_model_path",
+    )
+    lm_weight: float = setting(
+        0.5, "factor of the language model's log-probability in the score of a text", at_least=0, also_called="alpha"
+    )
+    symbol_bonus: float = setting(
+        0.0, "added to the score for each symbol; a language model with a large weight prefers short texts without it"
+    )
+    word_bonus: float = setting(0.0, "added to the score for each word", also_called="beta word_score")
+    symbols_per_frame: int = setting(
+        0,
+        "symbols that may extend a text in a frame, the most probable ones; 0: all; with thousands of symbols 20 to 50 "
+        "are much faster",
+        at_least=0,
+        also_called="beam_size_token cutoff_top_n",
+    )
+    n_best: int = setting(1, "texts reported for each utterance, with their scores, the best first", at_least=1)
+
+    def check(self) -> None:
+        if self.n_best > self.size:
+            raise UserError(
+                f"decoder.n_best = {self.n_best} is above decoder.size = {self.size}: lower the former or raise the "
+                "latter"
+            )
+
+
+@dataclass(frozen=True)
 class Optim:
     """AdamW with a one-cycle learning rate (see training/optim.py)."""
 
@@ -370,7 +406,7 @@ class Config:
     augment: Augment = section(Augment, shapes_result=True, also_called="specaug spec_augment")
     encoder: RescnnBigru = section(RescnnBigru, shapes_result=True, also_called="model")
     objective: Objective = section(Objective, shapes_result=True, also_called="loss")
-    decoder: Greedy = section(Greedy, also_called="decoding")
+    decoder: Greedy | Beam = section(Greedy, also_called="decoding")
     optim: Optim = section(Optim, shapes_result=True, also_called="optimizer")
     train: Train = section(Train, also_called="trainer")
     tracking: Tracking = section(Tracking, also_called="comet wandb")
@@ -417,6 +453,25 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
 def config_from_dict(tree: Mapping[str, Any], origin: str) -> Config:
     """The settings in a nested dict, as a checkpoint holds them; errors call it `origin`."""
     return from_dict(Config, tree, origin)
+
+
+@dataclass(frozen=True)
+class DecoderFile:
+    """The section of a settings file that says how logits become text."""
+
+    decoder: Greedy | Beam = section(Greedy, also_called="decoding")
+
+
+def load_decoder(path: Path) -> Greedy | Beam:
+    """The section `decoder` of a settings file; its other sections do not count.
+
+    Raises:
+        UserError: an unreadable file, one without that section, an unknown setting, or a value that is not allowed.
+    """
+    tree = read_yaml(path)
+    if "decoder" not in tree:
+        raise UserError(f"{path} has no section 'decoder': write it as 'decoder: {{kind: beam, ...}}'")
+    return from_dict(DecoderFile, {"decoder": tree["decoder"]}, str(path)).decoder
 
 
 def require_shards(config: Config) -> None:

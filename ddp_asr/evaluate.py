@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ddp_asr.config import Config
     from ddp_asr.data.index import Index
     from ddp_asr.ranks.world import World
-    from ddp_asr.recognition.evaluation import Summary
+    from ddp_asr.recognition.evaluation import Beside, Summary
     from ddp_asr.recognition.recogniser import Trained
     from ddp_asr.text.score import Counts
 
@@ -34,6 +34,7 @@ EXAMPLES = """
 examples:
   python -m ddp_asr.evaluate runs/librispeech_100 shards/test-clean
   python -m ddp_asr.evaluate runs/an4/best.pt shards/an4-dev --out hyps.jsonl --json
+  python -m ddp_asr.evaluate runs/an4 shards/an4-dev --decoder runs/an4/decoder.yaml
   ddp-asr evaluate --processes 8 runs/librispeech_960 shards/test-clean shards/test-other
 """
 
@@ -47,6 +48,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("checkpoint", help="a checkpoint, or a run directory: its best.pt, else its newest")
     parser.add_argument("shards", nargs="+", help="shard directories, scored as one corpus")
+    parser.add_argument(
+        "--decoder",
+        type=Path,
+        help="YAML file with a section 'decoder' to use in place of the run's",
+    )
     parser.add_argument("--out", type=Path, help="write key, texts and error counts of every utterance (JSON lines)")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     parser.add_argument(
@@ -96,25 +102,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate(arguments: argparse.Namespace, world: World) -> None:
     """Scores the corpus over all ranks; every rank raises the UserError of any."""
+    from ddp_asr.config import Greedy, load_decoder
     from ddp_asr.data.index import read_index
     from ddp_asr.data.loader import eval_loader
+    from ddp_asr.decoding import make_decoder
     from ddp_asr.recognition.evaluation import gather, recognise
     from ddp_asr.recognition.recogniser import build_recogniser
 
     world.set_phase(0, "reading the checkpoint")
     # Rank 0 alone reads, because a training run may put a better best.pt in place between two ranks' looks.
     trained = world.run_on_rank_zero(lambda: _prepare(arguments))
-    recogniser = world.run_on_all(lambda: build_recogniser(trained, world.device, arguments.precision))
+    settings = world.run_on_all(lambda: load_decoder(arguments.decoder) if arguments.decoder else None)
+    recogniser = world.run_on_all(lambda: build_recogniser(trained, world.device, arguments.precision, settings))
     index = world.run_on_all(lambda: read_index(arguments.shards))
     config = _with_overrides(recogniser.config, arguments)
     batches = eval_loader(index, recogniser.tokeniser, config, rank=world.rank, world_size=world.world_size)
     world.set_phase(trained.step, "scoring")
     started = time.monotonic()
-    results = recognise(recogniser, index, batches)
+    greedy = None
+    if config.decoder.kind != "greedy":
+        greedy = make_decoder(Greedy(), recogniser.tokeniser, config.frame_s)
+    results = recognise(recogniser, index, batches, greedy=greedy)
     assert results is not None, "nothing asked it to stop"
-    summary = gather(world, results)
+    summary = gather(world, results, beside_greedy=greedy is not None)
     wall_s = time.monotonic() - started  # of all ranks, since rank 0 has just waited for the last
-    world.run_on_rank_zero(lambda: _report(arguments, trained, summary, index, wall_s, config.data.max_bad_samples))
+    world.run_on_rank_zero(lambda: _report(arguments, trained, summary, index, wall_s, config))
 
 
 def _prepare(arguments: argparse.Namespace) -> Trained:
@@ -147,13 +159,14 @@ def _report(
     summary: Summary | None,
     index: Index,
     wall_s: float,
-    max_bad_samples: int,
+    config: Config,
 ) -> None:
     """Rank 0's files and prints."""
     assert summary is not None
     if summary.bad:
         named = ", ".join(f"{key} ({reason})" for key, reason in summary.bad[:10])
         _warn(f"{len(summary.bad)} utterances no longer decode and are not scored: {named}")
+    max_bad_samples = config.data.max_bad_samples
     if summary.is_unusable(max_bad_samples):
         raise UserError(
             f"only {len(summary.utterances)} of {len(index)} utterances could be scored (data.max_bad_samples = "
@@ -161,7 +174,7 @@ def _report(
         )
     if arguments.out is not None:
         _write_utterances(arguments.out, summary)
-    facts = _facts(trained, summary, index, wall_s)
+    facts = {**_facts(trained, summary, index, wall_s), "decoder": asdict(config.decoder)}
     print(json.dumps(facts) if arguments.json else _table(facts, summary, arguments.worst))
 
 
@@ -180,11 +193,20 @@ def _facts(trained: Trained, summary: Summary, index: Index, wall_s: float) -> d
         "cer": finite(summary.cer),
         "cer_interval": [summary.cer_interval.low, summary.cer_interval.high],
         **asdict(summary.counts),
+        **({} if summary.greedy is None else _beside_greedy(summary.greedy)),
         "loss": finite(summary.loss),
         "without_loss": summary.without_loss,
         "bad_samples": len(summary.bad),
         "real_time_factor": wall_s / audio_s,
         "wall_s": wall_s,
+    }
+
+
+def _beside_greedy(greedy: Beside) -> dict[str, Any]:
+    return {
+        "greedy_wer": finite(greedy.counts.wer),
+        "greedy_cer": finite(greedy.counts.cer),
+        "wer_difference_interval": [greedy.difference.low, greedy.difference.high],
     }
 
 
@@ -203,6 +225,13 @@ def _table(facts: dict[str, Any], summary: Summary, worst_shown: int) -> str:
         lines.append(
             f"{name}  {100 * value:6.2f} %   95 % interval {100 * interval.low:.2f} to {100 * interval.high:.2f} %   "
             f"{total} {unit}: {errors[0]} substituted, {errors[1]} deleted, {errors[2]} inserted"
+        )
+    if summary.greedy is not None:
+        greedy, difference = summary.greedy.counts, summary.greedy.difference
+        lines.append(
+            f"greedy decoding of the same logits: WER {100 * greedy.wer:.2f} %, CER {100 * greedy.cer:.2f} %; "
+            f"{facts['decoder']['kind']} minus greedy: WER {100 * (summary.wer - greedy.wer):+.2f} %, "
+            f"95 % interval {100 * difference.low:+.2f} to {100 * difference.high:+.2f} %"
         )
     without = f" ({summary.without_loss} utterances have none)" if summary.without_loss else ""
     lines.append(f"loss {summary.loss:7.4f}{without}")
@@ -231,7 +260,12 @@ def _write_utterances(path: Path, summary: Summary) -> None:
     lines = []
     for utterance, counts in zip(summary.utterances, summary.each, strict=True):
         texts = {"key": utterance.key, "reference": utterance.reference, "hypothesis": utterance.hypothesis}
-        lines.append({**texts, **asdict(Counts.from_array(counts))})
+        if summary.greedy is not None:
+            texts |= {"greedy": utterance.greedy}
+        scored: dict[str, Any] = {"score": finite(utterance.score)}
+        if utterance.others:
+            scored["n_best"] = [[utterance.hypothesis, utterance.score], *map(list, utterance.others)]
+        lines.append({**texts, **scored, **asdict(Counts.from_array(counts))})
     try:
         replace_file(path, json_lines(lines))
     except OSError as error:

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from ddp_asr import SAMPLE_RATE_HZ
 from ddp_asr.errors import UserError, run_entry_point
@@ -17,6 +18,7 @@ examples:
   python -m ddp_asr.transcribe runs/an4 hello.wav                  text, a line a file
   python -m ddp_asr.transcribe runs/an4/best.pt *.flac             several: PATH<tab>text
   python -m ddp_asr.transcribe runs/an4 --json talk.mp3 > talk.jsonl   with the time of every word
+  python -m ddp_asr.transcribe runs/an4 --decoder runs/an4/decoder.yaml hello.wav
   ffmpeg -i film.mkv -f wav - | python -m ddp_asr.transcribe runs/an4 -
 """
 
@@ -30,7 +32,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("checkpoint", help="a checkpoint, or a run directory: its best.pt, else its newest")
     parser.add_argument("audio", nargs="+", help="files that libsndfile reads (WAV, FLAC, OGG, MP3, ...); '-': stdin")
-    parser.add_argument("--json", action="store_true", help="an object a file, with the time of every word")
+    parser.add_argument("--json", action="store_true", help="an object a file, with time and confidence of every word")
+    parser.add_argument("--decoder", type=Path, help="YAML file with a section 'decoder' to use in place of the run's")
     parser.add_argument(
         "--piece-seconds",
         type=float,
@@ -48,10 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0 when every file was transcribed; one that cannot be read is named and the others still come."""
     arguments = parse_arguments(argv)
     before_torch(os.environ)
+    from ddp_asr.config import load_decoder
     from ddp_asr.recognition.recogniser import load_recogniser
     from ddp_asr.recognition.transcription import transcribe
 
-    recogniser = load_recogniser(arguments.checkpoint)
+    decoder = load_decoder(arguments.decoder) if arguments.decoder else None
+    recogniser = load_recogniser(arguments.checkpoint, decoder=decoder)
     longest_samples = int(arguments.piece_seconds * SAMPLE_RATE_HZ)
     failed = 0
     for source in arguments.audio:

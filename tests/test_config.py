@@ -8,17 +8,32 @@ import sys
 
 import pytest
 
-from ddp_asr.config import Config, config_from_dict, load_config
+from ddp_asr.config import Beam, Config, config_from_dict, load_config, load_decoder
 from ddp_asr.errors import UserError
 from ddp_asr.settings import declared, describe, differences, flatten, help_text, suggest
 from tests.conftest import REPOSITORY
 
-SETTINGS = {each.name: each for each in declared(Config)}
+
+def choices():
+    """No kind, and for each section with several each of them: {name of the setting: kind}."""
+    yield {}
+    for each in declared(Config):
+        if each.name.endswith(".kind"):
+            yield from ({each.name: kind} for kind in each.choices)
+
+
+# The settings of every kind, and the kind for which each of them is declared.
+KIND_OF, SETTINGS = {}, {}
+for flat in choices():
+    for each in declared(Config, flat):
+        KIND_OF.setdefault(each.name, flat)
+        SETTINGS.setdefault(each.name, each)
 NAMES = list(SETTINGS)
 
 
 def from_command_line(name, text):
-    return flatten(load_config(None, [f"--{name}={text}"]))[name]
+    given = {**KIND_OF[name], name: text}
+    return flatten(load_config(None, [f"--{key}={value}" for key, value in given.items()]))[name]
 
 
 # Worked out by hand: (settings, values that pass, values that do not).
@@ -68,9 +83,14 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [
     ("objective.intermediate_layers", ["1", "2,4", ""], ["0", "2,2", "-1"]),
     ("encoder.kind", ["rescnn_bigru"], ["", "none_such"]),
     ("vocabulary.kind", ["characters"], ["", "none_such"]),
-    ("decoder.kind", ["greedy"], ["", "none_such"]),
+    ("decoder.kind", ["greedy", "beam"], ["", "none_such"]),
+    ("decoder.size", ["1", "64"], ["0", "-1"]),
+    ("decoder.n_best", ["1", "16"], ["0", "17"]),  # no more than decoder.size
+    ("decoder.symbols_per_frame", ["0", "20"], ["-1"]),
+    ("decoder.lm_weight", ["0", "1.5"], ["-0.1", "nan", "inf"]),
+    ("decoder.symbol_bonus decoder.word_bonus", ["-1", "0", "2.5"], ["nan", "inf"]),
     # any text
-    ("run.name run.dir data.cache_dir data.test vocabulary.drop train.init_from", ["x"], []),
+    ("run.name run.dir data.cache_dir data.test vocabulary.drop train.init_from decoder.lm", ["x"], []),
     ("tracking.project tracking.workspace tracking.tags", ["x"], []),
 ]
 BOUNDS = [(name, good, bad) for names, good, bad in LIMITS for name in names.split()]
@@ -98,6 +118,11 @@ def test_settings_at_odds_with_each_other_name_both():
         ("--objective.intermediate_weight=0.3", "--objective.intermediate_layers="): r"layers 1 to 5 .*\[\]",
         ("--augment.noise.snr_db_min=50",): "noise.snr_db_min = 50 is above augment.noise.snr_db_max = 40: lower",
         ("--vocabulary.symbols=abca",): "hold each symbol once, and 'a' is repeated in 'abca'",
+        (
+            "--decoder.kind=beam",
+            "--decoder.size=4",
+            "--decoder.n_best=5",
+        ): "n_best = 5 is above decoder.size = 4: lower",
         ("--features.n_fft=256",): "n_fft = 256 is shorter than features.window_ms = 25, 400 samples",
     }
     for overrides, said in cases.items():
@@ -179,6 +204,24 @@ def test_every_config_in_the_repository_is_sound_and_repeats_as_it_is_saved(path
     assert config_from_dict(dataclasses.asdict(config), "a checkpoint") == config
 
 
+def test_a_decoder_comes_from_its_section_of_any_settings_file(tmp_path):
+    path = tmp_path / "decoder.yaml"
+    path.write_text("decoder: {kind: beam, size: 8, lm_weight: 1e0}\ntrain: {epochs: 3}\n")
+    assert load_decoder(path) == Beam(size=8, lm_weight=1.0)
+    for text, said in {
+        "train: {epochs: 3}": "decoder.yaml has no section 'decoder': write it as",
+        "decoder: {size: 8}": r"unknown setting 'decoder.size' in .*decoder.yaml, where decoder.kind is 'greedy'",
+        "decoder: beam": r"decoder in .*decoder.yaml is a section, not 'beam'",
+        "decoder: {kind: beam, size: 0}": "decoder.size must be at least 1, not 0",
+        "decoder: {kind: none_such}": "decoder.kind must be one of greedy, beam, not 'none_such'",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(UserError, match=said):
+            load_decoder(path)
+    with pytest.raises(UserError, match=r"cannot read the settings .*none.yaml"):
+        load_decoder(tmp_path / "none.yaml")
+
+
 FREE = {"run", "data", "decoder", "tracking", "distributed"}  # sections that may change between attempts of one run
 FREE_IN_TRAIN = {"eval_every_steps", "save_every_steps", "save_every_min", "keep_last", "stop_at_step"}
 FREE_IN_TRAIN |= {"max_nonfinite_steps", "init_from", "fuse_micro_batches"}
@@ -197,7 +240,7 @@ def changed(settings, path, key):
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith(".kind")])
 def test_what_shapes_the_result_differs_and_nothing_else_does(name):
     *path, key = name.split(".")
-    ours = Config()
+    ours = config_from_dict(KIND_OF[name], "the test")
     theirs = changed(ours, path, key)
     free = path[0] in FREE or (path[0] == "train" and key in FREE_IN_TRAIN)
     assert differences(ours, theirs) == ([] if free else [(name, flatten(ours)[name], flatten(theirs)[name])])

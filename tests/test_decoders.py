@@ -46,6 +46,7 @@ def test_words_are_the_text_and_lie_in_their_order_within_the_row(kind, paths):
         edges = [edge for word in hypothesis.words for edge in (word.start_s, word.end_s)]
         assert edges == sorted(edges)
         assert all(0 <= word.start_s < word.end_s <= FRAME_S * len(path) for word in hypothesis.words)
+        assert all(0 < word.confidence <= 1 for word in hypothesis.words)
         assert hypothesis.score <= 0
 
 
@@ -55,8 +56,11 @@ def test_a_row_alone_and_in_a_batch_is_the_same(kind, paths):
     together = decoder_of(kind)(logits, frames)
     for row, length in enumerate(frames.tolist()):
         (alone,) = decoder_of(kind)(logits[row : row + 1, :length], frames[row : row + 1])
-        assert (alone.text, alone.words) == (together[row].text, together[row].words)
+        times = [[(word.text, word.start_s, word.end_s) for word in each.words] for each in (alone, together[row])]
+        assert alone.text == together[row].text and times[0] == times[1]
         assert alone.score == pytest.approx(together[row].score, rel=1e-6)
+        confidences = [[word.confidence for word in each.words] for each in (alone, together[row])]
+        assert confidences[0] == pytest.approx(confidences[1], rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", DECODERS)

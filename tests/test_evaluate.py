@@ -138,6 +138,40 @@ def test_for_people(best, shards, alone, capsys):
     assert shown.count("    reference   ") == 2
 
 
+def test_another_decoder_is_compared_with_greedy(best, shards, alone, tmp_path, capsys):
+    (tmp_path / "decoder.yaml").write_text("decoder: {kind: beam, size: 4, symbol_bonus: 2, n_best: 2}")
+    decoder = ["--decoder", tmp_path / "decoder.yaml"]
+    greedy = result(capsys, best, shards)
+    facts = result(capsys, best, shards, *decoder, "--out", tmp_path / "hyps.jsonl")
+    assert "greedy_wer" not in greedy and greedy["decoder"] == {"kind": "greedy"}
+    assert facts["decoder"]["symbol_bonus"] == 2.0
+    assert (facts["greedy_wer"], facts["greedy_cer"]) == (greedy["wer"], greedy["cer"])
+    assert facts["cer"] != greedy["cer"]
+    low, high = facts["wer_difference_interval"]
+    assert low <= facts["wer"] - greedy["wer"] <= high
+    lines = [json.loads(line) for line in (tmp_path / "hyps.jsonl").read_text().splitlines()]
+    assert [line["greedy"] for line in lines] == [utterance.hypothesis for utterance in alone.values()]
+    for line in lines:
+        assert line["n_best"][0] == [line["hypothesis"], line["score"]] and line["n_best"][1][1] <= line["score"]
+    other = result(capsys, best, shards, *decoder, "--max-seconds", "1000")
+    assert {name: other[name] for name in ("wer", "cer", "greedy_wer")} == {
+        name: facts[name] for name in ("wer", "cer", "greedy_wer")
+    }
+    assert evaluate.main([str(best), str(shards), "--decoder", str(tmp_path / "decoder.yaml")]) == 0
+    assert f"greedy decoding of the same logits: WER {100 * greedy['wer']:.2f} %" in capsys.readouterr().out
+
+
+def test_a_decoder_that_cannot_be_used_is_named(best, shards, tmp_path):
+    for text, said in {
+        "decoder: {kind: beam, size: none}": "decoder.size must be a whole number, not 'none'",
+        "decoder: {kind: beam, lm: none.arpa}": r"none\.arpa",
+        "epochs: 3": r"decoder\.yaml has no section 'decoder'",
+    }.items():
+        (tmp_path / "decoder.yaml").write_text(text)
+        with pytest.raises(UserError, match=said):
+            evaluate.main([str(best), str(shards), "--decoder", str(tmp_path / "decoder.yaml")])
+
+
 def torchrun(processes: int, *arguments, program: Sequence[str] = ("-m", "ddp_asr.evaluate")):
     command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *program]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -21,6 +21,8 @@ from ddp_asr.config import load_config
 from ddp_asr.data.corpus import read_corpus
 from ddp_asr.data.index import read_index
 from ddp_asr.data.loader import eval_loader, on_device, train_loader
+from ddp_asr.decoding import beam
+from ddp_asr.decoding.ngram import Table
 from ddp_asr.encoders import ENCODERS, rescnn_bigru
 from ddp_asr.features import masks
 from ddp_asr.ranks.signals import StopRequest
@@ -140,6 +142,19 @@ def test_every_wait_that_is_listed_is_there(tiny_corpus):
     waits = train(tiny_corpus, "--train.precision=fp16", micro_batches=2, save_and_evaluate=True)
     check(waits, ALLOWED | ALLOWED_BESIDE_STEPS)
     assert {(wait.file, wait.code, wait.why) for wait in waits} == ALLOWED.keys() | ALLOWED_BESIDE_STEPS.keys()
+
+
+@pytest.mark.parametrize("symbols_per_frame", [0, 3])
+def test_a_beam_search_stays_on_the_device(symbols_per_frame):
+    table = Table(torch.zeros(4, 9), torch.zeros(4, 9, dtype=torch.int64), torch.zeros(4), start=1)
+    with FakeCuda() as gpu:
+        text_model = beam.make_text_model("abcdefgh ", table, 0.5, 0.1, 0.2).to(DEVICE, torch.float32)
+        gpu.waits.clear()  # the language model was sent there
+        logits, frames = torch.zeros(3, 7, 10, dtype=torch.bfloat16, device=DEVICE), torch.tensor([7, 0, 4])
+        found, scores = beam.search(beam.log_probabilities(logits, frames), text_model, 8, symbols_per_frame)
+    assert (found.shape, scores.shape) == ((3, 8, 7), (3, 8))
+    assert (found.device, scores.device, scores.dtype) == (DEVICE, DEVICE, torch.float32)
+    check(gpu.waits, {})
 
 
 # ---- that it catches -----------------------------------------------------------------------------------------------

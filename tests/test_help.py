@@ -10,7 +10,10 @@ from tests.conftest import REPOSITORY
 
 ENTRY_POINTS = [
     "ddp_asr",
-    *(f"ddp_asr.{name}" for name in ("shard", "train", "evaluate", "transcribe", "lm", "tracking", "bandwidth")),
+    *(
+        f"ddp_asr.{name}"
+        for name in ("shard", "train", "evaluate", "transcribe", "lm", "tune", "tracking", "bandwidth")
+    ),
     *(f"launch.{name}" for name in ("submit", "doctor", "sweep", "status", "job", "node")),
     *(f"benchmarks.{name}" for name in ("plan", "loader", "step", "scaling", "gpu")),
 ]

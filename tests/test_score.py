@@ -89,6 +89,31 @@ def test_intervals_are_those_of_a_plain_bootstrap() -> None:
     assert score.intervals(each, resamples=2000) == (wer, cer)  # a fixed seed
 
 
+def test_the_interval_of_a_difference_is_that_of_a_plain_paired_bootstrap() -> None:
+    random = np.random.default_rng(1)
+    references = ["a b c d e f g h"] * 60
+    worse = [" ".join(w if random.random() > 0.3 else "x" for w in r.split()) for r in references]
+    better = [
+        " ".join(r if random.random() > 0.8 else w for w, r in zip(t.split(), "abcdefgh", strict=True)) for t in worse
+    ]
+    first, second = score.count_each(references, better), score.count_each(references, worse)
+    interval = score.paired_interval(first, second, resamples=2000)
+
+    draws = np.random.default_rng(2)
+    plain = []
+    for _ in range(2000):
+        drawn = draws.integers(0, 60, size=60)
+        plain.append((first[drawn, 0:3].sum() - second[drawn, 0:3].sum()) / first[drawn, 3].sum())
+    assert interval.low == pytest.approx(np.percentile(plain, 2.5), abs=0.01)
+    assert interval.high == pytest.approx(np.percentile(plain, 97.5), abs=0.01)
+    assert interval.low < interval.high < 0
+    swapped = score.paired_interval(second, first, resamples=2000)
+    assert (swapped.low, swapped.high) == pytest.approx((-interval.high, -interval.low))
+    wer, other = score.intervals(first)[0], score.intervals(second)[0]
+    assert interval.high - interval.low < (wer.high - wer.low) + (other.high - other.low)
+    assert score.paired_interval(first, first) == score.Interval(0.0, 0.0)
+
+
 def test_intervals_in_blocks_and_of_nothing() -> None:
     each = np.zeros((5_000_000 // 2, 8), dtype=np.int64)  # one resample a block
     each[:, 3] = each[:, 0] = 1

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddp_asr import transcribe
+from ddp_asr.config import Beam
 from ddp_asr.errors import UserError
 from ddp_asr.recognition import transcription
 from ddp_asr.recognition.recogniser import load_recogniser
@@ -64,6 +65,19 @@ def test_json_has_the_words_with_their_times(checkpoint, recogniser, tmp_path, c
     times = [time for word in said["words"] for time in (word["start_s"], word["end_s"])]
     assert times == sorted(times)
     assert min(times) >= 0 and max(times) <= 3.0
+
+
+def test_another_decoder_than_the_runs(checkpoint, tmp_path, capsys):
+    soundfile.write(tmp_path / "a.wav", noises(3.0), 16_000)
+    (tmp_path / "decoder.yaml").write_text("decoder: {kind: beam, size: 4, symbol_bonus: 5}")
+    decoder = ["--decoder", str(tmp_path / "decoder.yaml")]
+    assert transcribe.main([str(checkpoint), "--json", *decoder, str(tmp_path / "a.wav")]) == 0
+    said = json.loads(capsys.readouterr().out)
+    beam = load_recogniser(checkpoint, decoder=Beam(size=4, symbol_bonus=5.0))
+    assert said["text"] == expected(beam, noises(3.0)) != expected(load_recogniser(checkpoint), noises(3.0))
+    assert all(0 < word["confidence"] <= 1 for word in said["words"])
+    with pytest.raises(UserError, match=r"cannot read the settings .*none\.yaml"):
+        transcribe.main([str(checkpoint), "--decoder", str(tmp_path / "none.yaml"), "a.wav"])
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ A new kind is a module with a class that keeps to protocol.py, its settings in c
 
 from typing import Any
 
+from ddp_asr.decoding.beam import Beam
 from ddp_asr.decoding.greedy import Greedy
 from ddp_asr.decoding.protocol import Decoder, Hypothesis, Word
 from ddp_asr.text import Tokeniser
@@ -16,6 +17,7 @@ __all__ = ["DECODERS", "Decoder", "Hypothesis", "Word", "make_decoder"]
 # kind in the settings -> class, made from (its settings, tokeniser, seconds a frame)
 DECODERS: dict[str, Any] = {
     "greedy": Greedy,
+    "beam": Beam,
 }
 
 

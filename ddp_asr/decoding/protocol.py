@@ -7,7 +7,7 @@ tests/test_decoders.py checks for each registered kind: the words joined by sing
 lie within the row's own frames, padding and neighbours change nothing.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -20,17 +20,21 @@ class Word:
     text: str
     start_s: float
     end_s: float
+    confidence: float
+    """The geometric mean over its symbols of their posteriors in the logits (see path.py); it is not calibrated."""
 
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """What a decoder takes a row for."""
+    """What a decoder recognises in a row."""
 
     text: str
     """Words parted by single spaces, none at the ends."""
     words: list[Word]
     score: float
-    """Natural logarithm of the probability that the decoder gives it; 0 is certain."""
+    """What the decoder ranks hypotheses of one row by, a natural logarithm: see the kind of decoder."""
+    others: list[tuple[str, float]] = field(default_factory=list)
+    """(text, score) of the next best texts of the row, the best first, if the decoder has any."""
 
 
 class Decoder(Protocol):

@@ -20,10 +20,11 @@ import numpy as np
 
 from ddp_asr.data.index import Index
 from ddp_asr.data.loader import MicroBatch
+from ddp_asr.decoding import Decoder
 from ddp_asr.objective import ctc_loss
 from ddp_asr.ranks.world import World
 from ddp_asr.recognition.recogniser import Recogniser
-from ddp_asr.text.score import Counts, Interval, count_each, intervals
+from ddp_asr.text.score import Counts, Interval, count_each, intervals, paired_interval
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,12 @@ class Recognised:
     hypothesis: str
     loss: float
     """CTC loss / target length; infinite where the alphabet cannot spell the reference, or not in so few frames."""
+    greedy: str = ""
+    """The hypothesis of greedy decoding, if it was asked for."""
+    score: float = 0.0
+    """Of the hypothesis (see its decoder)."""
+    others: list[tuple[str, float]] = field(default_factory=list)
+    """(text, score) of the next best hypotheses, if the decoder has any."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,15 @@ class Results:
     utterances: list[Recognised] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
     """(key, reason) of utterances that no longer decode; they are in no number."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The result of greedy decoding on the same logits."""
+
+    counts: Counts
+    difference: Interval
+    """Of WER minus greedy WER; both are resampled with the same utterances."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +78,7 @@ class Summary:
     loss: float
     """The mean over the utterances that have one."""
     without_loss: int
+    greedy: Beside | None = None
 
     @property
     def wer(self) -> float:
@@ -81,12 +98,14 @@ def recognise(
     index: Index,
     batches: Iterable[MicroBatch | None],
     should_stop: Callable[[], bool] = lambda: False,
+    greedy: Decoder | None = None,
 ) -> Results | None:
     """What is recognised in this rank's micro-batches; None where `should_stop` said yes.
 
     Args:
         batches: the rank's `eval_loader`, equally many on every rank; None in a round without one.
         should_stop: asked after each round, on all ranks at the same one.
+        greedy: a second decoder, whose texts `Recognised.greedy` gets.
     """
     results = Results()
     was_training = recogniser.model.training
@@ -94,7 +113,7 @@ def recognise(
     try:
         for batch in batches:
             if batch is not None:
-                results.utterances.extend(recognise_batch(recogniser, index, batch))
+                results.utterances.extend(recognise_batch(recogniser, index, batch, greedy))
                 results.bad.extend(batch.bad)
             if should_stop():
                 return None
@@ -103,38 +122,47 @@ def recognise(
     return results
 
 
-def recognise_batch(recogniser: Recogniser, index: Index, batch: MicroBatch) -> list[Recognised]:
+def recognise_batch(
+    recogniser: Recogniser, index: Index, batch: MicroBatch, greedy: Decoder | None = None
+) -> list[Recognised]:
     """What is recognised in each utterance of a micro-batch; none for the silent stand-in of an empty one."""
     tokeniser = recogniser.tokeniser
     logits, frames = recogniser.logits(batch.waveforms, batch.samples)
     hypotheses = recogniser.decoder(logits, frames)
+    greedy_texts = [each.text for each in greedy(logits, frames)] if greedy else [""] * len(hypotheses)
     losses = ctc_loss(logits, frames, batch.targets.to(logits.device), batch.target_lengths).tolist()
     found = []
-    for row, key, hypothesis, loss, weight in zip(
-        batch.rows.tolist(), batch.keys, hypotheses, losses, batch.weight.tolist(), strict=True
+    for row, key, hypothesis, greedy_text, loss, weight in zip(
+        batch.rows.tolist(), batch.keys, hypotheses, greedy_texts, losses, batch.weight.tolist(), strict=True
     ):
         if weight:
             reference = tokeniser.normalise(index.text(row))
             spelt = bool(reference) and not tokeniser.count([reference]).foreign[0]
-            found.append(Recognised(row, key, reference, hypothesis.text, loss if spelt else math.inf))
+            loss = loss if spelt else math.inf
+            scored = hypothesis.score, hypothesis.others
+            found.append(Recognised(row, key, reference, hypothesis.text, loss, greedy_text, *scored))
     return found
 
 
-def gather(world: World, results: Results) -> Summary | None:
+def gather(world: World, results: Results, beside_greedy: bool = False) -> Summary | None:
     """The summary over all ranks, on rank 0; None on the others."""
     everyones = world.gather_objects((results.utterances, results.bad))
     if everyones is None:
         return None
     utterances = [utterance for theirs, _ in everyones for utterance in theirs]
-    return summarise(Results(utterances, [bad for _, theirs in everyones for bad in theirs]))
+    return summarise(Results(utterances, [bad for _, theirs in everyones for bad in theirs]), beside_greedy)
 
 
-def summarise(results: Results) -> Summary:
+def summarise(results: Results, beside_greedy: bool = False) -> Summary:
     """The numbers of a corpus, whichever rank recognised what, and in whichever order."""
     in_order = sorted(results.utterances, key=lambda utterance: utterance.row)
     each = count_each([u.reference for u in in_order], [u.hypothesis for u in in_order])
     losses = [u.loss for u in in_order if u.loss != math.inf]
     wer_interval, cer_interval = intervals(each)
+    greedy = None
+    if beside_greedy:
+        greedy_each = count_each([u.reference for u in in_order], [u.greedy for u in in_order])
+        greedy = Beside(Counts.from_array(greedy_each.sum(axis=0)), paired_interval(each, greedy_each))
     return Summary(
         utterances=in_order,
         bad=sorted(results.bad),
@@ -144,4 +172,5 @@ def summarise(results: Results) -> Summary:
         cer_interval=cer_interval,
         loss=math.fsum(losses) / len(losses) if losses else math.nan,
         without_loss=len(in_order) - len(losses),
+        greedy=greedy,
     )

@@ -9,14 +9,14 @@ moving average where the training kept one, as when it was evaluated along the w
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ddp_asr.config import Config, config_from_dict
+from ddp_asr.config import Beam, Config, Greedy, config_from_dict
 from ddp_asr.decoding import Decoder, make_decoder
 from ddp_asr.errors import UserError
 from ddp_asr.features.log_mel import LogMel
@@ -103,9 +103,13 @@ def _trained(path: Path, state: dict[str, Any]) -> Trained:
         ) from None
 
 
-def build_recogniser(trained: Trained, device: torch.device, precision: str = "fp32") -> Recogniser:
-    """The recogniser of a checkpoint."""
+def build_recogniser(
+    trained: Trained, device: torch.device, precision: str = "fp32", decoder: Greedy | Beam | None = None
+) -> Recogniser:
+    """The recogniser of a checkpoint; settings of a `decoder` replace those of the checkpoint."""
     config = config_from_dict(trained.config, f"the checkpoint {trained.path}")
+    if decoder is not None:
+        config = replace(config, decoder=decoder)
     tokeniser = tokeniser_from_state(trained.tokeniser)
     model = make_model(config, tokeniser.size)
     try:
@@ -130,7 +134,9 @@ def make_recogniser(
     return Recogniser(config, tokeniser, log_mel, model, decoder, device, precision)
 
 
-def load_recogniser(checkpoint: str | Path, precision: str = "fp32") -> Recogniser:
-    """The recogniser of a checkpoint or run directory, on the GPU where there is one."""
+def load_recogniser(
+    checkpoint: str | Path, precision: str = "fp32", decoder: Greedy | Beam | None = None
+) -> Recogniser:
+    """The recogniser of a checkpoint or run directory, on the GPU if there is one; see `build_recogniser`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return build_recogniser(read_trained(checkpoint), device, precision)
+    return build_recogniser(read_trained(checkpoint), device, precision, decoder)

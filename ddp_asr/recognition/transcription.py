@@ -12,7 +12,7 @@ whole, because libsndfile seeks.
 import io
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,15 @@ class Transcript:
         return " ".join(word.text for word in self.words)
 
     def as_dict(self) -> dict[str, Any]:
-        words = [{"word": w.text, "start_s": round(w.start_s, 3), "end_s": round(w.end_s, 3)} for w in self.words]
+        words = [
+            {
+                "word": word.text,
+                "start_s": round(word.start_s, 3),
+                "end_s": round(word.end_s, 3),
+                "confidence": round(word.confidence, 4),
+            }
+            for word in self.words
+        ]
         return {"file": self.source, "seconds": round(self.seconds, 3), "text": self.text, "words": words}
 
 
@@ -81,7 +89,10 @@ def _words_of(recogniser: Recogniser, waveform: np.ndarray, pieces: list[slice])
     for piece, hypothesis in zip(pieces, recogniser.decoder(*recogniser.logits(waveforms, samples)), strict=True):
         start_s, stop_s = piece.start / SAMPLE_RATE_HZ, piece.stop / SAMPLE_RATE_HZ
         # The last frame of a piece may reach beyond its end, since strides round up.
-        words += [Word(w.text, start_s + w.start_s, min(start_s + w.end_s, stop_s)) for w in hypothesis.words]
+        words += [
+            replace(word, start_s=start_s + word.start_s, end_s=min(start_s + word.end_s, stop_s))
+            for word in hypothesis.words
+        ]
     return words
 
 

@@ -1,7 +1,8 @@
 """References against hypotheses: how many words and characters are wrong, and how certain those numbers are.
 
     references, hypotheses  --jiwer, an utterance each-->  counts (N, 8)  --sum-->  Counts: WER, CER
-                                                                          --resample-->  confidence intervals
+                                                                          --resample-->  confidence intervals, also of
+                                                                                         a difference of two WERs
                                                                           --sort-->  the worst utterances
 
 Rates are those of the corpus, all errors / all reference units, and not the mean of the utterances' rates: in a mean a
@@ -97,6 +98,18 @@ def intervals(each: np.ndarray, *, resamples: int = 1000) -> tuple[Interval, Int
         low, high = np.percentile(errors / np.maximum(units, 1), [2.5, 97.5])
         found.append(Interval(float(low), float(high)))
     return found[0], found[1]
+
+
+def paired_interval(each: np.ndarray, other: np.ndarray, *, resamples: int = 1000) -> Interval:
+    """Percentile bootstrap of the difference of two WERs over the same utterances, the first minus the second.
+
+    Both are resampled with the same utterances: what is hard is hard for both, so the interval is narrower than that of
+    two separate test sets. An interval without 0 shows a difference.
+    """
+    totals = np.stack([each[:, 0:3].sum(1) - other[:, 0:3].sum(1), each[:, 3]])  # (2, N)
+    sums = _resampled_sums(totals, resamples)
+    low, high = np.percentile(sums[:, 0] / np.maximum(sums[:, 1], 1), [2.5, 97.5])
+    return Interval(float(low), float(high))
 
 
 def _resampled_sums(totals: np.ndarray, resamples: int) -> np.ndarray:

@@ -1,0 +1,258 @@
+"""CTC prefix beam search with a language model, batched over utterances and hypotheses on the device of the logits.
+
+    logits (B, T', V)  --search-->  the W best texts of each row, as classes  --forced alignment-->  words with times
+
+The score of a text is log p(text | audio) + lm_weight * log p_lm(text) + bonuses for its symbols and words. p(text |
+audio) is the sum over all CTC paths that spell the text, so the search keeps, for each text of its beam, the
+probability of the paths so far that end in a blank and of those that end in a symbol (Graves 2012, "Sequence
+transduction with recurrent neural networks"; Hannun et al. 2014, "First-pass large vocabulary continuous speech
+recognition using bi-directional recurrent DNNs").
+
+There is one loop, over frames. A frame extends all texts of all rows by all symbols, and keeps the W best. An extended
+text may be in the beam already; two texts are equal if their 64-bit hashes are. A place of the beam without a text has
+the score -inf. It must neither give nor take paths, or a text would be counted twice, and a larger beam would do worse.
+
+Beyond its own frames, each row gets frames in which the blank is certain. They change no score, so neither padding nor
+the other rows change a result.
+
+The times of words come from the most probable path that spells the found text, and not from the frames in which the
+search first wrote a symbol: that may be long before the symbol is likely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchaudio.functional import forced_align
+
+from ddp_asr import config
+from ddp_asr.decoding.ngram import Table, read_arpa
+from ddp_asr.decoding.path import words_on
+from ddp_asr.decoding.protocol import Hypothesis
+from ddp_asr.text import Tokeniser
+
+INFINITY = float("inf")
+
+
+class Beam:
+    """The decoder; its score is log p(text | audio), of all paths that the search has kept, plus the text model's."""
+
+    def __init__(self, settings: config.Beam, tokeniser: Tokeniser, frame_s: float, table: Table | None = None) -> None:
+        """`table`: the language model, if it has been read already; else it is read from `settings.lm`."""
+        self.settings, self.tokeniser, self.frame_s = settings, tokeniser, frame_s
+        if table is None and settings.lm:
+            table = read_table(settings.lm, tokeniser)
+        text_model = make_text_model(
+            tokeniser.symbols, table, settings.lm_weight, settings.symbol_bonus, settings.word_bonus
+        )
+        self._text_models = {text_model.place: text_model}
+
+    def __call__(self, logits: Tensor, frames: Tensor) -> list[Hypothesis]:
+        log_p = log_probabilities(logits, frames)
+        place = (log_p.device, log_p.dtype)
+        if place not in self._text_models:
+            self._text_models[place] = next(iter(self._text_models.values())).to(*place)
+        text_model = self._text_models[place]
+        found, scores = search(log_p, text_model, self.settings.size, self.settings.symbols_per_frame)
+        # What is needed of the device, once for the whole batch.
+        texts, scores, log_p = found[:, : self.settings.n_best].cpu(), scores.cpu(), log_p.cpu()
+        return [
+            self._hypothesis(log_p[row, :length], texts[row].numpy(), scores[row].tolist())
+            for row, length in enumerate(frames.tolist())
+        ]
+
+    def _hypothesis(self, log_p: Tensor, found: np.ndarray, scores: list[float]) -> Hypothesis:
+        """Of one row: log-probabilities (T', V), classes and blanks (n_best, T' or more) and their scores."""
+        n_best: dict[str, float] = {}
+        for classes, score in zip(found, scores, strict=False):
+            if score > -INFINITY:  # two texts may differ in spaces only: the better one counts
+                n_best.setdefault(" ".join(self.tokeniser.decode(classes).split()), score)
+        classes = found[0][found[0] != self.tokeniser.blank]
+        if not n_best or not len(classes):
+            words = []
+        else:
+            path, path_log_p = forced_align(
+                log_p[None].float().contiguous(), torch.from_numpy(classes)[None], blank=self.tokeniser.blank
+            )
+            words = words_on(path[0].numpy(), path_log_p[0].numpy(), self.tokeniser, self.frame_s)
+        return Hypothesis(" ".join(word.text for word in words), words, scores[0], list(n_best.items())[1:])
+
+
+def read_table(lm: str, tokeniser: Tokeniser) -> Table:
+    """The language model in an ARPA file, over the tokeniser's symbols.
+
+    Raises:
+        UserError: the file cannot be read, is too large, or is a model of other symbols.
+    """
+    return read_arpa(Path(lm)).table(tokeniser.symbols)
+
+
+def log_probabilities(logits: Tensor, frames: Tensor) -> Tensor:
+    """Log-probabilities (B, longest of `frames`, V) in float32 or better; beyond its frames a row has blanks."""
+    logits = logits.detach()[:, : int(frames.max())]
+    log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    beyond = torch.arange(log_p.shape[1], device=log_p.device) >= frames.to(log_p.device, non_blocking=True)[:, None]
+    log_p = log_p.masked_fill(beyond[:, :, None], -INFINITY)
+    log_p[:, :, -1].masked_fill_(beyond, 0.0)
+    return log_p
+
+
+# ---- the search ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """What a text adds to its score apart from the audio. The column of the blank adds and changes nothing."""
+
+    gain: Tensor  # (states, V): what a symbol adds after a history
+    next_state: Tensor  # int64 (states, V)
+    end: Tensor  # (states,): what the end of the text adds
+    start: int  # the state before the first symbol
+    first: Tensor  # (V,): word bonus of a symbol that stands first or follows a space
+    inside: Tensor  # (V,): of one that follows another symbol
+    closes: Tensor  # bool (V,): whether the next symbol is `first`; the blank stands for the text without symbols
+
+    @property
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        return self.gain.device, self.gain.dtype
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> TextModel:
+        moved = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in moved.items():
+            if isinstance(value, Tensor):
+                moved[name] = value.to(device, dtype if value.is_floating_point() else None)
+        return TextModel(**moved)
+
+
+def make_text_model(
+    symbols: Sequence[str], table: Table | None, lm_weight: float, symbol_bonus: float, word_bonus: float
+) -> TextModel:
+    """The model of texts of these symbols, with the language model `table` (ngram.Table) or with none."""
+    if table is None or lm_weight == 0:  # 0 * -inf would be no number
+        gain, end = torch.zeros(1, len(symbols), dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        next_state, start = torch.zeros(1, len(symbols), dtype=torch.int64), 0
+    else:
+        gain, end = lm_weight * table.log_p, lm_weight * table.end
+        next_state, start = table.next_state, table.start
+    written = [not symbol.isspace() for symbol in symbols]
+    opens = [w and symbol[0].isspace() for w, symbol in zip(written, symbols, strict=True)]
+    return TextModel(
+        gain=torch.cat([gain + symbol_bonus, gain.new_zeros(len(end), 1)], 1),
+        next_state=torch.cat([next_state, torch.arange(len(end))[:, None]], 1),
+        end=end,
+        start=start,
+        first=word_bonus * torch.tensor([*written, False]).to(gain.dtype),
+        inside=word_bonus * torch.tensor([*opens, False]).to(gain.dtype),
+        closes=torch.tensor([*(symbol[-1:].isspace() for symbol in symbols), True]),
+    )
+
+
+def search(log_p: Tensor, model: TextModel, size: int, symbols_per_frame: int = 0) -> tuple[Tensor, Tensor]:
+    """The best texts of each row of log-probabilities (B, T', V): classes (B, W, T') and scores (B, W), best first.
+
+    A text's classes stand at the frames in which they were first written, and blanks at the others. The score is -inf
+    where the row has fewer than W = `size` texts.
+
+    Args:
+        symbols_per_frame: in each frame only so many symbols, the most probable ones, extend a text; 0: all.
+    """
+    rows, frames, classes = log_p.shape
+    blank = classes - 1
+    nothing = log_p.new_full((rows, size), -INFINITY)
+    in_blank = nothing.index_fill(1, torch.zeros(1, dtype=torch.int64, device=log_p.device), 0.0)
+    beam = Texts(
+        in_blank=in_blank,
+        in_symbol=nothing,
+        prior=torch.zeros_like(nothing),
+        state=torch.full_like(nothing, model.start, dtype=torch.int64),
+        last=torch.full_like(nothing, blank, dtype=torch.int64),
+        hashed=torch.zeros_like(nothing, dtype=torch.int64),
+        hashed_before=torch.zeros_like(nothing, dtype=torch.int64),
+    )
+    trace = []
+    for frame in range(frames):
+        beam, source, written = advance(beam, log_p[:, frame], model, symbols_per_frame)
+        trace.append((source, written))
+    score = torch.logaddexp(beam.in_blank, beam.in_symbol) + beam.prior + model.end[beam.state]
+    scores, place = score.sort(dim=1, descending=True, stable=True)
+    found = torch.full((rows, size, frames), blank, device=log_p.device)
+    for frame, (source, written) in reversed(list(enumerate(trace))):
+        found[:, :, frame] = written.gather(1, place)
+        place = source.gather(1, place)
+    return found, scores
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The beam: W texts of each row, each field (B, W). One whose score is -inf is no text."""
+
+    in_blank: Tensor  # log-probability of the paths that end in a blank
+    in_symbol: Tensor  # and of those that end in the text's last symbol
+    prior: Tensor  # what the text model has added
+    state: Tensor  # of the text model
+    last: Tensor  # the last symbol; the blank where there is none yet
+    hashed: Tensor  # int64: the text's hash
+    hashed_before: Tensor  # that of the text without its last symbol
+
+
+def advance(beam: Texts, log_p: Tensor, model: TextModel, symbols_per_frame: int) -> tuple[Texts, Tensor, Tensor]:
+    """The beam after a frame (B, V), and of each text in it: its predecessor's place, and the class written to that."""
+    blank = log_p.shape[1] - 1
+    total = torch.logaddexp(beam.in_blank, beam.in_symbol)
+    alive = total + beam.prior > -INFINITY
+    log_p_last = log_p.gather(1, beam.last)
+
+    # A text stays as it is: by a blank, by its last symbol again, or out of its parent, which lacks that symbol.
+    is_parent = beam.hashed_before[:, :, None] == beam.hashed[:, None, :]  # (B, W, W of the parent)
+    is_parent &= (alive & (beam.last != blank))[:, :, None] & alive[:, None, :]
+    parent = is_parent.int().argmax(2)
+    again = beam.last == beam.last.gather(1, parent)
+    from_parent = torch.where(again, beam.in_blank.gather(1, parent), total.gather(1, parent)) + log_p_last
+    from_parent = from_parent.masked_fill(~is_parent.any(2), -INFINITY)
+    stay_blank = total + log_p[:, blank:]
+    stay_symbol = torch.logaddexp(beam.in_symbol + log_p_last, from_parent)
+
+    # A text grows by a symbol: the same one again only out of a blank, and none whose result is in the beam already.
+    symbol_log_p, symbol = log_p[:, :blank], torch.arange(blank, device=log_p.device).expand(len(log_p), blank)
+    if 0 < symbols_per_frame < blank:
+        symbol_log_p, symbol = symbol_log_p.topk(symbols_per_frame, dim=1)  # (B, K)
+    repeated = symbol[:, None, :] == beam.last[:, :, None]  # (B, W, K)
+    in_beam = is_parent.mT.to(log_p.dtype) @ repeated.to(log_p.dtype) > 0
+    grown = torch.where(repeated, beam.in_blank[:, :, None], total[:, :, None]) + symbol_log_p[:, None, :]
+    grown = grown.masked_fill(in_beam, -INFINITY)
+    bonus = torch.where(
+        model.closes[beam.last][:, :, None], model.first[symbol][:, None], model.inside[symbol][:, None]
+    )
+    prior_grown = beam.prior[:, :, None] + model.gain[beam.state[:, :, None], symbol[:, None, :]] + bonus
+
+    # Of all candidates (B, W * (1 + K)) the W best.
+    in_symbol = torch.cat([stay_symbol[:, :, None], grown], 2).flatten(1)
+    in_any = torch.cat([torch.logaddexp(stay_blank, stay_symbol)[:, :, None], grown], 2).flatten(1)
+    prior = torch.cat([beam.prior[:, :, None], prior_grown], 2).flatten(1)
+    chosen = (in_any + prior).topk(beam.last.shape[1], dim=1).indices
+    choices = 1 + symbol.shape[1]
+    source, choice = chosen // choices, chosen % choices
+    stays = choice == 0
+    written = torch.where(stays, blank, symbol.gather(1, (choice - 1).clamp(min=0)))
+    hashed = beam.hashed.gather(1, source)
+    texts = Texts(
+        in_blank=stay_blank.gather(1, source).masked_fill(~stays, -INFINITY),
+        in_symbol=in_symbol.gather(1, chosen),
+        prior=prior.gather(1, chosen),
+        state=model.next_state[beam.state.gather(1, source), written],
+        last=torch.where(stays, beam.last.gather(1, source), written),
+        hashed=torch.where(stays, hashed, _hash(hashed, written)),
+        hashed_before=torch.where(stays, beam.hashed_before.gather(1, source), hashed),
+    )
+    return texts, source, written
+
+
+def _hash(hashed: Tensor, symbol: Tensor) -> Tensor:
+    """The hash of a text and one more symbol: a product that overflows, and its high bits mixed into its low ones."""
+    hashed = (hashed ^ (symbol + 1)) * -7046029254386353131  # an odd number; 2^64 / the golden ratio
+    return hashed ^ (hashed >> 29)

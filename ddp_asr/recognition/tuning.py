@@ -1,0 +1,70 @@
+"""The weights of a beam search, found on a development set: each point of a grid decodes the same logits.
+
+    shards --listen--> logits and references, kept in memory --try_each--> word errors of each point --best--> settings
+
+The network runs once, so a point costs a beam search only. An hour of audio needs 17 MB at 29 classes and 40 frames a
+second.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ddp_asr.config import Beam
+from ddp_asr.data.index import Index
+from ddp_asr.data.loader import MicroBatch
+from ddp_asr.decoding import beam
+from ddp_asr.decoding.ngram import Table
+from ddp_asr.recognition.recogniser import Recogniser
+from ddp_asr.text.score import Counts, count_each
+
+
+@dataclass(frozen=True)
+class Heard:
+    """The logits of a corpus, a batch an item, with its references."""
+
+    logits: list[Tensor] = field(default_factory=list)  # (B, T', V), on the CPU
+    frames: list[Tensor] = field(default_factory=list)  # (B,)
+    references: list[str] = field(default_factory=list)  # of all batches
+    bad: list[tuple[str, str]] = field(default_factory=list)  # (key, reason) of utterances that could not be read
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A point of the grid and its errors."""
+
+    settings: Beam
+    counts: Counts
+
+
+def listen(recogniser: Recogniser, index: Index, batches: Iterable[MicroBatch | None]) -> Heard:
+    """The logits of all batches."""
+    heard = Heard()
+    for batch in batches:
+        if batch is None:
+            continue
+        heard.bad.extend(batch.bad)
+        kept = batch.weight.nonzero()[:, 0]  # without the silent stand-in of an empty batch
+        if len(kept):
+            logits, frames = recogniser.logits(batch.waveforms, batch.samples)
+            heard.logits.append(logits.cpu()[kept])
+            heard.frames.append(frames[kept])
+            rows = batch.rows[kept].tolist()
+            heard.references.extend(recogniser.tokeniser.normalise(index.text(row)) for row in rows)
+    return heard
+
+
+def try_each(recogniser: Recogniser, heard: Heard, points: Iterable[Beam], table: Table) -> Iterator[Trial]:
+    """The errors of each point, in order; `table` is the language model that all of them name."""
+    for point in points:
+        decoder = beam.Beam(point, recogniser.tokeniser, recogniser.config.frame_s, table)
+        hypotheses: list[str] = []
+        for logits, frames in zip(heard.logits, heard.frames, strict=True):
+            hypotheses += [each.text for each in decoder(logits.to(recogniser.device), frames)]
+        yield Trial(point, Counts.from_array(count_each(heard.references, hypotheses).sum(axis=0)))
+
+
+def best(trials: Iterable[Trial]) -> Trial:
+    """The trial with the fewest word errors; among equal ones with the fewest character errors, then the first."""
+    return min(trials, key=lambda trial: (trial.counts.word_errors, trial.counts.char_errors))

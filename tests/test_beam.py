@@ -1,0 +1,247 @@
+"""Beam search against an enumeration of all CTC paths, with and without language model and bonuses.
+
+The promises of every decoder are in test_decoders.py.
+"""
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from ddp_asr import config
+from ddp_asr.decoding.beam import Beam, log_probabilities, make_text_model, search
+from ddp_asr.decoding.ngram import Table
+from ddp_asr.errors import UserError
+from ddp_asr.text.characters import Characters
+
+SYMBOLS = ["a", " ", "b"]
+TOKENISER = Characters("".join(SYMBOLS))
+BLANK = len(SYMBOLS)
+WEIGHT, SYMBOL_BONUS, WORD_BONUS = 0.7, 0.3, -0.4
+CASES = 60  # each with and without a language model
+LARGE = 400  # as many texts as 5 frames of 4 classes can spell
+
+
+def random_log_p(case: int) -> torch.Tensor:
+    """Log-probabilities (T', V) of up to 5 frames and 2 to 4 classes; a class is impossible now and then."""
+    random = torch.Generator().manual_seed(case)
+    classes = 2 + case % 3
+    logits = 2 * torch.randn(case % 6, classes, generator=random, dtype=torch.float64)
+    impossible = torch.rand(logits.shape, generator=random) < 0.1 * (case % 2)
+    impossible[:, case % classes] = False
+    return logits.masked_fill(impossible, -math.inf).log_softmax(-1)
+
+
+def random_table(case: int, symbols: int, states: int = 4) -> Table:
+    random = torch.Generator().manual_seed(1_000 + case)
+    log_p = torch.randn(states, symbols + 1, generator=random, dtype=torch.float64).log_softmax(-1)
+    next_state = torch.randint(states, (states, symbols), generator=random)
+    return Table(log_p[:, :-1], next_state, log_p[:, -1], start=case % states)
+
+
+def prior(text: tuple[int, ...], table: Table | None, symbol_bonus: float, word_bonus: float) -> float:
+    """What a text adds to its score apart from the audio."""
+    added = symbol_bonus * len(text) + word_bonus * len("".join(SYMBOLS[symbol] for symbol in text).split())
+    if table is not None:
+        state = table.start
+        for symbol in text:
+            added += WEIGHT * float(table.log_p[state, symbol])
+            state = int(table.next_state[state, symbol])
+        added += WEIGHT * float(table.end[state])
+    return added
+
+
+def enumerated(log_p: torch.Tensor, *of_the_text) -> dict[tuple[int, ...], float]:
+    """The score of every text that has a probability, from all paths."""
+    frames, classes = log_p.shape
+    p = log_p.exp().tolist()
+    of_text: dict[tuple[int, ...], list[float]] = {}
+    for path in itertools.product(range(classes), repeat=frames):
+        text = tuple(symbol for symbol, _ in itertools.groupby(path) if symbol != classes - 1)
+        of_text.setdefault(text, []).append(math.prod(p[frame][symbol] for frame, symbol in enumerate(path)))
+    return {
+        text: math.log(math.fsum(paths)) + prior(text, *of_the_text)
+        for text, paths in of_text.items()
+        if math.fsum(paths)
+    }
+
+
+def case_of(number: int, with_table: bool):
+    """(log-probabilities, text model, the true score of each text)."""
+    log_p = random_log_p(number)
+    symbols = log_p.shape[1] - 1
+    table = random_table(number, symbols) if with_table else None
+    bonuses = (SYMBOL_BONUS, WORD_BONUS) if number % 4 else (0.0, 0.0)
+    model = make_text_model(SYMBOLS[:symbols], table, WEIGHT, *bonuses).to(log_p.device, log_p.dtype)
+    return log_p, model, enumerated(log_p, table, *bonuses)
+
+
+def searched(log_p, model, size, symbols_per_frame=0) -> dict[tuple[int, ...], float]:
+    """The score of each text that the search finds; no text may come twice."""
+    found, scores = search(log_p[None], model, size, symbols_per_frame)
+    blank = log_p.shape[1] - 1
+    texts = [tuple(symbol for symbol in row if symbol != blank) for row in found[0].tolist()]
+    alive = {text: score for text, score in zip(texts, scores[0].tolist(), strict=True) if score > -math.inf}
+    assert len(alive) == (scores > -math.inf).sum()
+    assert scores[0].tolist() == sorted(scores[0].tolist(), reverse=True)
+    return alive
+
+
+@pytest.mark.parametrize("with_table", [False, True])
+def test_a_beam_that_holds_every_text_finds_what_the_enumeration_does(with_table):
+    for number in range(CASES):
+        log_p, model, expected = case_of(number, with_table)
+        found = searched(log_p, model, LARGE)
+        assert found.keys() == expected.keys()
+        for text, score in found.items():
+            assert score == pytest.approx(expected[text], abs=1e-9)
+
+
+@pytest.mark.parametrize("with_table", [False, True])
+def test_no_beam_counts_a_path_twice_and_none_beats_a_larger_one(with_table):
+    """Where dead places of the beam took part, texts would get more than their paths are worth."""
+    for number in range(CASES):
+        log_p, model, expected = case_of(number, with_table)
+        best = [-math.inf]
+        for size in (1, 2, 4, 8, LARGE):
+            found = searched(log_p, model, size)
+            assert all(score <= expected[text] + 1e-9 for text, score in found.items())
+            best.append(max(found.values()))
+        assert max(best) == pytest.approx(best[-1], abs=1e-9)  # what holds every text is the best
+
+
+def test_larger_beams_find_better_texts():
+    """Single small beams may be lucky; over many utterances the true score of the found text rises with the beam."""
+    means = []
+    for size in (1, 2, 4, 8):
+        scores = []
+        for number in range(CASES):
+            log_p, model, expected = case_of(number, True)
+            found = searched(log_p, model, size)
+            scores.append(expected[max(found, key=found.__getitem__)])
+        means.append(np.mean(scores))
+    assert means == sorted(means) and means[0] < means[-1]
+
+
+def test_of_pruned_symbols_the_probable_ones_remain():
+    for number in range(CASES):
+        log_p, model, expected = case_of(number, True)
+        symbols = log_p.shape[1] - 1
+        assert searched(log_p, model, LARGE, symbols) == searched(log_p, model, LARGE)
+        for text, score in searched(log_p, model, LARGE, 1).items():
+            assert score <= expected[text] + 1e-9
+
+
+def decoder(table: Table | None = None, **settings) -> Beam:
+    return Beam(replace(config.Beam(), **settings), TOKENISER, 0.5, table)
+
+
+def logits_of(*paths: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits that are nearly sure of these paths; '-' is the blank."""
+    frames = torch.tensor([len(path) for path in paths])
+    logits = torch.zeros(len(paths), int(frames.max()), BLANK + 1)
+    for row, path in enumerate(paths):
+        for frame, symbol in enumerate(path):
+            logits[row, frame, ("".join(SYMBOLS) + "-").index(symbol)] = 12
+    return logits, frames
+
+
+def test_sure_logits_give_their_text_and_times():
+    paths = ["---", "", "a", "-aa-", "a-a", "ab -b", "a  - b", "  "]
+    texts = [each.text for each in decoder()(*logits_of(*paths))]
+    assert texts == ["", "", "a", "a", "aa", "ab b", "a b", ""]
+    (word,) = decoder()(*logits_of("-aa-b-"))[0].words
+    assert (word.text, word.start_s, word.end_s) == ("ab", 0.5, 2.5)
+    assert word.confidence == pytest.approx(1, abs=1e-3)
+
+
+def test_times_are_those_of_the_probable_symbol_and_not_of_its_first_place_in_the_beam():
+    logits, frames = logits_of("------a--")
+    logits[0, 1, 0] = 3  # enough for a place in the beam
+    (hypothesis,) = decoder(size=4)(logits, frames)
+    assert [(word.text, word.start_s) for word in hypothesis.words] == [("a", 3.0)]
+
+
+def test_the_confidence_is_the_geometric_mean_over_the_symbols():
+    logits, frames = logits_of("a-b")
+    logits[0, 2, 0] = 11.5
+    p = logits[0].softmax(-1)
+    (hypothesis,) = decoder()(logits, frames)
+    assert hypothesis.words[0].confidence == pytest.approx(float((p[0, 0] * p[2, 2]).sqrt()))
+
+
+def test_neighbours_and_padding_change_nothing():
+    torch.manual_seed(0)
+    logits, frames = 2 * torch.randn(6, 12, BLANK + 1, dtype=torch.float64), torch.tensor([12, 0, 5, 1, 9, 12])
+    table = random_table(0, BLANK)
+    together = decoder(table, size=4, n_best=4)(logits, frames)
+    for row, length in enumerate(frames.tolist()):
+        (alone,) = decoder(table, size=4, n_best=4)(logits[row : row + 1, :length], frames[row : row + 1])
+        assert alone.text == together[row].text
+        assert alone.score == pytest.approx(together[row].score, rel=1e-10)
+        assert [text for text, _ in alone.others] == [text for text, _ in together[row].others]
+
+
+def test_frames_beyond_a_row_change_no_bit():
+    torch.manual_seed(0)
+    logits, model = 2 * torch.randn(3, 20, BLANK + 1), make_text_model(SYMBOLS, random_table(0, BLANK), 0.5, 0, 0)
+    model = model.to(torch.device("cpu"), torch.float32)
+    frames = torch.tensor([8, 5, 2])
+    short = search(log_probabilities(logits, frames), model, 4)
+    frames = torch.tensor([8, 5, 2, 20])
+    long = search(log_probabilities(logits[[0, 1, 2, 0]], frames), model, 4)
+    assert torch.equal(short[1], long[1][:3])
+    assert torch.equal(short[0], long[0][:3, :, :8])
+
+
+def test_the_n_best_differ_and_fall_in_score():
+    torch.manual_seed(0)
+    logits, frames = torch.randn(2, 10, BLANK + 1), torch.tensor([10, 1])
+    for hypothesis in decoder(size=8, n_best=8)(logits, frames):
+        texts = [hypothesis.text, *(text for text, _ in hypothesis.others)]
+        scores = [hypothesis.score, *(score for _, score in hypothesis.others)]
+        assert len(texts) > 1 and len(set(texts)) == len(texts)
+        assert scores == sorted(scores, reverse=True)
+    assert decoder(size=8)(logits, frames)[0].others == []
+
+
+def test_the_language_model_chooses_between_what_sounds_alike():
+    logits, frames = logits_of("a-")
+    logits[0, 0, SYMBOLS.index("b")] = 11.9
+    log_p = torch.tensor([[0.05, 0.05, 0.8]]).log()
+    table = Table(log_p, torch.zeros(1, 3, dtype=torch.int64), torch.tensor([math.log(0.1)]), 0)
+    assert decoder()(logits, frames)[0].text == "a"
+    assert decoder(table, lm_weight=0.0)(logits, frames)[0].text == "a"
+    assert decoder(table, lm_weight=0.5)(logits, frames)[0].text == "b"
+
+
+ARPA = """\\data\\
+ngram 1={count}
+
+\\1-grams:
+-1\t<s>
+-1\t</s>
+{unigrams}
+
+\\end\\
+"""
+
+
+def write_arpa(path, symbols):
+    path.write_text(ARPA.format(count=2 + len(symbols), unigrams="\n".join(f"-1\t{symbol}" for symbol in symbols)))
+    return str(path)
+
+
+def test_a_language_model_comes_from_its_file_and_one_of_other_symbols_is_refused(tmp_path):
+    logits, frames = logits_of("ab a")
+    right = write_arpa(tmp_path / "right.arpa", ["a", "b", "<space>"])
+    (hypothesis,) = decoder(lm=right, lm_weight=1.0)(logits, frames)
+    assert hypothesis.text == "ab a"
+    assert hypothesis.score == pytest.approx(-5 * math.log(10), abs=1e-3)  # four symbols and the end
+    with pytest.raises(UserError, match="one of other symbols"):
+        decoder(lm=write_arpa(tmp_path / "words.arpa", ["AN", "APPLE"]))
+    with pytest.raises(UserError, match=r"none\.arpa"):
+        decoder(lm=str(tmp_path / "none.arpa"))
