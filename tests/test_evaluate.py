@@ -151,8 +151,12 @@ def test_another_decoder_is_compared_with_greedy(best, shards, alone, tmp_path, 
     assert low <= facts["wer"] - greedy["wer"] <= high
     lines = [json.loads(line) for line in (tmp_path / "hyps.jsonl").read_text().splitlines()]
     assert [line["greedy"] for line in lines] == [utterance.hypothesis for utterance in alone.values()]
-    for line in lines:
-        assert line["n_best"][0] == [line["hypothesis"], line["score"]] and line["n_best"][1][1] <= line["score"]
+    of_two = [line for line in lines if "n_best" in line]  # the others differ in spaces only
+    assert len(of_two) > UTTERANCES / 2
+    for line in of_two:
+        (text, score), (other_text, other_score) = line["n_best"]
+        assert (text, score) == (line["hypothesis"], line["score"])
+        assert text != other_text and other_score <= score
     other = result(capsys, best, shards, *decoder, "--max-seconds", "1000")
     assert {name: other[name] for name in ("wer", "cer", "greedy_wer")} == {
         name: facts[name] for name in ("wer", "cer", "greedy_wer")

@@ -59,28 +59,28 @@ class Beam:
             self._text_models[place] = next(iter(self._text_models.values())).to(*place)
         text_model = self._text_models[place]
         found, scores = search(log_p, text_model, self.settings.size, self.settings.symbols_per_frame)
-        # What is needed of the device, once for the whole batch.
-        texts, scores, log_p = found[:, : self.settings.n_best].cpu(), scores.cpu(), log_p.cpu()
+        # Copied from the device once for the whole batch.
+        found, scores, log_p = found.cpu(), scores.cpu(), log_p.cpu()
         return [
-            self._hypothesis(log_p[row, :length], texts[row].numpy(), scores[row].tolist())
+            self._hypothesis(log_p[row, :length], found[row].numpy(), scores[row].tolist())
             for row, length in enumerate(frames.tolist())
         ]
 
     def _hypothesis(self, log_p: Tensor, found: np.ndarray, scores: list[float]) -> Hypothesis:
-        """Of one row: log-probabilities (T', V), classes and blanks (n_best, T' or more) and their scores."""
-        n_best: dict[str, float] = {}
-        for classes, score in zip(found, scores, strict=False):
-            if score > -INFINITY:  # two texts may differ in spaces only: the better one counts
-                n_best.setdefault(" ".join(self.tokeniser.decode(classes).split()), score)
-        classes = found[0][found[0] != self.tokeniser.blank]
-        if not n_best or not len(classes):
-            words = []
-        else:
-            path, path_log_p = forced_align(
-                log_p[None].float().contiguous(), torch.from_numpy(classes)[None], blank=self.tokeniser.blank
-            )
+        """Of one row: its log-probabilities (T', V), and the classes (W, T' or more) and scores that were found."""
+        blank, n_best = self.tokeniser.blank, self.settings.n_best
+        texts: dict[str, float] = {}
+        for classes, score in zip(found, scores, strict=True):
+            if score > -INFINITY and len(texts) < n_best:
+                # Two may differ in spaces only: the better one counts.
+                texts.setdefault(" ".join(self.tokeniser.decode(classes).split()), score)
+        words = []
+        classes = found[0][found[0] != blank]
+        if texts and len(classes):
+            log_p = log_p[None].float().contiguous()
+            path, path_log_p = forced_align(log_p, torch.from_numpy(classes)[None], blank=blank)
             words = words_on(path[0].numpy(), path_log_p[0].numpy(), self.tokeniser, self.frame_s)
-        return Hypothesis(" ".join(word.text for word in words), words, scores[0], list(n_best.items())[1:])
+        return Hypothesis(" ".join(word.text for word in words), words, scores[0], list(texts.items())[1:])
 
 
 def read_table(lm: str, tokeniser: Tokeniser) -> Table:
