@@ -21,6 +21,7 @@ search first wrote a symbol: that may be long before the symbol is likely.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -164,9 +165,8 @@ def search(log_p: Tensor, model: TextModel, size: int, symbols_per_frame: int = 
     rows, frames, classes = log_p.shape
     blank = classes - 1
     nothing = log_p.new_full((rows, size), -INFINITY)
-    in_blank = nothing.index_fill(1, torch.zeros(1, dtype=torch.int64, device=log_p.device), 0.0)
-    beam = Texts(
-        in_blank=in_blank,
+    beam = Texts(  # the empty text in the first place
+        in_blank=torch.cat([torch.zeros_like(nothing[:, :1]), nothing[:, 1:]], 1),
         in_symbol=nothing,
         prior=torch.zeros_like(nothing),
         state=torch.full_like(nothing, model.start, dtype=torch.int64),
@@ -178,7 +178,7 @@ def search(log_p: Tensor, model: TextModel, size: int, symbols_per_frame: int = 
     for frame in range(frames):
         beam, source, written = advance(beam, log_p[:, frame], model, symbols_per_frame)
         trace.append((source, written))
-    score = torch.logaddexp(beam.in_blank, beam.in_symbol) + beam.prior + model.end[beam.state]
+    score = beam.total + beam.prior + model.end[beam.state]
     scores, place = score.sort(dim=1, descending=True, stable=True)
     found = torch.full((rows, size, frames), blank, device=log_p.device)
     for frame, (source, written) in reversed(list(enumerate(trace))):
@@ -199,41 +199,24 @@ class Texts:
     hashed: Tensor  # int64: the text's hash
     hashed_before: Tensor  # that of the text without its last symbol
 
+    @functools.cached_property
+    def total(self) -> Tensor:
+        """Log-probability of all paths."""
+        return torch.logaddexp(self.in_blank, self.in_symbol)
+
 
 def advance(beam: Texts, log_p: Tensor, model: TextModel, symbols_per_frame: int) -> tuple[Texts, Tensor, Tensor]:
-    """The beam after a frame (B, V), and of each text in it: its predecessor's place, and the class written to that."""
+    """The beam after a frame (B, V), and of each text in it: its predecessor's place, and the class written to that.
+
+    Of W texts that stay as they are and W * K that grow by one of K symbols, the W best are kept.
+    """
     blank = log_p.shape[1] - 1
-    total = torch.logaddexp(beam.in_blank, beam.in_symbol)
-    alive = total + beam.prior > -INFINITY
-    log_p_last = log_p.gather(1, beam.last)
-
-    # A text stays as it is: by a blank, by its last symbol again, or out of its parent, which lacks that symbol.
-    is_parent = beam.hashed_before[:, :, None] == beam.hashed[:, None, :]  # (B, W, W of the parent)
-    is_parent &= (alive & (beam.last != blank))[:, :, None] & alive[:, None, :]
-    parent = is_parent.int().argmax(2)
-    again = beam.last == beam.last.gather(1, parent)
-    from_parent = torch.where(again, beam.in_blank.gather(1, parent), total.gather(1, parent)) + log_p_last
-    from_parent = from_parent.masked_fill(~is_parent.any(2), -INFINITY)
-    stay_blank = total + log_p[:, blank:]
-    stay_symbol = torch.logaddexp(beam.in_symbol + log_p_last, from_parent)
-
-    # A text grows by a symbol: the same one again only out of a blank, and none whose result is in the beam already.
-    symbol_log_p, symbol = log_p[:, :blank], torch.arange(blank, device=log_p.device).expand(len(log_p), blank)
-    if 0 < symbols_per_frame < blank:
-        symbol_log_p, symbol = symbol_log_p.topk(symbols_per_frame, dim=1)  # (B, K)
-    repeated = symbol[:, None, :] == beam.last[:, :, None]  # (B, W, K)
-    in_beam = is_parent.mT.to(log_p.dtype) @ repeated.to(log_p.dtype) > 0
-    grown = torch.where(repeated, beam.in_blank[:, :, None], total[:, :, None]) + symbol_log_p[:, None, :]
-    grown = grown.masked_fill(in_beam, -INFINITY)
-    bonus = torch.where(
-        model.closes[beam.last][:, :, None], model.first[symbol][:, None], model.inside[symbol][:, None]
-    )
-    prior_grown = beam.prior[:, :, None] + model.gain[beam.state[:, :, None], symbol[:, None, :]] + bonus
-
-    # Of all candidates (B, W * (1 + K)) the W best.
-    in_symbol = torch.cat([stay_symbol[:, :, None], grown], 2).flatten(1)
+    is_parent = _parents(beam, blank)
+    stay_blank, stay_symbol = _stay(beam, log_p, is_parent)
+    symbol, grown, grown_prior = _grow(beam, log_p, is_parent, model, symbols_per_frame)
+    in_symbol = torch.cat([stay_symbol[:, :, None], grown], 2).flatten(1)  # (B, W * (1 + K))
     in_any = torch.cat([torch.logaddexp(stay_blank, stay_symbol)[:, :, None], grown], 2).flatten(1)
-    prior = torch.cat([beam.prior[:, :, None], prior_grown], 2).flatten(1)
+    prior = torch.cat([beam.prior[:, :, None], grown_prior], 2).flatten(1)
     chosen = (in_any + prior).topk(beam.last.shape[1], dim=1).indices
     choices = 1 + symbol.shape[1]
     source, choice = chosen // choices, chosen % choices
@@ -250,6 +233,45 @@ def advance(beam: Texts, log_p: Tensor, model: TextModel, symbols_per_frame: int
         hashed_before=torch.where(stays, beam.hashed_before.gather(1, source), hashed),
     )
     return texts, source, written
+
+
+def _parents(beam: Texts, blank: int) -> Tensor:
+    """(B, W, W): whether the second text is the first without its last symbol; a place without a text is in no pair."""
+    alive = beam.total + beam.prior > -INFINITY
+    has_parent = alive & (beam.last != blank)
+    equal = beam.hashed_before[:, :, None] == beam.hashed[:, None, :]
+    return equal & has_parent[:, :, None] & alive[:, None, :]
+
+
+def _stay(beam: Texts, log_p: Tensor, is_parent: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, W) each, of texts that stay as they are: of paths that end in a blank, and in the last symbol.
+
+    The latter write the last symbol once more, or come from the parent, which lacks it.
+    """
+    log_p_last = log_p.gather(1, beam.last)
+    parent = is_parent.int().argmax(2)
+    repeats = beam.last == beam.last.gather(1, parent)  # a text that ends in two equal symbols has a blank between them
+    from_parent = torch.where(repeats, beam.in_blank.gather(1, parent), beam.total.gather(1, parent))
+    from_parent = from_parent.masked_fill(~is_parent.any(2), -INFINITY)
+    return beam.total + log_p[:, -1:], torch.logaddexp(beam.in_symbol, from_parent) + log_p_last
+
+
+def _grow(
+    beam: Texts, log_p: Tensor, is_parent: Tensor, model: TextModel, symbols_per_frame: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """K symbols of each row (B, K), and for each text that they extend (B, W, K) its paths and its prior."""
+    blank = log_p.shape[1] - 1
+    symbol_log_p, symbol = log_p[:, :blank], torch.arange(blank, device=log_p.device).expand(len(log_p), blank)
+    if 0 < symbols_per_frame < blank:
+        symbol_log_p, symbol = symbol_log_p.topk(symbols_per_frame, dim=1)
+    repeats = symbol[:, None, :] == beam.last[:, :, None]
+    grown = torch.where(repeats, beam.in_blank[:, :, None], beam.total[:, :, None]) + symbol_log_p[:, None, :]
+    # `_stay` has given these paths to the child, which is in the beam.
+    child_in_beam = is_parent.mT.to(log_p.dtype) @ repeats.to(log_p.dtype) > 0
+    grown = grown.masked_fill(child_in_beam, -INFINITY)
+    first, inside = model.first[symbol][:, None, :], model.inside[symbol][:, None, :]
+    bonus = torch.where(model.closes[beam.last][:, :, None], first, inside)
+    return symbol, grown, beam.prior[:, :, None] + model.gain[beam.state[:, :, None], symbol[:, None, :]] + bonus
 
 
 def _hash(hashed: Tensor, symbol: Tensor) -> Tensor:
