@@ -186,10 +186,13 @@ def torchrun(processes: int, *arguments, program: Sequence[str] = ("-m", "ddp_as
 
 @pytest.mark.slow
 def test_the_number_of_processes_changes_nothing(best, shards, tmp_path):
+    """Neither by a beam search, nor by the greedy decoding beside it."""
     results, files = [], []
+    (tmp_path / "decoder.yaml").write_text("decoder: {kind: beam, size: 4, symbol_bonus: 2}")
     for processes in (1, 2, 3):
         out = tmp_path / f"{processes}.jsonl"
-        done = torchrun(processes, best.parent, shards, "--json", "--out", out)
+        decoder = ["--decoder", tmp_path / "decoder.yaml"]
+        done = torchrun(processes, best.parent, shards, "--json", "--out", out, *decoder)
         assert done.returncode == 0, done.stderr
         results.append(numbers(json.loads(done.stdout)))
         files.append(out.read_bytes())
