@@ -10,7 +10,7 @@ import pytest
 
 from ddp_asr.config import Beam, Config, config_from_dict, load_config, load_decoder
 from ddp_asr.errors import UserError
-from ddp_asr.settings import declared, describe, differences, flatten, help_text, suggest
+from ddp_asr.settings import Setting, declared, describe, differences, flatten, help_text, suggest
 from tests.conftest import REPOSITORY
 
 
@@ -23,7 +23,8 @@ def choices():
 
 
 # The settings of every kind, and the kind for which each of them is declared.
-KIND_OF, SETTINGS = {}, {}
+KIND_OF: dict[str, dict[str, str]] = {}
+SETTINGS: dict[str, Setting] = {}
 for flat in choices():
     for each in declared(Config, flat):
         KIND_OF.setdefault(each.name, flat)
