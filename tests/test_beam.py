@@ -39,6 +39,8 @@ def random_table(case: int, symbols: int, states: int = 4) -> Table:
     random = torch.Generator().manual_seed(1_000 + case)
     log_p = torch.randn(states, symbols + 1, generator=random, dtype=torch.float64).log_softmax(-1)
     next_state = torch.randint(states, (states, symbols), generator=random)
+    if case % 5 == 0:  # the model refuses a symbol
+        log_p[0, 0] = -math.inf
     return Table(log_p[:, :-1], next_state, log_p[:, -1], start=case % states)
 
 
@@ -62,11 +64,12 @@ def enumerated(log_p: torch.Tensor, *of_the_text) -> dict[tuple[int, ...], float
     for path in itertools.product(range(classes), repeat=frames):
         text = tuple(symbol for symbol, _ in itertools.groupby(path) if symbol != classes - 1)
         of_text.setdefault(text, []).append(math.prod(p[frame][symbol] for frame, symbol in enumerate(path)))
-    return {
+    scores = {
         text: math.log(math.fsum(paths)) + prior(text, *of_the_text)
         for text, paths in of_text.items()
         if math.fsum(paths)
     }
+    return {text: score for text, score in scores.items() if score > -math.inf}
 
 
 def case_of(number: int, with_table: bool):
