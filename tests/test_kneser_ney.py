@@ -116,7 +116,7 @@ def test_probabilities_sum_to_one_after_every_context(lines, order):
         assert total == pytest.approx(1, abs=1e-9), context
 
 
-# A last symbol that occurs once keeps lmplz from the one thing that it does otherwise; ddp_asr/decoding/kneser_ney.py says what.
+# The last symbol occurs once, because lmplz counts otherwise there (see ddp_asr/decoding/kneser_ney.py).
 LMPLZ = {"words": (sentences(), 3), "letters": ([list(" ".join(line)) for line in sentences()], 4)}
 
 
