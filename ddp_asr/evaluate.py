@@ -10,7 +10,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddp_asr import SAMPLE_RATE_HZ
 from ddp_asr.errors import UserError, run_entry_point
-from ddp_asr.files import finite, json_lines, replace_file
+from ddp_asr.files import check_writable, finite, json_lines, replace_file
 from ddp_asr.ranks.environment import before_torch
 
 if TYPE_CHECKING:
@@ -132,13 +131,7 @@ def evaluate(arguments: argparse.Namespace, world: World) -> None:
 def _prepare(arguments: argparse.Namespace) -> Trained:
     """The checkpoint, once it is sure that the result can be written."""
     if arguments.out is not None:
-        if arguments.out.is_dir():
-            raise UserError(f"--out {arguments.out} is a directory: name a file in it")
-        try:
-            with tempfile.TemporaryFile(dir=arguments.out.parent):
-                pass
-        except OSError as error:
-            raise UserError(f"--out {arguments.out} cannot be written: {error.strerror}; name another place") from None
+        check_writable(arguments.out)
     from ddp_asr.recognition.recogniser import read_trained
 
     return read_trained(arguments.checkpoint)

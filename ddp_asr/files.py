@@ -3,6 +3,7 @@
 replace_file(path, b"...")                      # readers see the old file or the new one, both whole
 with writing_aside(path) as file: ...           # the same for what is written piece by piece
 for line in read_json_lines(path): ...          # torn and damaged lines are left out
+check_writable(path)                            # before long work
 sha256_of(path)
 """
 
@@ -12,9 +13,12 @@ import json
 import math
 import os
 import secrets
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from ddp_asr.errors import UserError
 
 BLOCK_BYTES = 8 << 20
 
@@ -61,6 +65,17 @@ def replace_file(
     """Writes `content` as the whole file `path`, see `writing_aside`; text is encoded as UTF-8."""
     with writing_aside(path, before_rename, aside_in) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def check_writable(path: Path) -> None:
+    """Raises UserError where no file can be written under the name that `--out` gives."""
+    if path.is_dir():
+        raise UserError(f"--out {path} is a directory: name a file in it")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be written: {error.strerror}; name another place") from None
 
 
 def left_behind(directory: Path, names: str) -> list[Path]:

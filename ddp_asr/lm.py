@@ -44,7 +44,8 @@ examples:
 --vocabulary.NAME=VALUE changes a setting of the recogniser's vocabulary: drop (characters that the text is freed of),
 lowercase, symbols.
 
-The text is held in memory, about 100 bytes a symbol. For billions of symbols use KenLM's lmplz: its files are read, too."""
+The text is held in memory, about 100 bytes a symbol. For billions of symbols use KenLM's lmplz, whose files are
+read, too."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

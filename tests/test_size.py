@@ -5,11 +5,11 @@ import pytest
 from tests.conftest import REPOSITORY
 
 BOUNDS = {
-    "ddp_asr": 12_750,
+    "ddp_asr": 13_250,
     "launch": 2_900,
     "synthetic_speech": 330,
     "benchmarks": 3_200,
-    "tests": 18_000,
+    "tests": 18_450,
 }
 
 

@@ -200,10 +200,10 @@ def test_cuts_fall_into_pauses():
 
 def test_batches_hold_every_piece_in_order_within_the_limit():
     pieces = [slice(start, start + 20 * 16_000) for start in range(0, 300 * 16_000, 20 * 16_000)]
-    batches = list(transcription._batches(pieces))
+    batches = list(transcription.batches_of(pieces))
     assert [piece for batch in batches for piece in batch] == pieces
     assert [len(batch) for batch in batches] == [6, 6, 3]
-    assert [len(batch) for batch in transcription._batches([slice(0, 500 * 16_000)] * 2)] == [1, 1]
+    assert [len(batch) for batch in transcription.batches_of([slice(0, 500 * 16_000)] * 2)] == [1, 1]
 
 
 def test_nonsense_is_refused_in_one_sentence(checkpoint, tmp_path):

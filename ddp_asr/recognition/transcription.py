@@ -20,6 +20,7 @@ import numpy as np
 import soundfile
 import soxr
 import torch
+from torch import Tensor
 
 from ddp_asr import SAMPLE_RATE_HZ
 from ddp_asr.decoding import Word
@@ -61,12 +62,12 @@ def transcribe(recogniser: Recogniser, source: str, longest_samples: int) -> Tra
     """The transcript of the file `source`; raises UserError where it cannot be read."""
     waveform = read_audio(source)
     words: list[Word] = []
-    for batch in _batches(cut_in_pauses(waveform, longest_samples)):
+    for batch in batches_of(cut_in_pauses(waveform, longest_samples)):
         words += _words_of(recogniser, waveform, batch)
     return Transcript(source, len(waveform) / SAMPLE_RATE_HZ, words)
 
 
-def _batches(pieces: list[slice]) -> Iterator[list[slice]]:
+def batches_of(pieces: list[slice]) -> Iterator[list[slice]]:
     """Neighbouring pieces, as many as stay within BATCH_SECONDS with the longest's padding."""
     batch: list[slice] = []
     for piece in pieces:
@@ -79,14 +80,20 @@ def _batches(pieces: list[slice]) -> Iterator[list[slice]]:
         yield batch
 
 
-def _words_of(recogniser: Recogniser, waveform: np.ndarray, pieces: list[slice]) -> list[Word]:
-    """The words of `pieces`, in order, with their times in the whole recording."""
+def logits_of_pieces(recogniser: Recogniser, waveform: np.ndarray, pieces: list[slice]) -> tuple[Tensor, Tensor]:
+    """Logits (B, T', V) and frames (B,) of pieces of a recording (S,), as one batch."""
     samples = torch.tensor([piece.stop - piece.start for piece in pieces])
     waveforms = torch.zeros(len(pieces), int(samples.max()), dtype=torch.int16)  # (B, S)
     for row, piece in enumerate(pieces):
         waveforms[row, : samples[row]] = torch.from_numpy(waveform[piece])
+    return recogniser.logits(waveforms, samples)
+
+
+def _words_of(recogniser: Recogniser, waveform: np.ndarray, pieces: list[slice]) -> list[Word]:
+    """The words of `pieces`, in order, with their times in the whole recording."""
     words = []
-    for piece, hypothesis in zip(pieces, recogniser.decoder(*recogniser.logits(waveforms, samples)), strict=True):
+    hypotheses = recogniser.decoder(*logits_of_pieces(recogniser, waveform, pieces))
+    for piece, hypothesis in zip(pieces, hypotheses, strict=True):
         start_s, stop_s = piece.start / SAMPLE_RATE_HZ, piece.stop / SAMPLE_RATE_HZ
         # The last frame of a piece may reach beyond its end, since strides round up.
         words += [
