@@ -269,8 +269,8 @@ class Beam:
     word_bonus: float = setting(0.0, "added to the score for each word", also_called="beta word_score")
     symbols_per_frame: int = setting(
         0,
-        "symbols that may extend a text in a frame, the most probable ones; 0: all; with thousands of symbols 20 to 50 "
-        "are much faster",
+        "symbols that may extend a text in a frame, the most probable ones; 0: all; with a thousand symbols 20 are "
+        "about five times as fast",
         at_least=0,
         also_called="beam_size_token cutoff_top_n",
     )
