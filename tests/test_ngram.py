@@ -130,7 +130,7 @@ BROKEN = {  # how -> (text, what the error says)
     "cut in a section": (FOREIGN[: FOREIGN.index("-0.8")], r"the file ends within its 1-grams, so it was cut"),
     "cut between sections": (FOREIGN[: FOREIGN.index("\\3-gr")], r"the file ends before \\3-grams:, so it was cut"),
     "cut before the end": (FOREIGN[: FOREIGN.index("\\end")], r"the file ends before \\end\\, so it was cut"),
-    "cut and compressed": (gzip.compress(FOREIGN.encode())[:-30], r"lm is damaged or was cut"),
+    "cut and compressed": (gzip.compress(FOREIGN.encode(), mtime=0)[:-30], r"lm is damaged or was cut"),
     "fewer n-grams": (FOREIGN.replace("2=5", "2=6"), r"there are 5 2-grams, and the head says 6"),
     "more n-grams": (
         FOREIGN.replace("2=5", "2=4"),
