@@ -248,10 +248,10 @@ def _report(
     if len(unaligned) > UNALIGNED_SHOWN:
         lines.append(f"  and {len(unaligned) - UNALIGNED_SHOWN:,} more")
     if lowest:
-        lines.append(f"the {len(lowest):,} utterances with the lowest scores (1: the model hears exactly the text):")
+        lines.append(f"the {len(lowest):,} utterances with the lowest scores (1: the hypothesis is exactly the text):")
     for utterance in lowest:
-        lines += [f"  {utterance.key}: {utterance.score:.2g}", f"    text   {utterance.text}"]
-        lines.append(f"    heard  {utterance.heard}")
+        lines += [f"  {utterance.key}: {utterance.score:.2g}", f"    text        {utterance.text}"]
+        lines.append(f"    hypothesis  {utterance.hypothesis}")
     if arguments.out is not None and aligned:
         lines.append(f"{arguments.out}: {aligned:,} utterances aligned")
     on_stdout = arguments.out is not None or arguments.suspicious

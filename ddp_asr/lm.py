@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import gzip
 import sys
-import tempfile
 import zlib
 from array import array
 from collections import Counter, defaultdict
@@ -24,6 +23,7 @@ from typing import IO, TYPE_CHECKING
 
 from ddp_asr.config import load_config
 from ddp_asr.errors import UserError, run_entry_point
+from ddp_asr.files import check_writable
 
 if TYPE_CHECKING:
     from ddp_asr.text import Tokeniser
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sources = options.text or (config.data.train if options.run or options.config else [])
     if not sources:
         raise UserError("there is no text: name text files or shard directories, or --run with a run's directory")
-    _require_writable(options.out)
+    check_writable(options.out)
     from ddp_asr.text import make_tokeniser
 
     tokeniser = make_tokeniser(config.vocabulary)
@@ -106,17 +106,6 @@ def _config_path(options: argparse.Namespace) -> Path | None:
     if not path.exists():
         raise UserError(f"{options.run} is not a run: it has no config.yaml; give a directory such as runs/an4")
     return path
-
-
-def _require_writable(out: Path) -> None:
-    """Raises before the work and not after it."""
-    if out.is_dir():
-        raise UserError(f"--out {out} is a directory: name a file in it, such as {out / 'lm.arpa.gz'}")
-    try:
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}; name another place") from None
 
 
 @dataclass

@@ -22,7 +22,7 @@ from ddp_asr.ranks.environment import before_torch
 if TYPE_CHECKING:
     from ddp_asr.config import Beam
     from ddp_asr.recognition.recogniser import Recogniser
-    from ddp_asr.recognition.tuning import Heard, Trial
+    from ddp_asr.recognition.tuning import CorpusLogits, Trial
 
 EXAMPLES = """
 examples:
@@ -98,13 +98,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     recogniser = load_recogniser(arguments.checkpoint, decoder=Beam())  # the run's own may name a file that has gone
     table = read_table(arguments.lm, recogniser.tokeniser)
-    heard = _listen(recogniser, arguments.shards)
+    corpus = _compute_logits(recogniser, arguments.shards)
     fixed = Beam(size=arguments.size, lm=arguments.lm, symbols_per_frame=arguments.symbols_per_frame)
     grid = itertools.product(arguments.lm_weights, arguments.symbol_bonuses)
     points = [replace(fixed, lm_weight=weight, symbol_bonus=bonus) for weight, bonus in grid]
-    print(f"{len(heard.references)} utterances, {len(points)} points\nlm_weight  symbol_bonus     WER      CER")
+    print(f"{len(corpus.references)} utterances, {len(points)} points\nlm_weight  symbol_bonus     WER      CER")
     trials = []
-    for trial in try_each(recogniser, heard, points, table):
+    for trial in try_each(recogniser, corpus, points, table):
         trials.append(trial)
         print(_line(trial), flush=True)
     found = best(trials)
@@ -117,24 +117,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _listen(recogniser: Recogniser, shards: Sequence[str]) -> Heard:
+def _compute_logits(recogniser: Recogniser, shards: Sequence[str]) -> CorpusLogits:
     """The logits of the shards; names utterances that could not be read, and refuses a corpus without any."""
     from ddp_asr.data.index import read_index
     from ddp_asr.data.loader import eval_loader
-    from ddp_asr.recognition.tuning import listen
+    from ddp_asr.recognition.tuning import compute_logits
 
     index = read_index(shards)
-    heard = listen(recogniser, index, eval_loader(index, recogniser.tokeniser, recogniser.config))
-    if heard.bad:
-        named = ", ".join(f"{key} ({reason})" for key, reason in heard.bad[:10])
+    corpus = compute_logits(recogniser, index, eval_loader(index, recogniser.tokeniser, recogniser.config))
+    if corpus.bad:
+        named = ", ".join(f"{key} ({reason})" for key, reason in corpus.bad[:10])
         print(
-            f"warning: {len(heard.bad)} utterances could not be read and are left out: {named}",
+            f"warning: {len(corpus.bad)} utterances could not be read and are left out: {named}",
             file=sys.stderr,
             flush=True,
         )
-    if not heard.references:
+    if not corpus.references:
         raise UserError(f"no utterance of {', '.join(shards)} could be read: name other shards")
-    return heard
+    return corpus
 
 
 def _line(trial: Trial) -> str:

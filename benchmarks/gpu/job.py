@@ -67,7 +67,7 @@ class Job:
         """Around a measurement that may fail without ending the block: its traceback goes to the log."""
         try:
             yield
-        except Exception:
+        except Exception:  # it fails the check, and the measurements after it still run
             traceback.print_exc()
             self.check(table, False, **values)
 

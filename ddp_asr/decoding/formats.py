@@ -26,7 +26,7 @@ class Aligned:
     seconds: float
     text: str
     """As it was aligned, normalised."""
-    heard: str
+    hypothesis: str
     """What the most probable path says, whatever the text is."""
     score: float
     words: list[Word]

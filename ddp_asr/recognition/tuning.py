@@ -1,6 +1,6 @@
 """The weights of a beam search, found on a development set: each point of a grid decodes the same logits.
 
-    shards --listen--> logits and references, kept in memory --try_each--> word errors of each point --best--> settings
+    shards --compute_logits--> logits and references in memory --try_each--> errors of each point --best--> settings
 
 The network runs once, so a point costs a beam search only. An hour of audio needs 17 MB at 29 classes and 40 frames a
 second.
@@ -21,7 +21,7 @@ from ddp_asr.text.score import Counts, count_each
 
 
 @dataclass(frozen=True)
-class Heard:
+class CorpusLogits:
     """The logits of a corpus, a batch an item, with its references."""
 
     logits: list[Tensor] = field(default_factory=list)  # (B, T', V), on the CPU
@@ -38,31 +38,31 @@ class Trial:
     counts: Counts
 
 
-def listen(recogniser: Recogniser, index: Index, batches: Iterable[MicroBatch | None]) -> Heard:
+def compute_logits(recogniser: Recogniser, index: Index, batches: Iterable[MicroBatch | None]) -> CorpusLogits:
     """The logits of all batches."""
-    heard = Heard()
+    corpus = CorpusLogits()
     for batch in batches:
         if batch is None:
             continue
-        heard.bad.extend(batch.bad)
+        corpus.bad.extend(batch.bad)
         kept = batch.weight.nonzero()[:, 0]  # without the silent stand-in of an empty batch
         if len(kept):
             logits, frames = recogniser.logits(batch.waveforms, batch.samples)
-            heard.logits.append(logits.cpu()[kept])
-            heard.frames.append(frames[kept])
+            corpus.logits.append(logits.cpu()[kept])
+            corpus.frames.append(frames[kept])
             rows = batch.rows[kept].tolist()
-            heard.references.extend(recogniser.tokeniser.normalise(index.text(row)) for row in rows)
-    return heard
+            corpus.references.extend(recogniser.tokeniser.normalise(index.text(row)) for row in rows)
+    return corpus
 
 
-def try_each(recogniser: Recogniser, heard: Heard, points: Iterable[Beam], table: Table) -> Iterator[Trial]:
+def try_each(recogniser: Recogniser, corpus: CorpusLogits, points: Iterable[Beam], table: Table) -> Iterator[Trial]:
     """The errors of each point, in order; `table` is the language model that all of them name."""
     for point in points:
         decoder = beam.Beam(point, recogniser.tokeniser, recogniser.config.frame_s, table)
         hypotheses: list[str] = []
-        for logits, frames in zip(heard.logits, heard.frames, strict=True):
+        for logits, frames in zip(corpus.logits, corpus.frames, strict=True):
             hypotheses += [each.text for each in decoder(logits.to(recogniser.device), frames)]
-        yield Trial(point, Counts.from_array(count_each(heard.references, hypotheses).sum(axis=0)))
+        yield Trial(point, Counts.from_array(count_each(corpus.references, hypotheses).sum(axis=0)))
 
 
 def best(trials: Iterable[Trial]) -> Trial:
