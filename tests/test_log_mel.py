@@ -8,6 +8,7 @@ import torch
 import torchaudio
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddp_asr import config
 from ddp_asr.features.log_mel import POWER_FLOOR, LogMel, frame_mask
@@ -160,3 +161,23 @@ def test_the_frame_mask_is_true_where_a_frame_is_the_utterances_own():
         [True, True, False],
         [True] * 3,
     ]
+
+
+def test_no_product_of_the_features_runs_in_tf32():
+    """Where a run allows it, as train.precision = tf32 does; a CPU has no TF32, so the switch is looked at."""
+    seen = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+            if operation.overloadpacket.__name__ in ("mm", "bmm", "addmm"):
+                seen.append(torch.backends.cuda.matmul.allow_tf32)
+            return operation(*arguments, **(named or {}))
+
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        with Products():
+            LogMel(DEFAULT)(noise(1, 16_000), torch.tensor([16_000]))
+        assert seen == [False, False] and torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed

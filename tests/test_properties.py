@@ -285,6 +285,17 @@ def test_each_term_of_the_objective_changes_the_loss(tiny_corpus, double):
     assert len({round(loss, 6) for loss in losses.values()}) == len(tiny.OBJECTIVES), losses
 
 
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_the_views_of_an_utterance_drop_out_differently(tiny_corpus, double, kind):
+    """Else views without masks would agree, and the weight of their divergence would change nothing."""
+    unmasked = ("--augment.time_masks=0", "--augment.frequency_masks=0", "--encoder.dropout=0.2")
+    weak, strong = (
+        by_micro_batches(*step_of(tiny_corpus, *unmasked, f"--objective.consistency_weight={weight}", kind=kind))[0]
+        for weight in (0.3, 0.6)
+    )
+    assert strong > weak
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_two_views_are_the_same_training_on_any_number_of_processes(tiny_corpus, tmp_path, kind):
