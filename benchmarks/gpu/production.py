@@ -118,10 +118,6 @@ class Step:
     norm: float
     memory_gb: float | None  # the most that PyTorch's allocator handed out; None on a CPU
 
-    @property
-    def audio_h_per_s(self) -> float:
-        return self.audio_s / 3600 / self.seconds
-
 
 def describe(steps: Sequence[Step]) -> dict[str, float | None]:
     """Columns for the mean of some steps."""
