@@ -24,12 +24,16 @@ $(STAMP): setup.cfg constraints.txt
 	$(BIN)/pip install -c constraints.txt -e '.[demo,dev]'
 	@touch $@
 
-demo: $(STAMP)  ## synthesise a corpus, shard, train with two processes, evaluate, transcribe
+demo: $(STAMP)  ## synthesise a corpus, shard, train on two processes, evaluate with a language model and without, transcribe
 	$(BIN)/python -m synthetic_speech --out demo/corpus
 	$(BIN)/python -m ddp_asr.shard demo/corpus/train --out demo/shards/train
 	$(BIN)/python -m ddp_asr.shard demo/corpus/test --out demo/shards/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m ddp_asr train --processes 2 --config configs/demo.yaml
 	$(BIN)/python -m ddp_asr.evaluate $(DEMO_RUN) demo/shards/test
+	$(BIN)/python -m ddp_asr.lm --run $(DEMO_RUN) --out demo/lm.arpa.gz
+	@set -e; echo "With a beam search and this language model:"; \
+		table=$$($(BIN)/python -m ddp_asr.evaluate $(DEMO_RUN) demo/shards/test --decoder configs/decoders/demo.yaml); \
+		echo "$$table" | grep '^greedy'
 	@set -- $$($(BIN)/python -m synthetic_speech --out demo/corpus --example); \
 		echo "A sentence and a voice that training has not met:"; \
 		audio=$$1; shift; echo "reference   $$*"; \
