@@ -277,11 +277,49 @@ class Beam:
     n_best: int = setting(1, "texts reported for each utterance, with their scores, the best first", at_least=1)
 
     def check(self) -> None:
-        if self.n_best > self.size:
-            raise UserError(
-                f"decoder.n_best = {self.n_best} is above decoder.size = {self.size}: lower the former or raise the "
-                "latter"
-            )
+        _check_n_best(self.n_best, self.size)
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """CTC beam search over the words of a lexicon, with an n-gram model of words (see decoding/lexicon.py)."""
+
+    kind: str = field(default="lexicon", init=False)
+
+    size: int = setting(50, "hypotheses kept for each utterance", at_least=1)
+    lm: str = setting("", "ARPA file (.arpa, .arpa.gz) of an n-gram model of words; empty: none")
+    lexicon: str = setting(
+        "",
+        "text file with a word a line, perhaps with a tab and its spelling; empty: the words of the language model",
+        also_called="vocab words",
+    )
+    lm_weight: float = setting(0.5, "factor of the language model's log-probability in the score of a text", at_least=0)
+    word_bonus: float = setting(
+        0.0, "added to the score for each word; a language model with a large weight prefers few words without it"
+    )
+    symbols_per_frame: int = setting(
+        0, "classes that may extend a hypothesis in a frame, the most probable ones; 0: all", at_least=0
+    )
+    threshold: float = setting(
+        50.0,
+        "hypotheses whose score lies further than this below the best one's are dropped",
+        above=0,
+        also_called="beam_threshold",
+    )
+    n_best: int = setting(1, "texts reported for each utterance, with their scores, the best first", at_least=1)
+
+    def check(self) -> None:
+        _check_n_best(self.n_best, self.size)
+
+
+DecoderSettings = Greedy | Beam | Lexicon
+
+
+def _check_n_best(n_best: int, size: int) -> None:
+    if n_best > size:
+        raise UserError(
+            f"decoder.n_best = {n_best} is above decoder.size = {size}: lower the former or raise the latter"
+        )
 
 
 @dataclass(frozen=True)
@@ -406,7 +444,7 @@ class Config:
     augment: Augment = section(Augment, shapes_result=True, also_called="specaug spec_augment")
     encoder: RescnnBigru = section(RescnnBigru, shapes_result=True, also_called="model")
     objective: Objective = section(Objective, shapes_result=True, also_called="loss")
-    decoder: Greedy | Beam = section(Greedy, also_called="decoding")
+    decoder: DecoderSettings = section(Greedy, also_called="decoding")
     optim: Optim = section(Optim, shapes_result=True, also_called="optimizer")
     train: Train = section(Train, also_called="trainer")
     tracking: Tracking = section(Tracking, also_called="comet wandb")
@@ -459,10 +497,10 @@ def config_from_dict(tree: Mapping[str, Any], origin: str) -> Config:
 class DecoderFile:
     """The section of a settings file that says how logits become text."""
 
-    decoder: Greedy | Beam = section(Greedy, also_called="decoding")
+    decoder: DecoderSettings = section(Greedy, also_called="decoding")
 
 
-def load_decoder(path: Path) -> Greedy | Beam:
+def load_decoder(path: Path) -> DecoderSettings:
     """The section `decoder` of a settings file; its other sections do not count.
 
     Raises:

@@ -84,14 +84,15 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [
     ("objective.intermediate_layers", ["1", "2,4", ""], ["0", "2,2", "-1"]),
     ("encoder.kind", ["rescnn_bigru"], ["", "none_such"]),
     ("vocabulary.kind", ["characters"], ["", "none_such"]),
-    ("decoder.kind", ["greedy", "beam"], ["", "none_such"]),
+    ("decoder.kind", ["greedy", "beam", "lexicon"], ["", "none_such"]),
     ("decoder.size", ["1", "64"], ["0", "-1"]),
     ("decoder.n_best", ["1", "16"], ["0", "17"]),  # no more than decoder.size
     ("decoder.symbols_per_frame", ["0", "20"], ["-1"]),
+    ("decoder.threshold", ["0.5", "50"], ["0", "-1", "inf", "nan"]),
     ("decoder.lm_weight", ["0", "1.5"], ["-0.1", "nan", "inf"]),
     ("decoder.symbol_bonus decoder.word_bonus", ["-1", "0", "2.5"], ["nan", "inf"]),
     # any text
-    ("run.name run.dir data.cache_dir data.test vocabulary.drop train.init_from decoder.lm", ["x"], []),
+    ("run.name run.dir data.cache_dir data.test vocabulary.drop train.init_from decoder.lm decoder.lexicon", ["x"], []),
     ("tracking.project tracking.workspace tracking.tags", ["x"], []),
 ]
 BOUNDS = [(name, good, bad) for names, good, bad in LIMITS for name in names.split()]
@@ -214,7 +215,7 @@ def test_a_decoder_comes_from_its_section_of_any_settings_file(tmp_path):
         "decoder: {size: 8}": r"unknown setting 'decoder.size' in .*decoder.yaml, where decoder.kind is 'greedy'",
         "decoder: beam": r"decoder in .*decoder.yaml is a section, not 'beam'",
         "decoder: {kind: beam, size: 0}": "decoder.size must be at least 1, not 0",
-        "decoder: {kind: none_such}": "decoder.kind must be one of greedy, beam, not 'none_such'",
+        "decoder: {kind: none_such}": "decoder.kind must be one of greedy, beam, lexicon, not 'none_such'",
     }.items():
         path.write_text(text)
         with pytest.raises(UserError, match=said):

@@ -3,7 +3,11 @@
 Greedy decoding besides against a brute-force collapse of the best path, and its word times against the frames.
 """
 
-from itertools import groupby
+import tempfile
+from functools import cache
+from importlib.util import find_spec
+from itertools import groupby, product
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,12 +22,18 @@ SYMBOLS = " ab'"
 BLANK = len(SYMBOLS)
 TOKENISER = Characters(SYMBOLS)
 FRAME_S = 0.5
+KINDS = [kind for kind in DECODERS if kind != "lexicon" or find_spec("flashlight")]
 paths_of_a_batch = st.lists(st.lists(st.integers(0, BLANK), max_size=12), min_size=1, max_size=4)
 
 
+@cache
 def decoder_of(kind, frame_s=FRAME_S):
-    settings = config.config_from_dict({"decoder": {"kind": kind}}, "the test").decoder
-    return make_decoder(settings, TOKENISER, frame_s)
+    """With default settings, and for `lexicon` each text of up to two symbols as a word."""
+    with tempfile.TemporaryDirectory() as directory:
+        lexicon = Path(directory, "lexicon.txt")
+        lexicon.write_text("\n".join([*"ab'", *("".join(pair) for pair in product("ab'", repeat=2))]))
+        settings = {"kind": kind, **({"lexicon": str(lexicon)} if kind == "lexicon" else {})}
+        return make_decoder(config.config_from_dict({"decoder": settings}, "the test").decoder, TOKENISER, frame_s)
 
 
 def logits_of(paths: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,7 +49,7 @@ def logits_of(paths: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 # ---- every decoder -------------------------------------------------------------------------------------------------
 
 
-@given(st.sampled_from(list(DECODERS)), paths_of_a_batch)
+@given(st.sampled_from(KINDS), paths_of_a_batch)
 def test_words_are_the_text_and_lie_in_their_order_within_the_row(kind, paths):
     for hypothesis, path in zip(decoder_of(kind)(*logits_of(paths)), paths, strict=True):
         assert hypothesis.text == " ".join(word.text for word in hypothesis.words) == " ".join(hypothesis.text.split())
@@ -50,7 +60,7 @@ def test_words_are_the_text_and_lie_in_their_order_within_the_row(kind, paths):
         assert hypothesis.score <= 0
 
 
-@given(st.sampled_from(list(DECODERS)), paths_of_a_batch)
+@given(st.sampled_from(KINDS), paths_of_a_batch)
 def test_a_row_alone_and_in_a_batch_is_the_same(kind, paths):
     logits, frames = logits_of(paths)
     together = decoder_of(kind)(logits, frames)
@@ -63,7 +73,7 @@ def test_a_row_alone_and_in_a_batch_is_the_same(kind, paths):
         assert confidences[0] == pytest.approx(confidences[1], rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", DECODERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_no_frames_are_no_words(kind):
     for hypothesis in decoder_of(kind)(torch.zeros(2, 0, BLANK + 1), torch.tensor([0, 0])):
         assert (hypothesis.text, hypothesis.words, hypothesis.score) == ("", [], 0.0)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ddp_asr.decoding.beam import Beam
 from ddp_asr.decoding.greedy import Greedy
+from ddp_asr.decoding.lexicon import Lexicon
 from ddp_asr.decoding.protocol import Decoder, Hypothesis, Word
 from ddp_asr.text import Tokeniser
 
@@ -18,6 +19,7 @@ __all__ = ["DECODERS", "Decoder", "Hypothesis", "Word", "make_decoder"]
 DECODERS: dict[str, Any] = {
     "greedy": Greedy,
     "beam": Beam,
+    "lexicon": Lexicon,
 }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddp_asr.config import Beam, Config, Greedy, config_from_dict
+from ddp_asr.config import Config, DecoderSettings, config_from_dict
 from ddp_asr.decoding import Decoder, make_decoder
 from ddp_asr.errors import UserError
 from ddp_asr.features.log_mel import LogMel
@@ -104,7 +104,7 @@ def _trained(path: Path, state: dict[str, Any]) -> Trained:
 
 
 def build_recogniser(
-    trained: Trained, device: torch.device, precision: str = "fp32", decoder: Greedy | Beam | None = None
+    trained: Trained, device: torch.device, precision: str = "fp32", decoder: DecoderSettings | None = None
 ) -> Recogniser:
     """The recogniser of a checkpoint; settings of a `decoder` replace those of the checkpoint."""
     config = config_from_dict(trained.config, f"the checkpoint {trained.path}")
@@ -135,7 +135,7 @@ def make_recogniser(
 
 
 def load_recogniser(
-    checkpoint: str | Path, precision: str = "fp32", decoder: Greedy | Beam | None = None
+    checkpoint: str | Path, precision: str = "fp32", decoder: DecoderSettings | None = None
 ) -> Recogniser:
     """The recogniser of a checkpoint or run directory, on the GPU if there is one; see `build_recogniser`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
