@@ -1,6 +1,6 @@
-"""Finds the weights of a beam search on a development set: `python -m ddp_asr.tune RUN SHARDS... --lm FILE --out FILE`.
+"""Finds the weights of a decoder on a development set: `python -m ddp_asr.tune RUN SHARDS... --lm FILE --out FILE`.
 
-checkpoint, shards --> logits, computed once --> a beam search for each point of a grid --> decoder.yaml of the best
+checkpoint, shards --> logits, computed once --> a search for each point of a grid --> decoder.yaml of the best
 """
 
 from __future__ import annotations
@@ -10,17 +10,16 @@ import itertools
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ddp_asr.errors import UserError, run_entry_point
 from ddp_asr.files import replace_file
 from ddp_asr.ranks.environment import before_torch
 
 if TYPE_CHECKING:
-    from ddp_asr.config import Beam
     from ddp_asr.recognition.recogniser import Recogniser
     from ddp_asr.recognition.tuning import CorpusLogits, Trial
 
@@ -29,58 +28,67 @@ examples:
   python -m ddp_asr.tune runs/an4 shards/an4-dev --lm lm.arpa --out runs/an4/decoder.yaml
   python -m ddp_asr.tune runs/an4 shards/an4-dev --lm lm.arpa --out runs/an4/decoder.yaml \\
       --size 32 --lm-weights 0.4,0.5,0.6 --symbol-bonuses 0.8,1,1.2
+  python -m ddp_asr.tune runs/an4 shards/an4-dev --kind lexicon --lm words.arpa --out runs/an4/words.yaml
   python -m ddp_asr.evaluate runs/an4 shards/an4-test --decoder runs/an4/decoder.yaml
 """
 
+# kind of decoder -> the settings that are tuned, and the values that are tried without an option
+GRIDS = {
+    "beam": {"lm_weight": "0.25,0.5,0.75,1,1.25", "symbol_bonus": "0,0.5,1,1.5", "word_bonus": "0"},
+    "lexicon": {"lm_weight": "0.25,0.5,0.75,1,1.25", "word_bonus": "-1,0,1,2"},
+}
+OPTIONS = {"lm_weight": "--lm-weights", "symbol_bonus": "--symbol-bonuses", "word_bonus": "--word-bonuses"}
+FIXED = ("size", "symbols_per_frame", "lexicon", "threshold")  # settings that are the same for all points
+
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options; `grid` is the values to try of each setting that is tuned."""
     parser = argparse.ArgumentParser(
         prog="python -m ddp_asr.tune",
-        description="Finds the language model's weight and the symbol bonus with the fewest word errors, and writes "
-        "them as a settings file that evaluate and transcribe take as --decoder. Shards to tune on must be neither "
-        "those of the training nor those whose error rate will be reported.",
+        description="Finds the language model's weight and the bonuses with the fewest word errors, and writes them as "
+        "a settings file that evaluate and transcribe take as --decoder. Shards to tune on must be neither those of "
+        "the training nor those whose error rate will be reported.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", help="a checkpoint, or a run directory: its best.pt, else its newest")
-    parser.add_argument("shards", nargs="+", help="shard directories to tune on, scored as one corpus")
-    parser.add_argument("--lm", required=True, help="language model over the run's symbols: .arpa or .arpa.gz")
-    parser.add_argument(
-        "--out", required=True, type=Path, help="settings file to write, such as runs/NAME/decoder.yaml"
+    add = parser.add_argument
+    add("checkpoint", help="a checkpoint, or a run directory: its best.pt, else its newest")
+    add("shards", nargs="+", help="shard directories to tune on, scored as one corpus")
+    add(
+        "--lm",
+        required=True,
+        help="language model (.arpa, .arpa.gz): of the run's symbols for beam, of words for lexicon",
     )
-    parser.add_argument("--size", type=int, default=16, help="texts in the beam (default: %(default)s)")
-    parser.add_argument(
-        "--symbols-per-frame", type=int, default=0, help="see decoder.symbols_per_frame (default: %(default)s, all)"
-    )
-    parser.add_argument(
-        "--lm-weights",
-        default="0.25,0.5,0.75,1,1.25",
-        help="weights of the language model to try (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--symbol-bonuses", default="0,0.5,1,1.5", help="bonuses for a symbol to try (default: %(default)s)"
-    )
+    add("--out", required=True, type=Path, help="settings file to write, such as runs/NAME/decoder.yaml")
+    add("--kind", choices=tuple(GRIDS), default="beam", help="kind of decoder (default: %(default)s)")
+    add("--size", help="hypotheses in the beam (default: 16 with beam, 50 with lexicon)")
+    add("--symbols-per-frame", help="see decoder.symbols_per_frame (default: 0, all)")
+    add("--lexicon", help="with --kind lexicon: see decoder.lexicon (default: the words of the language model)")
+    add("--threshold", help="with --kind lexicon: see decoder.threshold (default: 50)")
+    for setting, option in OPTIONS.items():
+        defaults = [f"{grid[setting]} with {kind}" for kind, grid in GRIDS.items() if setting in grid]
+        add(option, help=f"values of decoder.{setting} to try (default: {'; '.join(defaults)})")
     arguments = parser.parse_args(argv)
-    for name in ("lm_weights", "symbol_bonuses"):
-        setattr(arguments, name, _numbers(name, getattr(arguments, name)))
-    if min(arguments.lm_weights) < 0:
-        raise UserError(f"--lm-weights must be 0 or more, not {min(arguments.lm_weights):g}")
-    if arguments.size < 1 or arguments.symbols_per_frame < 0:
-        raise UserError(
-            f"--size must be 1 or more and --symbols-per-frame 0 or more, not {arguments.size} and "
-            f"{arguments.symbols_per_frame}"
-        )
+    arguments.grid = {}
+    for setting, option in OPTIONS.items():
+        given = getattr(arguments, option[2:].replace("-", "_"))
+        if default := GRIDS[arguments.kind].get(setting):
+            arguments.grid[setting] = _numbers(option, default if given is None else given)
+        elif given is not None:
+            raise UserError(f"{option} cannot be given with --kind {arguments.kind}, which has no decoder.{setting}")
+    if min(arguments.grid["lm_weight"]) < 0:
+        raise UserError(f"--lm-weights must be 0 or more, not {min(arguments.grid['lm_weight']):g}")
     return arguments
 
 
-def _numbers(name: str, text: str) -> list[float]:
+def _numbers(option: str, text: str) -> list[float]:
     """The numbers in a text such as "0.5,1", in rising order."""
     try:
         numbers = sorted({float(part) for part in text.split(",")})
     except ValueError:
         numbers = [math.nan]
     if not all(map(math.isfinite, numbers)):
-        raise UserError(f"--{name.replace('_', '-')} must be finite numbers with commas between, not {text!r}")
+        raise UserError(f"{option} must be finite numbers with commas between, not {text!r}")
     return numbers
 
 
@@ -90,31 +98,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.out.is_dir() or not arguments.out.parent.is_dir():
         raise UserError(f"--out {arguments.out} cannot be written: name a file in a directory that exists")
     before_torch(os.environ)
-    from ddp_asr.config import Beam, DecoderFile
-    from ddp_asr.decoding.beam import read_table
+    from ddp_asr.config import DecoderFile, Greedy, config_from_dict
     from ddp_asr.recognition.recogniser import load_recogniser
     from ddp_asr.recognition.tuning import best, try_each
     from ddp_asr.settings import describe
 
-    recogniser = load_recogniser(arguments.checkpoint, decoder=Beam())  # the run's own may name a file that has gone
-    table = read_table(arguments.lm, recogniser.tokeniser)
+    given = {name: value for name in FIXED if (value := getattr(arguments, name)) is not None}
+    decoder = {"kind": arguments.kind, "lm": arguments.lm, **given}
+    fixed: Any = config_from_dict({"decoder": decoder}, "the command line").decoder
+    # Not with the run's own decoder, which may name a file that has gone.
+    recogniser = load_recogniser(arguments.checkpoint, decoder=Greedy())
+    language = _read_language(fixed, recogniser)
     corpus = _compute_logits(recogniser, arguments.shards)
-    fixed = Beam(size=arguments.size, lm=arguments.lm, symbols_per_frame=arguments.symbols_per_frame)
-    grid = itertools.product(arguments.lm_weights, arguments.symbol_bonuses)
-    points = [replace(fixed, lm_weight=weight, symbol_bonus=bonus) for weight, bonus in grid]
-    print(f"{len(corpus.references)} utterances, {len(points)} points\nlm_weight  symbol_bonus     WER      CER")
+    grid: dict[str, list[float]] = arguments.grid
+    points = [replace(fixed, **dict(zip(grid, values, strict=True))) for values in itertools.product(*grid.values())]
+    print(f"{len(corpus.references)} utterances, {len(points)} points\n{'  '.join(grid)}     WER      CER")
     trials = []
-    for trial in try_each(recogniser, corpus, points, table):
+    for trial in try_each(recogniser, corpus, points, language):
         trials.append(trial)
-        print(_line(trial), flush=True)
+        print(_line(trial, grid), flush=True)
     found = best(trials)
     try:
         replace_file(arguments.out, describe(DecoderFile(found.settings)))
     except OSError as error:
         raise UserError(f"--out {arguments.out} cannot be written: {error.strerror}; name another place") from None
-    print(f"best: {_line(found).strip()}, written to {arguments.out}")
-    _warn_of_edges(found.settings, arguments)
+    print(f"best: {_line(found, grid).strip()}, written to {arguments.out}")
+    for setting, tried in grid.items():
+        value = getattr(found.settings, setting)
+        if len(tried) > 1 and value in (tried[0], tried[-1]) and not (setting == "lm_weight" and value == 0):
+            print(
+                f"warning: the best of {OPTIONS[setting]} is {value:g}, an end of the grid: try values beyond it",
+                file=sys.stderr,
+                flush=True,
+            )
     return 0
+
+
+def _read_language(settings: Any, recogniser: Recogniser) -> Any:
+    """The language model as the decoder of this kind holds it, read once for all points."""
+    if settings.kind == "beam":
+        from ddp_asr.decoding.beam import read_table
+
+        return read_table(settings.lm, recogniser.tokeniser)
+    from ddp_asr.decoding.lexicon import read_word_model
+
+    return read_word_model(settings, recogniser.tokeniser)
 
 
 def _compute_logits(recogniser: Recogniser, shards: Sequence[str]) -> CorpusLogits:
@@ -137,23 +165,9 @@ def _compute_logits(recogniser: Recogniser, shards: Sequence[str]) -> CorpusLogi
     return corpus
 
 
-def _line(trial: Trial) -> str:
-    settings, counts = trial.settings, trial.counts
-    return f"{settings.lm_weight:9g}  {settings.symbol_bonus:12g}  {100 * counts.wer:6.2f} %  {100 * counts.cer:5.2f} %"
-
-
-def _warn_of_edges(settings: Beam, arguments: argparse.Namespace) -> None:
-    """Says where the best point lies at an end of the grid, beyond which there may be a better one."""
-    for option, tried, value in (
-        ("--lm-weights", arguments.lm_weights, settings.lm_weight),
-        ("--symbol-bonuses", arguments.symbol_bonuses, settings.symbol_bonus),
-    ):
-        if len(tried) > 1 and value in (tried[0], tried[-1]) and not (option == "--lm-weights" and value == 0):
-            print(
-                f"warning: the best of {option} is {value:g}, an end of the grid: try values beyond it",
-                file=sys.stderr,
-                flush=True,
-            )
+def _line(trial: Trial, grid: Iterable[str]) -> str:
+    values = "  ".join(f"{getattr(trial.settings, setting):{len(setting)}g}" for setting in grid)
+    return f"{values}  {100 * trial.counts.wer:6.2f} %  {100 * trial.counts.cer:5.2f} %"
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
-"""The weights of a beam search, found on a development set: each point of a grid decodes the same logits.
+"""The weights of a decoder, found on a development set: each point of a grid decodes the same logits.
 
     shards --compute_logits--> logits and references in memory --try_each--> errors of each point --best--> settings
 
-The network runs once, so a point costs a beam search only. An hour of audio needs 17 MB at 29 classes and 40 frames a
+The network runs once, so a point costs a search only. An hour of audio needs 17 MB at 29 classes and 40 frames a
 second.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-from ddp_asr.config import Beam
+from ddp_asr.config import DecoderSettings
 from ddp_asr.data.index import Index
 from ddp_asr.data.loader import MicroBatch
-from ddp_asr.decoding import beam
-from ddp_asr.decoding.ngram import Table
+from ddp_asr.decoding import DECODERS
 from ddp_asr.recognition.recogniser import Recogniser
 from ddp_asr.text.score import Counts, count_each
 
@@ -34,7 +34,7 @@ class CorpusLogits:
 class Trial:
     """A point of the grid and its errors."""
 
-    settings: Beam
+    settings: DecoderSettings
     counts: Counts
 
 
@@ -55,10 +55,12 @@ def compute_logits(recogniser: Recogniser, index: Index, batches: Iterable[Micro
     return corpus
 
 
-def try_each(recogniser: Recogniser, corpus: CorpusLogits, points: Iterable[Beam], table: Table) -> Iterator[Trial]:
-    """The errors of each point, in order; `table` is the language model that all of them name."""
+def try_each(
+    recogniser: Recogniser, corpus: CorpusLogits, points: Iterable[DecoderSettings], language: Any
+) -> Iterator[Trial]:
+    """The errors of each point, in order; `language` is the language model of all points as their decoder holds it."""
     for point in points:
-        decoder = beam.Beam(point, recogniser.tokeniser, recogniser.config.frame_s, table)
+        decoder = DECODERS[point.kind](point, recogniser.tokeniser, recogniser.config.frame_s, language)
         hypotheses: list[str] = []
         for logits, frames in zip(corpus.logits, corpus.frames, strict=True):
             hypotheses += [each.text for each in decoder(logits.to(recogniser.device), frames)]
