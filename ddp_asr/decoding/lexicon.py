@@ -56,6 +56,8 @@ class WordModel:
     """flashlight's Trie of all spellings, each closed by a space."""
     lm: Any
     """flashlight's KenLM, or its ZeroLM, which gives every text 0."""
+    space: int
+    """The class of the space."""
 
 
 class Lexicon:
@@ -67,7 +69,6 @@ class Lexicon:
         """`model`: the lexicon and the language model, if they have been read already."""
         self.settings, self.tokeniser, self.frame_s = settings, tokeniser, frame_s
         self._model = model or read_word_model(settings, tokeniser)
-        self._space = _class_of_space(tokeniser)
         flashlight = _flashlight()
         options = flashlight.LexiconDecoderOptions(
             beam_size=settings.size,
@@ -84,7 +85,7 @@ class Lexicon:
             options=options,
             trie=self._model.trie,
             lm=self._model.lm,
-            sil_token_idx=self._space,
+            sil_token_idx=self._model.space,
             blank_token_idx=tokeniser.blank,
             unk_token_idx=-1,  # not read, because unk_score is off
             transitions=[],
@@ -100,11 +101,13 @@ class Lexicon:
         """Of one row: its log-probabilities (T', V)."""
         frames, classes = log_p.shape
         closing = log_p.new_full((1, classes), LOWEST)
-        closing[0, self._space] = 0.0
+        closing[0, self._model.space] = 0.0
         closed = torch.cat([log_p, closing]).contiguous()
         found = self._search.decode(closed.data_ptr(), len(closed), classes)
-        # Words that are spelled alike may have equal scores, and flashlight sorts those by their addresses.
-        ranked = sorted(((-each.score, _labels(each), place) for place, each in enumerate(found)))
+        # By the words, too: those that are spelled alike may have equal scores, and flashlight's order of them varies.
+        ranked = sorted(
+            (-each.score, [label for label in each.words if label >= 0], place) for place, each in enumerate(found)
+        )
         texts: dict[str, float] = {}
         for negative, labels, _ in ranked:
             if len(texts) < self.settings.n_best:
@@ -123,10 +126,6 @@ class Lexicon:
         return [replace(word, text=self._model.texts[label]) for label, word in zip(labels, spelled, strict=False)]
 
 
-def _labels(result: Any) -> list[int]:
-    return [label for label in result.words if label >= 0]
-
-
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
@@ -137,19 +136,19 @@ def read_word_model(settings: config.Lexicon, tokeniser: Tokeniser) -> WordModel
         UserError: flashlight-text is missing, a file cannot be read, a word cannot be spelled, no word is left, or the
             language model is none of these words.
     """
-    flashlight, space = _flashlight(), _class_of_space(tokeniser)
+    flashlight = _flashlight()
+    if " " not in tokeniser.symbols:
+        raise UserError("decoder.kind = lexicon needs the space among vocabulary.symbols, and this run has none")
+    space = list(tokeniser.symbols).index(" ")
     known = _unigrams(Path(settings.lm)) if settings.lm else []
     if SPACE in known:
         raise UserError(
             f"the language model {settings.lm} is one of characters, and decoder.kind = lexicon needs one of words: "
             "make one with python -m ddp_asr.lm --unit word, or set decoder.kind to beam"
         )
-    if settings.lexicon:
-        spellings = _read_lexicon(Path(settings.lexicon), tokeniser)
-    elif settings.lm:
-        spellings = _spellings_of_known(known, settings.lm, tokeniser)
-    else:
+    if not (settings.lexicon or settings.lm):
         raise UserError("decoder.kind = lexicon needs words: name a language model as decoder.lm or a decoder.lexicon")
+    spellings = _spellings(settings, known, tokeniser)
     words = list(spellings)
     lm = _load_lm(settings.lm, words) if settings.lm else flashlight.ZeroLM()
     if not words:
@@ -166,7 +165,7 @@ def read_word_model(settings: config.Lexicon, tokeniser: Tokeniser) -> WordModel
         for classes in spellings[words[label]]:
             trie.insert([*classes, space], label, scores[label])
     trie.smear(flashlight.SmearingMode.MAX)  # a part of a word gets the best score of the words that begin with it
-    return WordModel([tokeniser.normalise(word) for word in words], trie, lm)
+    return WordModel([tokeniser.normalise(word) for word in words], trie, lm, space)
 
 
 def _flashlight() -> ModuleType:
@@ -179,12 +178,6 @@ def _flashlight() -> ModuleType:
     return decoder
 
 
-def _class_of_space(tokeniser: Tokeniser) -> int:
-    if " " not in tokeniser.symbols:
-        raise UserError("decoder.kind = lexicon needs the space among vocabulary.symbols, and this run has none")
-    return list(tokeniser.symbols).index(" ")
-
-
 def _load_lm(path: str, words: Sequence[str]) -> Any:
     from flashlight.lib.text.decoder.kenlm import KenLM
     from flashlight.lib.text.dictionary import Dictionary
@@ -192,7 +185,8 @@ def _load_lm(path: str, words: Sequence[str]) -> Any:
     try:
         return KenLM(path, Dictionary(list(words)))
     except RuntimeError as error:
-        reason = str(error).splitlines()[-1 if str(error).count("\n") < 2 else 1].partition(".  ")[0]
+        lines = str(error).splitlines()  # where in KenLM's sources, if it is said, and what is wrong
+        reason = lines[min(1, len(lines) - 1)].partition(".  ")[0]
         raise UserError(
             f"KenLM cannot read {path} ({reason}): copy the file again, or make one of order 2 to 6 with python -m "
             "ddp_asr.lm --unit word"
@@ -210,49 +204,38 @@ def _unigrams(path: Path) -> list[str]:
     return [word for word in words if word not in (START, END, UNKNOWN, "<UNK>")]
 
 
-def _spellings_of_known(known: Sequence[str], lm: str, tokeniser: Tokeniser) -> dict[str, list[list[int]]]:
-    """The spellings of those words of a language model that the recogniser can write."""
-    spelled = {word: _spell(word, tokeniser) for word in known}
-    left_out = [word for word, (_, reason) in spelled.items() if reason]
+def _spellings(settings: config.Lexicon, known: Sequence[str], tokeniser: Tokeniser) -> dict[str, list[list[int]]]:
+    """The spellings, as classes, of each word of the lexicon, or else of each `known` one that can be spelled."""
+    spellings: dict[str, list[list[int]]] = {}
+    left_out = []
+    for number, line in _lines(Path(settings.lexicon)) if settings.lexicon else enumerate(known):
+        word, _, spelling = (part.strip() for part in line.strip().partition("\t"))
+        if not word:
+            continue
+        try:
+            classes, reason = tokeniser.encode(spelling or word).tolist(), ""
+        except ValueError:
+            reason = f"the model cannot write {tokeniser.count([spelling or word]).foreign[0]!r}"
+        if any(len(tokeniser.normalise(text).split()) != 1 for text in (word, spelling or word)):
+            reason = "it or its spelling is not a single word"
+        if reason and settings.lexicon:
+            raise UserError(
+                f"{settings.lexicon}, line {number}: {word!r} cannot be spelled with the run's symbols, because "
+                f"{reason}: take it out, or write the word, a tab and a spelling without spaces"
+            )
+        if reason:
+            left_out.append(word)
+        elif classes not in spellings.setdefault(word, []):
+            spellings[word].append(classes)
     if left_out:
-        named = ", ".join(map(repr, left_out[:5]))
+        named = ", ".join(map(repr, left_out[:5])) + (" ..." if len(left_out) > 5 else "")
         print(
-            f"warning: {len(left_out):,} of {len(spelled):,} words of {lm} cannot be spelled with the run's symbols "
-            f"and are not in the lexicon: {named}{' ...' if len(left_out) > 5 else ''}",
+            f"warning: {len(left_out):,} of {len(known):,} words of {settings.lm} cannot be spelled with the run's "
+            f"symbols and are left out: {named}",
             file=sys.stderr,
             flush=True,
         )
-    return {word: [classes] for word, (classes, reason) in spelled.items() if not reason}
-
-
-def _read_lexicon(path: Path, tokeniser: Tokeniser) -> dict[str, list[list[int]]]:
-    """The spellings of each word of a file: a word a line, or a word, a tab and its spelling."""
-    spellings: dict[str, list[list[int]]] = {}
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        word, _, spelling = (part.strip() for part in line.partition("\t"))
-        classes, reason = _spell(spelling or word, tokeniser)
-        if len(word.split()) != 1:
-            reason = "it is not one word"
-        if reason:
-            raise UserError(
-                f"{path}, line {number}: {word!r} cannot be spelled with the run's symbols, because {reason}: take it "
-                "out, or write the word, a tab and a spelling without spaces"
-            )
-        if classes not in spellings.setdefault(word, []):
-            spellings[word].append(classes)
     return spellings
-
-
-def _spell(text: str, tokeniser: Tokeniser) -> tuple[list[int], str]:
-    """The classes of a word, and why it cannot be spelled, if so."""
-    if foreign := tokeniser.count([text]).foreign[0]:
-        return [], f"the model cannot write {foreign!r}"
-    spelled = tokeniser.normalise(text)
-    if not spelled or " " in spelled:
-        return [], "its spelling has a space" if spelled else "nothing of it is left after normalisation"
-    return tokeniser.encode(text).tolist(), ""
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
