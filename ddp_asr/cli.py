@@ -27,7 +27,7 @@ COMMANDS = {
     "transcribe": "write down what is said in audio files",
     "align": "find when each word of known texts is said, and transcripts that may be wrong",
     "lm": "make an n-gram language model of text or transcripts",
-    "tune": "find the weights of a beam search with a language model",
+    "tune": "find the weights of a decoder with a language model",
     "tracking": "send a run to Comet, or make its offline archive",
 }
 
