@@ -5,11 +5,11 @@ import pytest
 from tests.conftest import REPOSITORY
 
 BOUNDS = {
-    "ddp_asr": 13_250,
+    "ddp_asr": 13_560,
     "launch": 2_900,
     "synthetic_speech": 330,
     "benchmarks": 3_200,
-    "tests": 18_450,
+    "tests": 18_750,
 }
 
 
