@@ -28,7 +28,8 @@ examples:
   python -m ddp_asr.tune runs/an4 shards/an4-dev --lm lm.arpa --out runs/an4/decoder.yaml
   python -m ddp_asr.tune runs/an4 shards/an4-dev --lm lm.arpa --out runs/an4/decoder.yaml \\
       --size 32 --lm-weights 0.4,0.5,0.6 --symbol-bonuses 0.8,1,1.2
-  python -m ddp_asr.tune runs/an4 shards/an4-dev --kind lexicon --lm words.arpa --out runs/an4/words.yaml
+  python -m ddp_asr.tune runs/an4 shards/an4-dev --kind lexicon --lm words.arpa --out runs/an4/words.yaml \\
+      --word-bonuses=-2,-1,0
   python -m ddp_asr.evaluate runs/an4 shards/an4-test --decoder runs/an4/decoder.yaml
 """
 
