@@ -79,9 +79,8 @@ def align(log_p: Tensor, classes: np.ndarray) -> Alignment:
     frames, blank = log_p.shape[0], log_p.shape[1] - 1
     if reason := why_not(len(classes), int((classes[1:] == classes[:-1]).sum()), frames):
         raise Misfit(reason)
-    log_p = log_p.detach().to("cpu", torch.float32).contiguous()
-    paths, scores = forced_align(log_p[None], torch.as_tensor(classes, dtype=torch.int64)[None], blank=blank)
-    path, path_log_p = paths[0].numpy(), scores[0].numpy()  # (T',)
+    path, path_log_p = best_path(log_p, classes)
+    log_p = log_p.detach().to("cpu", torch.float32)
     excess = float(path_log_p.sum(dtype=np.float64) - log_p.amax(-1).sum(dtype=torch.float64))
     if not np.isfinite(excess):
         raise Misfit("the model gives no path of this text a probability")
@@ -89,6 +88,14 @@ def align(log_p: Tensor, classes: np.ndarray) -> Alignment:
     before = np.concatenate([[0.0], np.cumsum(path_log_p, dtype=np.float64)])
     of_symbols = (before[end] - before[start]) / (end - start)
     return Alignment(path, path_log_p, start, end, of_symbols, float(np.exp(excess / len(classes))))
+
+
+def best_path(log_p: Tensor, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The most probable path (T',) that spells one or more classes (U,), and its log-probabilities (T',)."""
+    log_p = log_p.detach().to("cpu", torch.float32).contiguous()
+    targets = torch.as_tensor(classes, dtype=torch.int64)
+    paths, scores = forced_align(log_p[None], targets[None], blank=log_p.shape[1] - 1)
+    return paths[0].numpy(), scores[0].numpy()
 
 
 def align_text(

@@ -29,9 +29,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torchaudio.functional import forced_align
 
 from ddp_asr import config
+from ddp_asr.decoding.align import best_path
 from ddp_asr.decoding.ngram import Table, read_arpa
 from ddp_asr.decoding.path import words_on
 from ddp_asr.decoding.protocol import Hypothesis
@@ -78,9 +78,7 @@ class Beam:
         words = []
         classes = found[0][found[0] != blank]
         if texts and len(classes):
-            log_p = log_p[None].float().contiguous()
-            path, path_log_p = forced_align(log_p, torch.from_numpy(classes)[None], blank=blank)
-            words = words_on(path[0].numpy(), path_log_p[0].numpy(), self.tokeniser, self.frame_s)
+            words = words_on(*best_path(log_p, classes), self.tokeniser, self.frame_s)
         return Hypothesis(" ".join(word.text for word in words), words, scores[0], list(texts.items())[1:])
 
 
