@@ -267,6 +267,17 @@ class Beam:
         0.0, "added to the score for each symbol; a language model with a large weight prefers short texts without it"
     )
     word_bonus: float = setting(0.0, "added to the score for each word", also_called="beta word_score")
+    hot_words: str = setting(
+        "",
+        "text file of words and phrases, one a line, that get `hot_word_bonus`; empty: none",
+        also_called="hotwords keywords boosting contexts",
+    )
+    hot_word_bonus: float = setting(
+        3.0,
+        "added to the score for each hot word of the text; with 3 a word may be 20 times less probable than its rival",
+        at_least=0,
+        also_called="hotword_weight boosting_weight context_score",
+    )
     symbols_per_frame: int = setting(
         0,
         "symbols that may extend a text in a frame, the most probable ones; 0: all; with a thousand symbols 20 are "

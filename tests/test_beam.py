@@ -6,21 +6,31 @@ The promises of every decoder are in test_decoders.py.
 import itertools
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from ddp_asr import config
+from ddp_asr.decoding.automaton import Table
 from ddp_asr.decoding.beam import Beam, log_probabilities, make_text_model, search
-from ddp_asr.decoding.ngram import Table
+from ddp_asr.decoding.bonuses import make_bonuses
 from ddp_asr.errors import UserError
 from ddp_asr.text.characters import Characters
+from tests.test_bonuses import occurrences
 
 SYMBOLS = ["a", " ", "b"]
 TOKENISER = Characters("".join(SYMBOLS))
 BLANK = len(SYMBOLS)
-WEIGHT, SYMBOL_BONUS, WORD_BONUS = 0.7, 0.3, -0.4
+WEIGHT = 0.7
+BONUSES: dict[str, Any] = {
+    "symbol_bonus": 0.3,
+    "word_bonus": -0.4,
+    "hot_words": ["a", "a b", "ba"],
+    "hot_word_bonus": 1.1,
+}
+HOT_WORDS, HOT_WORD_BONUS = ["a", "ba", "a b"], 1.1
 CASES = 60  # each with and without a language model
 LARGE = 400  # as many texts as 5 frames of 4 classes can spell
 
@@ -44,9 +54,12 @@ def random_table(case: int, symbols: int, states: int = 4) -> Table:
     return Table(log_p[:, :-1], next_state, log_p[:, -1], start=case % states)
 
 
-def prior(text: tuple[int, ...], table: Table | None, symbol_bonus: float, word_bonus: float) -> float:
+def prior(text: tuple[int, ...], table: Table | None, bonuses: dict, has_space: bool) -> float:
     """What a text adds to its score apart from the audio."""
-    added = symbol_bonus * len(text) + word_bonus * len("".join(SYMBOLS[symbol] for symbol in text).split())
+    written, added = "".join(SYMBOLS[symbol] for symbol in text), 0.0
+    if bonuses:
+        added = bonuses["symbol_bonus"] * len(text) + bonuses["word_bonus"] * len(written.split())
+        added += bonuses["hot_word_bonus"] * occurrences(written, bonuses["hot_words"], has_space)
     if table is not None:
         state = table.start
         for symbol in text:
@@ -77,9 +90,9 @@ def case_of(number: int, with_table: bool):
     log_p = random_log_p(number)
     symbols = log_p.shape[1] - 1
     table = random_table(number, symbols) if with_table else None
-    bonuses = (SYMBOL_BONUS, WORD_BONUS) if number % 4 else (0.0, 0.0)
-    model = make_text_model(SYMBOLS[:symbols], table, WEIGHT, *bonuses).to(log_p.device, log_p.dtype)
-    return log_p, model, enumerated(log_p, table, *bonuses)
+    bonuses = BONUSES if number % 4 else {}
+    model = make_text_model(make_bonuses(SYMBOLS[:symbols], **bonuses), table, WEIGHT).to(log_p.device, log_p.dtype)
+    return log_p, model, enumerated(log_p, table, bonuses, " " in SYMBOLS[:symbols])
 
 
 def searched(log_p, model, size, symbols_per_frame=0) -> dict[tuple[int, ...], float]:
@@ -190,7 +203,10 @@ def test_neighbours_and_padding_change_nothing():
 
 def test_frames_beyond_a_row_change_no_bit():
     torch.manual_seed(0)
-    logits, model = 2 * torch.randn(3, 20, BLANK + 1), make_text_model(SYMBOLS, random_table(0, BLANK), 0.5, 0, 0)
+    logits, model = (
+        2 * torch.randn(3, 20, BLANK + 1),
+        make_text_model(make_bonuses(SYMBOLS), random_table(0, BLANK), 0.5),
+    )
     model = model.to(torch.device("cpu"), torch.float32)
     frames = torch.tensor([8, 5, 2])
     short = search(log_probabilities(logits, frames), model, 4)
@@ -219,6 +235,23 @@ def test_the_language_model_chooses_between_what_sounds_alike():
     assert decoder()(logits, frames)[0].text == "a"
     assert decoder(table, lm_weight=0.0)(logits, frames)[0].text == "a"
     assert decoder(table, lm_weight=0.5)(logits, frames)[0].text == "b"
+
+
+def test_a_hot_word_is_found_where_another_text_is_somewhat_more_probable(tmp_path):
+    logits, frames = logits_of("a-b a-a ", "aba")
+    logits[0, 2, SYMBOLS.index("a")] = 10  # less probable by a factor of e^2
+    logits[1, 1, BLANK] = 11.5
+    assert [each.text for each in decoder(size=2)(logits, frames)] == ["ab aa", "aba"]
+    (tmp_path / "hot.txt").write_text("AA\n")
+    hot = {"size": 2, "hot_words": str(tmp_path / "hot.txt")}
+    found = decoder(**hot, hot_word_bonus=2.5)(logits, frames)
+    assert [each.text for each in found] == ["aa aa", "aa"]
+    assert found[0].score == pytest.approx(-2 + 2 * 2.5, abs=0.2)
+    assert [each.text for each in decoder(**hot, hot_word_bonus=1.5)(logits, frames)] == ["ab aa", "aa"]
+    assert [each.text for each in decoder(**hot, hot_word_bonus=0.2)(logits, frames)] == ["ab aa", "aba"]
+    (tmp_path / "hot.txt").write_text("axa\n")
+    with pytest.raises(UserError, match=r"hot\.txt, line 1: 'axa' cannot be recognised"):
+        decoder(**hot)
 
 
 ARPA = """\\data\\

@@ -22,7 +22,8 @@ from ddp_asr.data.corpus import read_corpus
 from ddp_asr.data.index import read_index
 from ddp_asr.data.loader import eval_loader, on_device, train_loader
 from ddp_asr.decoding import beam
-from ddp_asr.decoding.ngram import Table
+from ddp_asr.decoding.automaton import Table
+from ddp_asr.decoding.bonuses import make_bonuses
 from ddp_asr.encoders import ENCODERS, rescnn_bigru
 from ddp_asr.features import masks
 from ddp_asr.ranks.signals import StopRequest
@@ -148,7 +149,8 @@ def test_every_wait_that_is_listed_is_there(tiny_corpus):
 def test_a_beam_search_stays_on_the_device(symbols_per_frame):
     table = Table(torch.zeros(4, 9), torch.zeros(4, 9, dtype=torch.int64), torch.zeros(4), start=1)
     with FakeCuda() as gpu:
-        text_model = beam.make_text_model("abcdefgh ", table, 0.5, 0.1, 0.2).to(DEVICE, torch.float32)
+        text_model = beam.make_text_model(make_bonuses("abcdefgh ", 0.1, 0.2, ["bee", "a"], 2.0), table, 0.5)
+        text_model = text_model.to(DEVICE, torch.float32)
         gpu.waits.clear()  # the language model was sent there
         logits, frames = torch.zeros(3, 7, 10, dtype=torch.bfloat16, device=DEVICE), torch.tensor([7, 0, 4])
         found, scores = beam.search(beam.log_probabilities(logits, frames), text_model, 8, symbols_per_frame)

@@ -2,11 +2,12 @@
 
     logits (B, T', V)  --search-->  the W best texts of each row, as classes  --forced alignment-->  words with times
 
-The score of a text is log p(text | audio) + lm_weight * log p_lm(text) + bonuses for its symbols and words. p(text |
-audio) is the sum over all CTC paths that spell the text, so the search keeps, for each text of its beam, the
+The score of a text is log p(text | audio) + lm_weight * log p_lm(text) + bonuses for its symbols, words and hot words.
+p(text | audio) is the sum over all CTC paths that spell the text, so the search keeps, for each text of its beam, the
 probability of the paths so far that end in a blank and of those that end in a symbol (Graves 2012, "Sequence
 transduction with recurrent neural networks"; Hannun et al. 2014, "First-pass large vocabulary continuous speech
-recognition using bi-directional recurrent DNNs").
+recognition using bi-directional recurrent DNNs"). What language model and bonuses add is read from automata
+(automaton.py).
 
 There is one loop, over frames. A frame extends all texts of all rows by all symbols, and keeps the W best. An extended
 text may be in the beam already; two texts are equal if their 64-bit hashes are. A place of the beam without a text has
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,9 @@ from torch import Tensor
 
 from ddp_asr import config
 from ddp_asr.decoding.align import best_path
-from ddp_asr.decoding.ngram import Table, read_arpa
+from ddp_asr.decoding.automaton import Automaton, move
+from ddp_asr.decoding.bonuses import make_bonuses, read_hot_words
+from ddp_asr.decoding.ngram import read_arpa
 from ddp_asr.decoding.path import words_on
 from ddp_asr.decoding.protocol import Hypothesis
 from ddp_asr.text import Tokeniser
@@ -43,23 +46,26 @@ INFINITY = float("inf")
 class Beam:
     """The decoder; its score is log p(text | audio), of all paths that the search has kept, plus the text model's."""
 
-    def __init__(self, settings: config.Beam, tokeniser: Tokeniser, frame_s: float, table: Table | None = None) -> None:
+    def __init__(
+        self, settings: config.Beam, tokeniser: Tokeniser, frame_s: float, table: Automaton | None = None
+    ) -> None:
         """`table`: the language model, if it has been read already; else it is read from `settings.lm`."""
         self.settings, self.tokeniser, self.frame_s = settings, tokeniser, frame_s
         if table is None and settings.lm:
             table = read_table(settings.lm, tokeniser)
-        text_model = make_text_model(
-            tokeniser.symbols, table, settings.lm_weight, settings.symbol_bonus, settings.word_bonus
+        hot_words = read_hot_words(Path(settings.hot_words), tokeniser) if settings.hot_words else []
+        bonuses = make_bonuses(
+            tokeniser.symbols, settings.symbol_bonus, settings.word_bonus, hot_words, settings.hot_word_bonus
         )
-        self._text_models = {text_model.place: text_model}
+        self.text_model = make_text_model(bonuses, table, settings.lm_weight)
+        self._moved: dict[tuple[torch.device, torch.dtype], TextModel] = {}
 
     def __call__(self, logits: Tensor, frames: Tensor) -> list[Hypothesis]:
         log_p = log_probabilities(logits, frames)
         place = (log_p.device, log_p.dtype)
-        if place not in self._text_models:
-            self._text_models[place] = next(iter(self._text_models.values())).to(*place)
-        text_model = self._text_models[place]
-        found, scores = search(log_p, text_model, self.settings.size, self.settings.symbols_per_frame)
+        if place not in self._moved:
+            self._moved[place] = self.text_model.to(*place)
+        found, scores = search(log_p, self._moved[place], self.settings.size, self.settings.symbols_per_frame)
         # Copied from the device once for the whole batch.
         found, scores, log_p = found.cpu(), scores.cpu(), log_p.cpu()
         return [
@@ -82,7 +88,7 @@ class Beam:
         return Hypothesis(" ".join(word.text for word in words), words, scores[0], list(texts.items())[1:])
 
 
-def read_table(lm: str, tokeniser: Tokeniser) -> Table:
+def read_table(lm: str, tokeniser: Tokeniser) -> Automaton:
     """The language model in an ARPA file, over the tokeniser's symbols.
 
     Raises:
@@ -106,49 +112,35 @@ def log_probabilities(logits: Tensor, frames: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TextModel:
-    """What a text adds to its score apart from the audio. The column of the blank adds and changes nothing."""
+    """What a text adds to its score apart from the audio: a weighted sum of automata, each with its state."""
 
-    gain: Tensor  # (states, V): what a symbol adds after a history
-    next_state: Tensor  # int64 (states, V)
-    end: Tensor  # (states,): what the end of the text adds
-    start: int  # the state before the first symbol
-    first: Tensor  # (V,): word bonus of a symbol that stands first or follows a space
-    inside: Tensor  # (V,): of one that follows another symbol
-    closes: Tensor  # bool (V,): whether the next symbol is `first`; the blank stands for the text without symbols
+    parts: tuple[Automaton, ...]
+    weights: tuple[float, ...]
 
-    @property
-    def place(self) -> tuple[torch.device, torch.dtype]:
-        return self.gain.device, self.gain.dtype
+    def gain(self, states: Sequence[Tensor], symbol: Tensor) -> Tensor:
+        return self._sum([part.gain(state, symbol) for part, state in zip(self.parts, states, strict=True)])
+
+    def step(self, states: Sequence[Tensor], symbol: Tensor) -> tuple[Tensor, ...]:
+        return tuple(part.step(state, symbol) for part, state in zip(self.parts, states, strict=True))
+
+    def end(self, states: Sequence[Tensor]) -> Tensor:
+        return self._sum([part.end[state] for part, state in zip(self.parts, states, strict=True)])
+
+    def _sum(self, gains: Sequence[Tensor]) -> Tensor:
+        total = self.weights[0] * gains[0]
+        for weight, gain in zip(self.weights[1:], gains[1:], strict=True):
+            total = total + weight * gain
+        return total
 
     def to(self, device: torch.device, dtype: torch.dtype) -> TextModel:
-        moved = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name, value in moved.items():
-            if isinstance(value, Tensor):
-                moved[name] = value.to(device, dtype if value.is_floating_point() else None)
-        return TextModel(**moved)
+        return replace(self, parts=tuple(move(part, device, dtype) for part in self.parts))
 
 
-def make_text_model(
-    symbols: Sequence[str], table: Table | None, lm_weight: float, symbol_bonus: float, word_bonus: float
-) -> TextModel:
-    """The model of texts of these symbols, with the language model `table` (ngram.Table) or with none."""
-    if table is None or lm_weight == 0:  # 0 * -inf would be no number
-        gain, end = torch.zeros(1, len(symbols), dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-        next_state, start = torch.zeros(1, len(symbols), dtype=torch.int64), 0
-    else:
-        gain, end = lm_weight * table.log_p, lm_weight * table.end
-        next_state, start = table.next_state, table.start
-    written = [not symbol.isspace() for symbol in symbols]
-    opens = [w and symbol[0].isspace() for w, symbol in zip(written, symbols, strict=True)]
-    return TextModel(
-        gain=torch.cat([gain + symbol_bonus, gain.new_zeros(len(end), 1)], 1),
-        next_state=torch.cat([next_state, torch.arange(len(end))[:, None]], 1),
-        end=end,
-        start=start,
-        first=word_bonus * torch.tensor([*written, False]).to(gain.dtype),
-        inside=word_bonus * torch.tensor([*opens, False]).to(gain.dtype),
-        closes=torch.tensor([*(symbol[-1:].isspace() for symbol in symbols), True]),
-    )
+def make_text_model(bonuses: Automaton, lm: Automaton | None, lm_weight: float) -> TextModel:
+    """The bonuses, and the language model if there is one that counts."""
+    if lm is None or lm_weight == 0:  # 0 * -inf would be no number
+        return TextModel((bonuses,), (1.0,))
+    return TextModel((bonuses, lm), (1.0, lm_weight))
 
 
 def search(log_p: Tensor, model: TextModel, size: int, symbols_per_frame: int = 0) -> tuple[Tensor, Tensor]:
@@ -167,7 +159,7 @@ def search(log_p: Tensor, model: TextModel, size: int, symbols_per_frame: int = 
         in_blank=torch.cat([torch.zeros_like(nothing[:, :1]), nothing[:, 1:]], 1),
         in_symbol=nothing,
         prior=torch.zeros_like(nothing),
-        state=torch.full_like(nothing, model.start, dtype=torch.int64),
+        states=tuple(torch.full_like(nothing, part.start, dtype=torch.int64) for part in model.parts),
         last=torch.full_like(nothing, blank, dtype=torch.int64),
         hashed=torch.zeros_like(nothing, dtype=torch.int64),
         hashed_before=torch.zeros_like(nothing, dtype=torch.int64),
@@ -176,7 +168,7 @@ def search(log_p: Tensor, model: TextModel, size: int, symbols_per_frame: int = 
     for frame in range(frames):
         beam, source, written = advance(beam, log_p[:, frame], model, symbols_per_frame)
         trace.append((source, written))
-    score = beam.total + beam.prior + model.end[beam.state]
+    score = beam.total + beam.prior + model.end(beam.states)
     scores, place = score.sort(dim=1, descending=True, stable=True)
     found = torch.full((rows, size, frames), blank, device=log_p.device)
     for frame, (source, written) in reversed(list(enumerate(trace))):
@@ -192,7 +184,7 @@ class Texts:
     in_blank: Tensor  # log-probability of the paths that end in a blank
     in_symbol: Tensor  # and of those that end in the text's last symbol
     prior: Tensor  # what the text model has added
-    state: Tensor  # of the text model
+    states: tuple[Tensor, ...]  # of the text model
     last: Tensor  # the last symbol; the blank where there is none yet
     hashed: Tensor  # int64: the text's hash
     hashed_before: Tensor  # that of the text without its last symbol
@@ -219,13 +211,16 @@ def advance(beam: Texts, log_p: Tensor, model: TextModel, symbols_per_frame: int
     choices = 1 + symbol.shape[1]
     source, choice = chosen // choices, chosen % choices
     stays = choice == 0
-    written = torch.where(stays, blank, symbol.gather(1, (choice - 1).clamp(min=0)))
+    added = symbol.gather(1, (choice - 1).clamp(min=0))
+    written = torch.where(stays, blank, added)
+    before = tuple(state.gather(1, source) for state in beam.states)
+    after = model.step(before, added)
     hashed = beam.hashed.gather(1, source)
     texts = Texts(
         in_blank=stay_blank.gather(1, source).masked_fill(~stays, -INFINITY),
         in_symbol=in_symbol.gather(1, chosen),
         prior=prior.gather(1, chosen),
-        state=model.next_state[beam.state.gather(1, source), written],
+        states=tuple(torch.where(stays, old, new) for old, new in zip(before, after, strict=True)),
         last=torch.where(stays, beam.last.gather(1, source), written),
         hashed=torch.where(stays, hashed, _hash(hashed, written)),
         hashed_before=torch.where(stays, beam.hashed_before.gather(1, source), hashed),
@@ -267,9 +262,8 @@ def _grow(
     # `_stay` has given these paths to the child, which is in the beam.
     child_in_beam = is_parent.mT.to(log_p.dtype) @ repeats.to(log_p.dtype) > 0
     grown = grown.masked_fill(child_in_beam, -INFINITY)
-    first, inside = model.first[symbol][:, None, :], model.inside[symbol][:, None, :]
-    bonus = torch.where(model.closes[beam.last][:, :, None], first, inside)
-    return symbol, grown, beam.prior[:, :, None] + model.gain[beam.state[:, :, None], symbol[:, None, :]] + bonus
+    gain = model.gain([state[:, :, None] for state in beam.states], symbol[:, None, :])
+    return symbol, grown, beam.prior[:, :, None] + gain
 
 
 def _hash(hashed: Tensor, symbol: Tensor) -> Tensor:

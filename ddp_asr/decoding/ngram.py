@@ -1,6 +1,6 @@
 """N-gram language models: ARPA files in and out, and the table of states that a search reads.
 
-    lm.arpa[.gz]  --read_arpa-->  NGramModel  --table(symbols)-->  Table: log_p, next_state, end, start
+    lm.arpa[.gz]  --read_arpa-->  NGramModel  --table(symbols)-->  Table (automaton.py)
     NGramModel  --write_arpa-->  lm.arpa[.gz]
 
 The model is a trie: the n-grams of one length are sorted by (prefix, symbol), and a prefix is a place among the n-grams
@@ -29,8 +29,8 @@ from typing import IO, NoReturn
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from ddp_asr.decoding.automaton import Table
 from ddp_asr.errors import UserError
 from ddp_asr.files import writing_aside
 
@@ -38,16 +38,6 @@ UNKNOWN, START, END = "<unk>", "<s>", "</s>"
 SPACE = "<space>"  # how an ARPA file writes " ", because spaces part its symbols
 _LN_10 = math.log(10)
 _NAMES_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class Table:
-    """An n-gram model as a table of states, for a search that advances many hypotheses by one gather."""
-
-    log_p: Tensor  # float32 (states, symbols): natural logarithm of p(symbol | state)
-    next_state: Tensor  # int64 (states, symbols)
-    end: Tensor  # float32 (states,): natural logarithm of p(end of sentence | state)
-    start: int  # the state at the beginning of a sentence
 
 
 @dataclass(frozen=True, eq=False)
