@@ -203,7 +203,7 @@ def make(text: Text, tokeniser: Tokeniser, options: argparse.Namespace) -> None:
     import numpy as np
 
     from ddp_asr.decoding.kneser_ney import estimate
-    from ddp_asr.decoding.ngram import table_mb, write_arpa
+    from ddp_asr.decoding.ngram import write_arpa
 
     print(f"{len(text.lengths):,} sentences, {len(text.numbers):,} symbols (--unit {options.unit})", flush=True)
     if text.left_out:
@@ -229,9 +229,7 @@ def make(text: Text, tokeniser: Tokeniser, options: argparse.Namespace) -> None:
         raise UserError(f"--out {options.out} cannot be written: {error.strerror}; name another place") from None
     print(f"{options.out}: {options.out.stat().st_size / 1e6:,.1f} MB")
     if options.unit == "char":
-        states = model.states(tokeniser.symbols)
-        mb = table_mb(states, len(tokeniser.symbols))
-        print(f"as the table of a search: {states:,} states x {len(tokeniser.symbols)} symbols, {mb:,.1f} MB")
+        print(f"in a search: {model.arcs(tokeniser.symbols).summary}")
 
 
 if __name__ == "__main__":

@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from ddp_asr import config
-from ddp_asr.decoding.automaton import Table
+from ddp_asr.decoding import beam, ngram
+from ddp_asr.decoding.automaton import Arcs, Table
 from ddp_asr.decoding.beam import Beam, log_probabilities, make_text_model, search
 from ddp_asr.decoding.bonuses import make_bonuses
 from ddp_asr.errors import UserError
 from ddp_asr.text.characters import Characters
 from tests.test_bonuses import occurrences
+from tests.test_kneser_ney import model_of
 
 SYMBOLS = ["a", " ", "b"]
 TOKENISER = Characters("".join(SYMBOLS))
@@ -281,3 +283,19 @@ def test_a_language_model_comes_from_its_file_and_one_of_other_symbols_is_refuse
         decoder(lm=write_arpa(tmp_path / "words.arpa", ["AN", "APPLE"]))
     with pytest.raises(UserError, match=r"none\.arpa"):
         decoder(lm=str(tmp_path / "none.arpa"))
+
+
+def test_a_large_language_model_finds_the_same_as_arcs_and_its_memory_is_said(tmp_path, monkeypatch, capsys):
+    sentences = [list("ab ba"), list("a b"), list("bab a b"), list("aab")]
+    ngram.write_arpa(model_of(sentences, 4)[0], tmp_path / "lm.arpa")
+    torch.manual_seed(0)
+    logits, frames = 2 * torch.randn(4, 20, BLANK + 1), torch.tensor([20, 7, 0, 13])
+    settings = {"lm": str(tmp_path / "lm.arpa"), "lm_weight": 0.8, "symbol_bonus": 1.0, "size": 6, "n_best": 6}
+    expected = [decoder(**settings, symbols_per_frame=symbols)(logits, frames) for symbols in (0, 2)]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(beam, "TABLE_LIMIT_MB", 0.0)
+    monkeypatch.setattr(beam, "SAID_ABOVE_MB", 0.0)
+    arcs = beam.read_table(settings["lm"], TOKENISER)
+    assert isinstance(arcs, Arcs)
+    assert capsys.readouterr().err == f"language model {settings['lm']}: {arcs.summary} in each process\n"
+    assert [decoder(**settings, symbols_per_frame=symbols)(logits, frames) for symbols in (0, 2)] == expected

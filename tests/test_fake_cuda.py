@@ -22,7 +22,6 @@ from ddp_asr.data.corpus import read_corpus
 from ddp_asr.data.index import read_index
 from ddp_asr.data.loader import eval_loader, on_device, train_loader
 from ddp_asr.decoding import beam
-from ddp_asr.decoding.automaton import Table
 from ddp_asr.decoding.bonuses import make_bonuses
 from ddp_asr.encoders import ENCODERS, rescnn_bigru
 from ddp_asr.features import masks
@@ -39,6 +38,7 @@ from ddp_asr.training.session import make_learner, make_schedule
 from tests import tiny_encoders
 from tests import tiny_training as tiny
 from tests.fake_cuda import COPIES, DEVICE, READS, SENDS, FakeCuda, Wait, backward
+from tests.test_kneser_ney import model_of
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
@@ -146,10 +146,12 @@ def test_every_wait_that_is_listed_is_there(tiny_corpus):
 
 
 @pytest.mark.parametrize("symbols_per_frame", [0, 3])
-def test_a_beam_search_stays_on_the_device(symbols_per_frame):
-    table = Table(torch.zeros(4, 9), torch.zeros(4, 9, dtype=torch.int64), torch.zeros(4), start=1)
+@pytest.mark.parametrize("form", ["table", "arcs"])
+def test_a_beam_search_stays_on_the_device(form, symbols_per_frame):
+    arcs = model_of([list("a bee"), list("cab fed hg")], 3)[0].arcs("abcdefgh ")
+    lm = arcs if form == "arcs" else arcs.table()
     with FakeCuda() as gpu:
-        text_model = beam.make_text_model(make_bonuses("abcdefgh ", 0.1, 0.2, ["bee", "a"], 2.0), table, 0.5)
+        text_model = beam.make_text_model(make_bonuses("abcdefgh ", 0.1, 0.2, ["bee", "a"], 2.0), lm, 0.5)
         text_model = text_model.to(DEVICE, torch.float32)
         gpu.waits.clear()  # the language model was sent there
         logits, frames = torch.zeros(3, 7, 10, dtype=torch.bfloat16, device=DEVICE), torch.tensor([7, 0, 4])

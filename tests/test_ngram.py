@@ -1,4 +1,4 @@
-"""ARPA files in and out, and the table of states against the recursion of back-off."""
+"""ARPA files in and out, and the arcs of a search, and their table, against the recursion of back-off."""
 
 import gzip
 import math
@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddp_asr.decoding.ngram import END, START, UNKNOWN, NGramModel, NGrams, read_arpa, table_mb, write_arpa
+from ddp_asr.decoding import automaton
+from ddp_asr.decoding.ngram import END, START, UNKNOWN, NGramModel, NGrams, read_arpa, write_arpa
 from ddp_asr.errors import UserError
 from tests.back_off import BackOff, by_symbols
 from tests.test_kneser_ney import model_of
@@ -71,22 +72,24 @@ def pruned(model: NGramModel, chance: list[bool]) -> NGramModel:
     return NGramModel(model.symbols, tuple(orders))
 
 
-def walk(table, symbols, history):
-    state = table.start
+def walk(states, symbols, history):
+    state = torch.tensor(states.start)
     for symbol in history:
-        state = int(table.next_state[state, symbols.index(symbol)])
+        state = states.step(state, torch.tensor(symbols.index(symbol)))
     return state
 
 
-def assert_follows_the_model(table, symbols, model, histories):
-    """Along each history the row of its state is what the recursion of back-off gives."""
-    log10_p = BackOff(model)
+def assert_follows_the_model(arcs, symbols, model, histories):
+    """Along each history the state gives what the recursion of back-off does; a table gives the same bits as arcs."""
+    log10_p, table, each_symbol = BackOff(model), arcs.table(), torch.arange(len(symbols))
     for history in histories:
-        state = walk(table, symbols, history)
+        state = walk(arcs, symbols, history)
+        assert state == walk(table, symbols, history)
         context = (START, *history)
         expected = [log10_p(context, symbol) * math.log(10) for symbol in symbols]
-        assert table.log_p[state].tolist() == pytest.approx(expected, abs=1e-5), history
-        assert float(table.end[state]) == pytest.approx(log10_p(context, END) * math.log(10), abs=1e-5)
+        assert arcs.gain(state, each_symbol).tolist() == pytest.approx(expected, abs=1e-5), history
+        assert torch.equal(arcs.gain(state, each_symbol), table.gain(state, each_symbol))
+        assert float(arcs.end[state]) == pytest.approx(log10_p(context, END) * math.log(10), abs=1e-5)
 
 
 # ---- files ---------------------------------------------------------------------------------------------------------
@@ -178,7 +181,7 @@ def test_no_file_and_a_directory_are_one_sentence(tmp_path):
         read_arpa(tmp_path)
 
 
-# ---- the table -----------------------------------------------------------------------------------------------------
+# ---- arcs and table ------------------------------------------------------------------------------------------------
 
 
 @given(
@@ -187,18 +190,19 @@ def test_no_file_and_a_directory_are_one_sentence(tmp_path):
     chance=st.lists(st.booleans(), max_size=60),
     histories=st.lists(st.lists(st.sampled_from(SYMBOLS), max_size=7), min_size=1, max_size=8),
 )
-def test_the_table_is_the_model(lines, order, chance, histories):
+def test_arcs_and_table_are_the_model(lines, order, chance, histories):
     model = pruned(model_of([*lines, SYMBOLS], order)[0], chance)
-    table = model.table(SYMBOLS)
-    assert table.log_p.shape == table.next_state.shape == (model.states(SYMBOLS), len(SYMBOLS))
+    arcs = model.arcs(SYMBOLS)
+    table = arcs.table()
+    assert table.log_p.shape == table.next_state.shape == (len(arcs.end), len(SYMBOLS))
     assert table.log_p.dtype == table.end.dtype == torch.float32 and table.next_state.dtype == torch.int64
     assert table.log_p.isfinite().all() and table.end.isfinite().all()
-    assert_follows_the_model(table, SYMBOLS, model, histories)
+    assert_follows_the_model(arcs, SYMBOLS, model, histories)
 
 
 @given(lines=texts, order=st.integers(1, 4))
 def test_each_row_of_the_table_sums_to_one_with_the_end_and_unk(lines, order):
-    table = model_of([*lines, SYMBOLS], order)[0].table([*SYMBOLS, "z"])  # "z" is <unk>
+    table = model_of([*lines, SYMBOLS], order)[0].arcs([*SYMBOLS, "z"]).table()  # "z" is <unk>
     assert torch.allclose(table.log_p.exp().sum(1) + table.end.exp(), torch.ones(len(table.end)), atol=1e-5)
 
 
@@ -206,23 +210,24 @@ def test_a_file_of_another_program_as_a_table(tmp_path):
     model = read_arpa(write(tmp_path / "lm", FOREIGN))
     symbols = ["a", "b", " "]
     histories = [[], ["b"], ["b", "a"], ["a", "b"], ["a", "b", " "], ["b", "b", "a", "b"], ["a", "a"]]
-    assert_follows_the_model(model.table(symbols), symbols, model, histories)
+    assert_follows_the_model(model.arcs(symbols), symbols, model, histories)
 
 
 def test_symbols_that_the_model_does_not_have_are_unk():
     model, _ = model_of([list("a cab"), list("abba")], 3)
     symbols = ["a", "x", "b", " ", "y", "c"]
-    table = model.table(symbols)
-    assert_follows_the_model(table, symbols, model, [[], ["a", "x"], ["x", "y", "a"], ["a", "b", "b", "a"]])
+    arcs = model.arcs(symbols)
+    assert_follows_the_model(arcs, symbols, model, [[], ["a", "x"], ["x", "y", "a"], ["a", "b", "b", "a"]])
+    table = arcs.table()
     assert torch.equal(table.log_p[:, 1], table.log_p[:, 4])
 
 
 def test_symbols_that_the_recogniser_does_not_have_take_no_states():
     model, _ = model_of([list("a cab"), list("abba 1900"), list("ab19")], 3)
     symbols = list(" abc")
-    table = model.table(symbols)
-    assert len(table.end) == model.states(symbols) < model.states([*symbols, "0", "1", "9"])
-    assert_follows_the_model(table, symbols, model, [[], ["a", " "], ["a", "b", "b", "a", " "]])
+    arcs, with_digits = model.arcs(symbols), model.arcs([*symbols, "0", "1", "9"])
+    assert len(arcs.end) < len(with_digits.end) and len(arcs.key) < len(with_digits.key)
+    assert_follows_the_model(arcs, symbols, model, [[], ["a", " "], ["a", "b", "b", "a", " "]])
 
 
 @pytest.mark.parametrize(
@@ -236,22 +241,23 @@ def test_symbols_that_the_recogniser_does_not_have_take_no_states():
 )
 def test_a_model_of_other_symbols_is_refused(line, symbols, expected):
     with pytest.raises(UserError) as error:
-        model_of([line], 2)[0].table(list(symbols))
+        model_of([line], 2)[0].arcs(list(symbols))
     assert expected in str(error.value) and "python -m ddp_asr.lm TEXT --run RUN" in str(error.value)
 
 
 def test_a_symbol_that_is_missing_in_a_model_without_unk_is_refused(tmp_path):
     text = FOREIGN.replace("-1.5\t<UNK>\n", "").replace("1=6", "1=5")
     model = read_arpa(write(tmp_path / "lm", text))
-    assert model.table(["a", "b", " "]).start > 0
+    assert model.arcs(["a", "b", " "]).start > 0
     with pytest.raises(UserError, match="does not have the recogniser's 'c' or <unk>: it is one of other symbols"):
-        model.table(["a", "b", "c", " "])
+        model.arcs(["a", "b", "c", " "])
 
 
-def test_a_table_above_the_limit_is_refused_before_it_is_made():
-    model, _ = model_of([list("a cab"), list("abba")], 3)
-    symbols = list(" abc")
-    needed_mb = table_mb(model.states(symbols), 4)
-    assert model.table(symbols, limit_mb=needed_mb)
-    with pytest.raises(UserError, match=r"of order 3 needs a table of \d+ states x 4 symbols, .* MB, and the limit is"):
-        model.table(symbols, limit_mb=needed_mb * 0.99)
+def test_the_memory_of_each_form_is_said(monkeypatch):
+    arcs = model_of([list("a cab"), list("abba")], 3)[0].arcs(list(" abc"))
+    table = arcs.table()
+    tensors = [table.log_p, table.next_state, table.end]
+    assert arcs.table_mb == sum(tensor.nbytes for tensor in tensors) / 1e6
+    assert arcs.summary == f"a table of {len(arcs.end)} states x 4 symbols, 0.0 MB"
+    monkeypatch.setattr(automaton, "TABLE_LIMIT_MB", 0.0)
+    assert arcs.summary == f"{len(arcs.key) - 1} arcs of {len(arcs.end)} states x 4 symbols, 0.0 MB"

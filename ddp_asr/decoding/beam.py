@@ -23,6 +23,7 @@ search first wrote a symbol: that may be long before the symbol is likely.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,13 +34,14 @@ from torch import Tensor
 
 from ddp_asr import config
 from ddp_asr.decoding.align import best_path
-from ddp_asr.decoding.automaton import Automaton, move
+from ddp_asr.decoding.automaton import TABLE_LIMIT_MB, Automaton, move
 from ddp_asr.decoding.bonuses import make_bonuses, read_hot_words
 from ddp_asr.decoding.ngram import read_arpa
 from ddp_asr.decoding.path import words_on
 from ddp_asr.decoding.protocol import Hypothesis
 from ddp_asr.text import Tokeniser
 
+SAID_ABOVE_MB = 100.0  # language models
 INFINITY = float("inf")
 
 
@@ -89,12 +91,15 @@ class Beam:
 
 
 def read_table(lm: str, tokeniser: Tokeniser) -> Automaton:
-    """The language model in an ARPA file, over the tokeniser's symbols.
+    """The language model in an ARPA file, over the tokeniser's symbols: as a table if that is small enough, else arcs.
 
     Raises:
-        UserError: the file cannot be read, is too large, or is a model of other symbols.
+        UserError: the file cannot be read, or is a model of other symbols.
     """
-    return read_arpa(Path(lm)).table(tokeniser.symbols)
+    arcs = read_arpa(Path(lm)).arcs(tokeniser.symbols)
+    if arcs.table_mb > SAID_ABOVE_MB:
+        print(f"language model {lm}: {arcs.summary} in each process", file=sys.stderr, flush=True)
+    return arcs.table() if arcs.table_mb <= TABLE_LIMIT_MB else arcs
 
 
 def log_probabilities(logits: Tensor, frames: Tensor) -> Tensor:

@@ -1,16 +1,16 @@
-"""N-gram language models: ARPA files in and out, and the table of states that a search reads.
+"""N-gram language models: ARPA files in and out, and the automaton that a search reads.
 
-    lm.arpa[.gz]  --read_arpa-->  NGramModel  --table(symbols)-->  Table (automaton.py)
+    lm.arpa[.gz]  --read_arpa-->  NGramModel  --arcs(symbols)-->  Arcs (automaton.py)
     NGramModel  --write_arpa-->  lm.arpa[.gz]
 
 The model is a trie: the n-grams of one length are sorted by (prefix, symbol), and a prefix is a place among the n-grams
-that are one symbol shorter. An ARPA file holds base-10 logarithms and so does the model; the table holds natural ones,
+that are one symbol shorter. An ARPA file holds base-10 logarithms and so does the model; the arcs have natural ones,
 as the log-probabilities of the network are.
 
-The states of the table are the contexts that make a difference: the empty one, and each that has a longer n-gram or a
-back-off weight. The state of a history is the longest of its suffixes among them. The row of a state is the row of its
-longest proper suffix plus the back-off weight, overwritten where the model has the n-gram itself. Rows are filled from
-short contexts to long ones, so none is searched for (the order in which Aho and Corasick 1975 build their automaton).
+The states are the contexts that make a difference: the empty one, and each that has a longer n-gram or a back-off
+weight. The state of a history is the longest of its suffixes among them. An arc is an n-gram: from the state of its
+context, with its last symbol, to the state of the whole. Where a state has no arc of a symbol, its longest proper
+suffix decides, with the back-off weight.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import zlib
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, NoReturn
 
 import numpy as np
 import torch
 
-from ddp_asr.decoding.automaton import Table
+from ddp_asr.decoding.automaton import Arcs
 from ddp_asr.errors import UserError
 from ddp_asr.files import writing_aside
 
@@ -74,36 +74,64 @@ class NGramModel:
             return ngrams.symbol[:, None]
         return np.column_stack([self.members(length - 1)[ngrams.prefix], ngrams.symbol])
 
-    def table(self, symbols: Sequence[str], *, limit_mb: float = 1024.0) -> Table:
-        """The model as a table over what each class of a recogniser writes, in class order and without the blank.
+    def arcs(self, symbols: Sequence[str]) -> Arcs:
+        """The model over what each class of a recogniser writes, in class order and without the blank.
 
         A symbol that the model does not have gets the probability of <unk>.
 
         Raises:
-            UserError: the model is one of other symbols, or the table needs more than `limit_mb` (in 10^6 bytes).
+            UserError: the model is one of other symbols.
         """
         classes = self._numbers_of(symbols)  # (symbols,)
         used = list(dict.fromkeys(classes))  # several classes may be <unk>
         column = np.full(len(self.symbols), -1)
         column[used] = np.arange(len(used))
         states, count = self._states(column)
-        needed_mb = table_mb(count, len(symbols))
-        if needed_mb > limit_mb:
-            raise UserError(
-                f"the language model of order {self.order} needs a table of {count:,} states x {len(symbols)} symbols, "
-                f"{needed_mb:,.0f} MB, and the limit is {limit_mb:,.0f} MB: make one of a lower order or of less text"
-            )
-        table = self._fill(column, states, count, len(used))
-        if len(used) == len(symbols):
-            return table
-        columns = torch.from_numpy(column[classes])
-        return Table(table.log_p[:, columns], table.next_state[:, columns], table.end, table.start)
+        arcs = Arcs(
+            key=torch.tensor([count * len(used)]),  # of no arc, so that each search ends at a place
+            log_p=torch.zeros(1),
+            next_state=torch.zeros(1, dtype=torch.int32),
+            suffix=torch.zeros(count, dtype=torch.int32),
+            back_off=torch.zeros(count),
+            end=torch.full((count,), -math.inf),
+            column=torch.arange(len(used)),
+            columns=len(used),
+            order=self.order,
+            start=max(0, int(states[0][self.symbols.index(START)])),
+        )
+        begins = np.zeros(len(self.symbols), np.int64)  # the state that each n-gram of this length begins with
+        for length, (ngrams, own) in enumerate(zip(self.orders, states, strict=True), 1):
+            arcs = self._extended(arcs, ngrams, begins, column[ngrams.symbol], own)
+            if length < self.order:
+                begins = own[self.orders[length].prefix]
+        return replace(arcs, column=torch.from_numpy(column[classes]))
 
-    def states(self, symbols: Sequence[str]) -> int:
-        """The number of rows that `table` of these symbols has."""
-        column = np.full(len(self.symbols), -1)
-        column[self._numbers_of(symbols)] = 0
-        return self._states(column)[1]
+    def _extended(self, arcs: Arcs, ngrams: NGrams, begins: np.ndarray, columns: np.ndarray, own: np.ndarray) -> Arcs:
+        """The arcs with those of n-grams that are one symbol longer; fills `suffix`, `back_off` and `end` in place.
+
+        Args:
+            begins: the state that each n-gram begins with, -1 where that is none.
+            own: the state that each n-gram is, -1 where it is none.
+        """
+        log_p = torch.from_numpy(ngrams.log10_p * _LN_10).float()
+        ends = np.flatnonzero((begins >= 0) & (ngrams.symbol == self.symbols.index(END)))
+        arcs.end[begins[ends]] = log_p[ends]
+        within = np.flatnonzero((begins >= 0) & (columns >= 0))
+        known = within[own[within] >= 0]
+        if len(arcs.key) > 1:  # the suffix of a unigram is the empty context
+            before = arcs.suffix[begins[known]].long()
+            arcs.suffix[own[known]] = arcs.step(before, torch.from_numpy(columns[known])).int()
+        rows = own[own >= 0]
+        arcs.back_off[rows] = torch.from_numpy(ngrams.log10_back_off[own >= 0] * _LN_10).float()
+        arcs.end[rows] = arcs.end[arcs.suffix[rows]] + arcs.back_off[rows]
+        keys = begins[within] * arcs.columns + columns[within]
+        order = np.argsort(keys)  # states are numbered in the order of their n-grams, and columns are not
+        longer = (torch.from_numpy(keys[order]), log_p[within[order]], torch.from_numpy(own[within[order]]).int())
+        key, log_p, next_state = (
+            torch.cat([former[:-1], values, former[-1:]])
+            for former, values in zip((arcs.key, arcs.log_p, arcs.next_state), longer, strict=True)
+        )
+        return replace(arcs, key=key, log_p=log_p, next_state=next_state)
 
     def _numbers_of(self, symbols: Sequence[str]) -> list[int]:
         number = {text: place for place, text in enumerate(self.symbols)}
@@ -138,39 +166,6 @@ class NGramModel:
             reachable = reachable[longer.prefix] & (column[longer.symbol] >= 0)
         states.append(np.full(len(self.orders[-1]), -1))  # the longest are no contexts
         return states, count
-
-    def _fill(self, column: np.ndarray, states: list[np.ndarray], count: int, width: int) -> Table:
-        end = self.symbols.index(END)
-        log_p = np.full((count, width), -np.inf, np.float32)
-        next_state = np.zeros((count, width), np.int64)
-        log_p_end = np.full(count, -np.inf, np.float32)
-        suffix = np.zeros(count, np.int64)  # state of the longest proper suffix
-        parents = np.zeros(len(self.symbols), np.int64)  # the state that each n-gram of this length begins with
-        for length, (ngrams, own) in enumerate(zip(self.orders, states, strict=True), 1):
-            values = ngrams.log10_p * _LN_10
-            ends = (parents >= 0) & (ngrams.symbol == end)
-            log_p_end[parents[ends]] = values[ends]
-            places = column[ngrams.symbol]
-            within = (parents >= 0) & (places >= 0)
-            log_p[parents[within], places[within]] = values[within]
-            known = within & (own >= 0)
-            if length > 1:  # the rows of shorter suffixes are complete
-                suffix[own[known]] = next_state[suffix[parents[known]], places[known]]
-            next_state[parents[known], places[known]] = own[known]
-            if length == self.order:
-                break
-            rows, back_off = own[own >= 0], ngrams.log10_back_off[own >= 0] * _LN_10
-            log_p[rows] = log_p[suffix[rows]] + back_off[:, None].astype(np.float32)
-            log_p_end[rows] = log_p_end[suffix[rows]] + back_off.astype(np.float32)
-            next_state[rows] = next_state[suffix[rows]]
-            parents = own[self.orders[length].prefix]
-        start = max(0, int(states[0][self.symbols.index(START)]))
-        return Table(torch.from_numpy(log_p), torch.from_numpy(next_state), torch.from_numpy(log_p_end), start)
-
-
-def table_mb(states: int, symbols: int) -> float:
-    """Memory of a table, in 10^6 bytes."""
-    return states * (12 * symbols + 4) / 1e6
 
 
 def _named(symbols: Sequence[str]) -> str:
