@@ -15,6 +15,7 @@ from ddp_asr.model import make_model
 from ddp_asr.objective import ctc_loss
 from ddp_asr.training.dry_run import activation_bytes_per_second, report
 from tests import tiny_encoders
+from tests.test_beam import write_arpa
 from tests.tiny_speech import manifest, noise, shard
 
 SECTIONS = {
@@ -92,6 +93,20 @@ def test_more_processes_than_micro_batches_are_refused(shards):
 def test_what_a_run_would_refuse_is_refused(shards):
     with pytest.raises(UserError, match="16 usable utterances cannot fill the 17 micro-batches"):
         report(settings(shards, batch={"max_seconds": 2.0, "micro_batches": 17}), world_size=1)
+
+
+def test_a_decoder_that_cannot_be_made_is_refused(shards, tmp_path):
+    (tmp_path / "hot.txt").write_text("abba\nabc\n")
+    words = write_arpa(tmp_path / "words.arpa", ["AN", "APPLE"])
+    for decoder, said in (
+        ({"lm": str(tmp_path / "none.arpa")}, r"none\.arpa cannot be read"),
+        ({"lm": words}, "it is one of other symbols"),
+        ({"hot_words": str(tmp_path / "hot.txt")}, r"hot\.txt, line 2: 'abc' cannot be recognised"),
+    ):
+        with pytest.raises(UserError, match=said):
+            report(settings(shards, decoder={"kind": "beam", **decoder}), world_size=1)
+    lm = write_arpa(tmp_path / "lm.arpa", ["a", "b", "<space>"])
+    assert "kind: beam" in report(settings(shards, decoder={"kind": "beam", "lm": lm}), world_size=1)
 
 
 def test_the_command_prints_it_and_leaves_nothing_behind(shards, tmp_path, capsys, monkeypatch):

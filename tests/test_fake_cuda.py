@@ -21,14 +21,14 @@ from ddp_asr.config import load_config
 from ddp_asr.data.corpus import read_corpus
 from ddp_asr.data.index import read_index
 from ddp_asr.data.loader import eval_loader, on_device, train_loader
-from ddp_asr.decoding import beam
+from ddp_asr.decoding import beam, make_decoder
 from ddp_asr.decoding.bonuses import make_bonuses
 from ddp_asr.encoders import ENCODERS, rescnn_bigru
 from ddp_asr.features import masks
 from ddp_asr.ranks.signals import StopRequest
 from ddp_asr.ranks.world import World
 from ddp_asr.recognition.evaluation import recognise
-from ddp_asr.recognition.recogniser import make_recogniser
+from ddp_asr.recognition.recogniser import Recogniser
 from ddp_asr.runs import checkpoint
 from ddp_asr.training import optim
 from ddp_asr.training.learner import Learner
@@ -89,8 +89,14 @@ def train(
 
         def evaluate(step, should_stop):
             if save_and_evaluate:
-                recogniser = make_recogniser(
-                    config, corpus.tokeniser, learner.log_mel, learner.plain_model, learner.precision
+                recogniser = Recogniser(
+                    config,
+                    corpus.tokeniser,
+                    learner.log_mel,
+                    learner.plain_model,
+                    make_decoder(config.decoder, corpus.tokeniser, config.frame_s),
+                    DEVICE,
+                    learner.precision,
                 )
                 eval_batches = eval_loader(test, corpus.tokeniser, config, pin_memory=True)
                 with closing(eval_batches), learner.averaged_weights():

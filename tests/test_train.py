@@ -88,6 +88,13 @@ def test_a_mistake_is_one_sentence_and_ends_every_rank(tiny_corpus, tmp_path, op
     assert not (tmp_path / "runs" / "run" / "checkpoints").exists()
 
 
+def test_a_decoder_that_cannot_be_made_ends_every_rank_before_the_rehearsal(tiny_corpus, tmp_path):
+    decoder = ["--decoder.kind=beam", f"--decoder.lm={tmp_path / 'none.arpa'}"]
+    ranks = tiny.start([*tiny_corpus.arguments(tmp_path / "runs"), *decoder], 2)
+    assert re.search(r"none\.arpa cannot be read \(No such file or directory\)", ranks.fail())
+    assert "rehearsed" not in ranks.output
+
+
 def signalled_while_it_ends() -> None:
     """The rank gets a SIGTERM while it reports its mistake, as from a torchrun whose other rank has ended already."""
     import os

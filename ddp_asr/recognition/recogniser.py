@@ -122,16 +122,15 @@ def build_recogniser(
         ) from None
     precision = resolve(precision, device)
     set_matmul_precision(precision)
-    return make_recogniser(config, tokeniser, LogMel(config.features).to(device), model.to(device).eval(), precision)
-
-
-def make_recogniser(
-    config: Config, tokeniser: Tokeniser, log_mel: LogMel, model: AcousticModel, precision: str
-) -> Recogniser:
-    """The recogniser around a model; it decodes as the settings say."""
-    device = next(model.parameters()).device
-    decoder = make_decoder(config.decoder, tokeniser, config.frame_s)
-    return Recogniser(config, tokeniser, log_mel, model, decoder, device, precision)
+    return Recogniser(
+        config=config,
+        tokeniser=tokeniser,
+        log_mel=LogMel(config.features).to(device),
+        model=model.to(device).eval(),
+        decoder=make_decoder(config.decoder, tokeniser, config.frame_s),
+        device=device,
+        precision=precision,
+    )
 
 
 def load_recogniser(

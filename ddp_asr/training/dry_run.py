@@ -11,6 +11,7 @@ from ddp_asr.data.corpus import Corpus, read_corpus
 from ddp_asr.data.index import read_index
 from ddp_asr.data.plan import micro_batches_of_rank, speed_samples
 from ddp_asr.data.targets import explain_left_out
+from ddp_asr.decoding import make_decoder
 from ddp_asr.model import AcousticModel, count_parameters, make_model
 from ddp_asr.runs.directory import read_status
 from ddp_asr.settings import describe
@@ -32,6 +33,7 @@ def report(config: Config, world_size: int, resume: str = "auto") -> str:
     """The report as text; raises the UserErrors that the run itself would raise before its first step."""
     micro_batches_of_rank(config.batch.micro_batches, 0, world_size)
     corpus = read_corpus(config)
+    make_decoder(config.decoder, corpus.tokeniser, config.frame_s)
     model = make_model(config, corpus.tokeniser.size)
     sections = [
         _run_lines(config, corpus, count_parameters(model)) + _start_lines(config, corpus, model, resume),

@@ -24,12 +24,13 @@ from ddp_asr.data.index import Index, read_index
 from ddp_asr.data.loader import MicroBatch, eval_loader, on_device, train_loader
 from ddp_asr.data.plan import micro_batches_of_rank
 from ddp_asr.data.storage import cache_shards
+from ddp_asr.decoding import Decoder, make_decoder
 from ddp_asr.features.log_mel import LogMel
 from ddp_asr.model import make_model
 from ddp_asr.objective import Objective
 from ddp_asr.ranks.world import World
 from ddp_asr.recognition.evaluation import gather, recognise
-from ddp_asr.recognition.recogniser import make_recogniser
+from ddp_asr.recognition.recogniser import Recogniser
 from ddp_asr.runs import checkpoint, comet, tracking
 from ddp_asr.runs.directory import RunDirectory
 from ddp_asr.training.attempt import Attempt, Reached
@@ -69,6 +70,8 @@ def run(attempt: Attempt, resume: str, on_step: Callable[[], None]) -> Outcome:
     if progress.step >= schedule.total_steps and progress.evaluated_step == progress.step:
         world.run_on_rank_zero(lambda: _finish_tracking(attempt))
         return Outcome("done", f"already finished at step {progress.step}")
+    world.set_phase(progress.step, "making the decoder")
+    decoder = world.run_on_all(lambda: make_decoder(config.decoder, corpus.tokeniser, config.frame_s))
     world.set_phase(progress.step, "making the model")
     learner = world.run_on_all(lambda: make_learner(config, world, corpus, state))
     learner.model = world.wrap(learner.model)
@@ -77,7 +80,7 @@ def run(attempt: Attempt, resume: str, on_step: Callable[[], None]) -> Outcome:
     with _recording(attempt, corpus, learner, schedule, on_step) as recorder:
         world.set_phase(progress.step, "opening the run's files")
         world.run_on_rank_zero(lambda: recorder.begin(comet_key, resumed=state is not None) if recorder else None)
-        return _train(attempt, corpus, test, learner, schedule, recorder)
+        return _train(attempt, corpus, test, learner, decoder, schedule, recorder)
 
 
 def _train(
@@ -85,6 +88,7 @@ def _train(
     corpus: Corpus,
     test: Index | None,
     learner: Learner,
+    decoder: Decoder,
     schedule: Schedule,
     recorder: Recorder | None,
 ) -> Outcome:
@@ -102,7 +106,8 @@ def _train(
         start=divmod(progress.step, corpus.plan.steps_per_epoch),
         fuse=fuse,
     )
-    trainer = Trainer(world, learner, schedule, _hooks(attempt, corpus, test, learner, recorder), attempt.stop)
+    hooks = _hooks(attempt, corpus, test, learner, decoder, recorder)
+    trainer = Trainer(world, learner, schedule, hooks, attempt.stop)
     # Closed after an error, too, which ends the threads of the loader.
     with contextlib.closing(on_device(batches, world.device)) as sent:
         return trainer.run(sent, mine, progress)
@@ -196,9 +201,24 @@ def _recording(
         yield recorder
 
 
-def _hooks(attempt: Attempt, corpus: Corpus, test: Index | None, learner: Learner, recorder: Recorder | None) -> Hooks:
+def _hooks(
+    attempt: Attempt,
+    corpus: Corpus,
+    test: Index | None,
+    learner: Learner,
+    decoder: Decoder,
+    recorder: Recorder | None,
+) -> Hooks:
     config, world = attempt.config, attempt.world
-    recogniser = make_recogniser(config, corpus.tokeniser, learner.log_mel, learner.plain_model, config.train.precision)
+    recogniser = Recogniser(
+        config=config,
+        tokeniser=corpus.tokeniser,
+        log_mel=learner.log_mel,
+        model=learner.plain_model,
+        decoder=decoder,
+        device=world.device,
+        precision=config.train.precision,
+    )
 
     def evaluate(step: int, should_stop: Callable[[], bool]) -> Evaluation | None:
         """One evaluation, shared over all ranks; None where `should_stop` said yes."""
