@@ -19,6 +19,7 @@ from ddp_asr.decoding.beam import Beam, log_probabilities, make_text_model, sear
 from ddp_asr.decoding.bonuses import make_bonuses
 from ddp_asr.errors import UserError
 from ddp_asr.text.characters import Characters
+from ddp_asr.text.score import Counts, count_each
 from tests.test_bonuses import occurrences
 from tests.test_kneser_ney import model_of
 
@@ -142,6 +143,34 @@ def test_larger_beams_find_better_texts():
             scores.append(expected[max(found, key=found.__getitem__)])
         means.append(np.mean(scores))
     assert means == sorted(means) and means[0] < means[-1]
+
+
+def noisy_corpus(sentences: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of an alignment of each sentence, one or two frames a symbol, drowned in noise."""
+    random = np.random.default_rng(0)
+    rows = []
+    for sentence in sentences:
+        path = []
+        for symbol in sentence:
+            path += [SYMBOLS.index(symbol)] * int(random.integers(1, 3)) + [BLANK]
+        rows.append(3 * np.eye(BLANK + 1)[path] + 1.5 * random.standard_normal((len(path), BLANK + 1)))
+    frames = torch.tensor([len(row) for row in rows])
+    return torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True), frames
+
+
+def test_over_a_corpus_no_larger_beam_finds_less_probable_texts_or_makes_more_word_errors():
+    random = np.random.default_rng(1)
+    sentences = [" ".join(random.choice(["ab", "ba", "abba", "b", "aab"], size=4)) for _ in range(130)]
+    spoken, written = sentences[:30], sentences[30:]
+    lm = model_of([list(sentence) for sentence in written], 4)[0].arcs(SYMBOLS).table()
+    logits, frames = noisy_corpus(spoken)
+    mean_scores, errors = [], []
+    for size in (1, 2, 4, 8, 16, 32):
+        found = decoder(lm, size=size, lm_weight=0.7, symbol_bonus=0.5)(logits, frames)
+        mean_scores.append(np.mean([hypothesis.score for hypothesis in found]))
+        errors.append(Counts.from_array(count_each(spoken, [each.text for each in found]).sum(axis=0)).word_errors)
+    assert mean_scores == sorted(mean_scores)
+    assert errors == sorted(errors, reverse=True) and errors[-1] < errors[0], errors
 
 
 def test_of_pruned_symbols_the_probable_ones_remain():

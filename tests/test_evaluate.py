@@ -21,6 +21,7 @@ from ddp_asr.errors import UserError
 from ddp_asr.recognition.evaluation import Recognised, Results, recognise, summarise
 from ddp_asr.recognition.recogniser import load_recogniser, read_trained
 from ddp_asr.runs import checkpoint
+from tests.test_beam import write_arpa
 from tests.tiny_recogniser import noises, tiny_state, write_checkpoint
 
 UTTERANCES = 23
@@ -188,7 +189,10 @@ def torchrun(processes: int, *arguments, program: Sequence[str] = ("-m", "ddp_as
 def test_the_number_of_processes_changes_nothing(best, shards, tmp_path):
     """Neither by a beam search, nor by the greedy decoding beside it."""
     results, files = [], []
-    (tmp_path / "decoder.yaml").write_text("decoder: {kind: beam, size: 4, symbol_bonus: 2}")
+    lm = write_arpa(tmp_path / "lm.arpa", ["<space>", "a", "b", "'"])
+    (tmp_path / "hot.txt").write_text("ab\nb'a a\n")
+    settings = f"kind: beam, size: 4, symbol_bonus: 2, lm: {lm}, hot_words: {tmp_path / 'hot.txt'}"
+    (tmp_path / "decoder.yaml").write_text(f"decoder: {{{settings}}}")
     for processes in (1, 2, 3):
         out = tmp_path / f"{processes}.jsonl"
         decoder = ["--decoder", tmp_path / "decoder.yaml"]
