@@ -1,5 +1,6 @@
 """Sources: what every format must do, and then the formats one by one; downloads come from a real HTTP server."""
 
+import gzip
 import hashlib
 import io
 import itertools
@@ -283,20 +284,42 @@ def test_no_audio_waits_in_memory_for_its_transcript(tmp_path, transcripts):
         list(utterances)
 
 
+class SymLink(str):
+    """In place of a content: where a symbolic link leads."""
+
+
+class HardLink(str):
+    """In place of a content: which member the name is another name of."""
+
+
+LINKS = {SymLink: tarfile.SYMTYPE, HardLink: tarfile.LNKTYPE}
+
+
 def tar_gz(path, members):
     """A .tar.gz of (name, content), in this order; a name may occur more than once."""
     with tarfile.open(path, "w:gz", compresslevel=1) as tar:
         for name, content in members:
             member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+            if type(content) in LINKS:
+                member.type, member.linkname = LINKS[type(content)], str(content)
+                tar.addfile(member)
+            else:
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
     return path
 
 
 def unpack(root, members):
     for name, content in members:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content)
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        if isinstance(content, SymLink):
+            path.symlink_to(content)
+        elif isinstance(content, HardLink):
+            path.hardlink_to(root / content)
+        else:
+            path.write_bytes(content)
     return root
 
 
@@ -342,10 +365,23 @@ TEXTS = st.dictionaries(STEMS, st.sampled_from(["ONE", "TWO THREE", "", " "]))
 
 @st.composite
 def layouts(draw):
-    """Members of an archive, [(path, content)], in any order; a path that occurs twice replaces its first content."""
+    """Members of an archive, [(path, content)], in any order; a path that occurs twice replaces its first content.
+
+    Links lead to files, to other links, to directories, to nothing and to themselves.
+    """
     paths = draw(st.lists(PATHS, min_size=1, max_size=16))
     members = []
     for number, path in enumerate(paths):
+        kind = draw(st.sampled_from(["file"] * 4 + ["symbolic link", "hard link"]))
+        if kind == "symbolic link":
+            target = draw(st.sampled_from([*paths, *map(os.path.dirname, paths), "gone.flac"]))
+            members.append((path, SymLink(os.path.relpath(target or ".", os.path.dirname(path) or "."))))
+            continue
+        # Not to a path that a later member replaces: the link would keep the first content, which no stream can know.
+        once = [name for name, content in members if isinstance(content, bytes) and paths.count(name) == 1]
+        if kind == "hard link" and once:
+            members.append((path, HardLink(draw(st.sampled_from(once)))))
+            continue
         texts = draw(TEXTS) if path.endswith("trans.txt") else {}
         content = "".join(f"{stem} {text}\n" for stem, text in texts.items()) or f"7-1-0 {number}"
         members.append((path, content.encode()))
@@ -396,6 +432,114 @@ def test_a_damaged_archive_is_never_taken_for_a_short_one(tmp_path, damage):
         path.write_bytes(b"<html>" * 1000)
     with pytest.raises(UserError, match="damaged or cut short"):
         listed(path)
+
+
+TWO = [("7/7-1.trans.txt", b"7-1-0 ONE\n7-1-1 TWO\n"), ("7/7-1-0.flac", b"a" * 700), ("7/7-1-1.flac", b"b" * 700)]
+
+
+def compress(path, tar):
+    path.write_bytes(gzip.compress(tar, 1))
+    return path
+
+
+def test_no_flipped_bit_of_a_header_ends_an_archive_early(tmp_path):
+    """Behind a checksum of gzip that is right. tarfile takes a damaged header for the end."""
+    path = tar_gz(tmp_path / "a.tar.gz", TWO)
+    tar, whole = gzip.decompress(path.read_bytes()), listed(path)
+    headers = [0, 1024, 2560]
+    assert [tar[start : start + 3] for start in headers] == [b"7/7"] * 3
+    refused = 0
+    for position in [start + offset for start in headers for offset in range(0, 512, 7)]:
+        flipped = bytearray(tar)
+        flipped[position] ^= 1 << position % 8
+        try:
+            assert listed(compress(path, flipped)) == whole  # a bit that no number needs
+        except UserError as error:
+            assert "damaged or cut short" in str(error)
+            refused += 1
+    assert refused > 200
+
+
+@pytest.mark.parametrize("end", ["none", "another archive", "cut"])
+def test_a_tar_without_its_end_is_never_taken_for_a_short_one(tmp_path, end):
+    tar = gzip.decompress(tar_gz(tmp_path / "a.tar.gz", TWO).read_bytes())
+    ends = {"none": [tar[:4096]], "another archive": [tar + tar], "cut": [tar[:n] for n in range(1, 4096, 101)]}
+    for damaged in ends[end]:
+        with pytest.raises(UserError, match=r"damaged or cut short .* unpack it and shard the directory"):
+            listed(compress(tmp_path / "a.tar.gz", damaged))
+
+
+ATTRIBUTES = [
+    "size",
+    "path",
+    "linkpath",
+    "hdrcharset",
+    "mtime",
+    *(
+        f"GNU.sparse.{name}"
+        for name in ("map", "size", "numblocks", "offset", "numbytes", "major", "minor", "realsize", "name")
+    ),
+]
+VALUES = ["-1024", "-1", "0", "1", "512", "9" * 23, "", "\0", "a,b", "1,2,3", "0,10,20,5", "../x.flac", "BINARY", "nan"]
+KINDS = [tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.GNUTYPE_SPARSE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE]
+
+
+@settings(max_examples=300)
+@given(
+    attributes=st.dictionaries(st.sampled_from(ATTRIBUTES), st.sampled_from(VALUES), max_size=4),
+    kind=st.sampled_from(KINDS),
+    overwritten=st.lists(st.tuples(st.integers(0, 511), st.integers(0, 255)), max_size=3),
+)
+def test_a_crafted_header_is_read_or_refused_in_one_sentence(attributes, kind, overwritten):
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w", format=tarfile.PAX_FORMAT) as file:
+        for name, content in TWO:
+            member = tarfile.TarInfo(name)
+            member.size, member.type, member.pax_headers = len(content), kind, attributes
+            file.addfile(member, io.BytesIO(content))
+    content = bytearray(tar.getvalue())
+    for position, value in overwritten:
+        content[position] = value
+    content[148:156] = b"%06o\0 " % sum(content[:148] + b" " * 8 + content[156:512])
+    with tempfile.TemporaryDirectory() as folder:
+        path = compress(Path(folder) / "a.tar.gz", content)
+        try:
+            total, utterances = open_source(str(path), SourceOptions()).open()
+            assert len(list(utterances)) == total
+        except UserError as refused:
+            assert "damaged or cut short" in str(refused)
+
+
+def test_a_link_of_an_archive_never_leads_out_of_it(tmp_path):
+    for name in ("secret.flac", "secret.trans.txt"):
+        (tmp_path / name).write_bytes(b"7-1-3 SECRET")
+    targets = [str(tmp_path / "secret.flac"), "../secret.flac", "../../../../../../../../etc/passwd", "7-1-3.flac"]
+    members = [(f"7/7-1-{n}.flac", SymLink(target)) for n, target in enumerate(targets)]
+    members += [("7/7-1-4.flac", HardLink("../secret.flac")), ("7/out", SymLink(str(tmp_path)))]
+    members += [("7/7-1-5.flac", SymLink("out/secret.flac")), ("7/7-2.trans.txt", SymLink("../secret.trans.txt"))]
+    members += [("7/7-1.trans.txt", b"".join(b"7-1-%d TEXT\n" % n for n in range(7)))]
+    members += [("../7-1-8.flac", b"8"), (str(tmp_path / "7-1-9.flac"), b"9"), ("7/7-1-6.flac", b"inside")]
+    before = tiny_speech.content(tmp_path)
+    utterances = listed(tar_gz(tmp_path / "a.tar.gz", members))
+    assert {u.key: u.reason or u.data for u in utterances if u.text} == {
+        f"7-1-{n}": MISSING_AUDIO for n in range(6)
+    } | {"7-1-6": b"inside"}
+    assert tiny_speech.content(tmp_path).keys() - {"a.tar.gz"} == before.keys()
+
+
+def test_links_that_go_round_end(tmp_path):
+    root = tiny_speech.librispeech(tmp_path / "split", speakers=2, utterances=2)
+    expected = told(listed(root))
+    (root / "100" / "up").symlink_to("..")
+    (root / "100" / "self").symlink_to("self")
+    for n in range(6):  # every path through them: as many as 6! and more
+        (root / f"d{n}").mkdir()
+        for other in range(6):
+            (root / f"d{n}" / f"to{other}").symlink_to(root / f"d{other}")
+    (root / "7-0-0.flac").symlink_to("7-0-0.flac")
+    os.mkfifo(root / "100" / "7" / "7-0-1.flac")
+    os.mkfifo(root / "100" / "7" / "7-0.trans.txt")
+    assert told(listed(root)) == expected
 
 
 CONTENT = bytes(range(256)) * 4000

@@ -1,8 +1,10 @@
 """LibriSpeech archives as OpenSLR publishes them (.tar.gz), read as a stream and never unpacked.
 
-The first pass reads the transcripts and the names of the audio files, the second pass the audio. So any order of
+The first pass reads the transcripts and the names of all files and links, the second pass the audio. So any order of
 members gives the same utterances, and memory holds one audio file, and the names and texts of the whole archive
 (about 1 kB an utterance). The first pass takes about 2.5 s a GB on one core, as long as an MD5.
+
+A link leads to a file of the same archive or to none: no file outside the archive is opened.
 """
 
 from __future__ import annotations
@@ -10,12 +12,14 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
+import io
 import os
 import tarfile
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO
 
 from ddp_asr.data.sources import MISSING_AUDIO, Source, SourceOptions, Utterance, is_audio, valid_text
@@ -23,6 +27,8 @@ from ddp_asr.data.sources.librispeech import is_transcript, list_librispeech
 from ddp_asr.errors import UserError
 
 EDGE_BYTES = 1 << 20
+MAX_TEXT_BYTES = 64 << 20  # of a transcript, or of the names and attributes in a header
+MAX_LINKS = 40  # followed one after the other, as on Linux
 
 
 def try_open(name: str, options: SourceOptions) -> Source | None:
@@ -45,46 +51,113 @@ def read_archive(archive: Path) -> tuple[int, Iterator[Utterance]]:
 
     Of several members with the same path the last counts, as when the archive is unpacked.
     """
-    audio: dict[str, int] = {}  # path -> number of its last member
-    transcripts: dict[str, bytes] = {}
+    files: dict[str, int] = {}  # path -> number of its last member
+    links: dict[str, str] = {}  # path -> path that it leads to
+    texts: dict[str, bytes] = {}
     with _damage_reported(archive):
-        for number, (path, file) in enumerate(_members(archive)):
+        for number, (path, target, file) in enumerate(_members(archive)):
+            files.pop(path, None)
+            links.pop(path, None)
+            if file is None:
+                links[path] = target
+                continue
+            files[path] = number
             if is_transcript(os.path.basename(path)):
-                transcripts[path] = file.read()
-            elif is_audio(os.path.basename(path)):
-                audio[path] = number
-    listed = list_librispeech(audio, transcripts)
+                texts[path] = _text(path, file)
+        found = {path: _resolve(path, files, links) for path in (*files, *links)}
+        transcripts = {p: file for p, file in found.items() if file is not None and is_transcript(os.path.basename(p))}
+        if unread := set(transcripts.values()) - texts.keys():  # links to files that have other names
+            for number, (path, _, file) in enumerate(_members(archive)):
+                if file is not None and path in unread and files[path] == number:
+                    texts[path] = _text(path, file)
+    audio = {path: files[file] for path, file in found.items() if file is not None and is_audio(os.path.basename(path))}
+    listed = list_librispeech(audio, {path: texts[file] for path, file in transcripts.items()})
     return len(listed), _with_audio(archive, listed, audio)
 
 
 def _with_audio(archive: Path, listed: list[tuple[str, Utterance]], audio: dict[str, int]) -> Iterator[Utterance]:
-    by_path = {path: utterance for path, utterance in listed if utterance.reason != MISSING_AUDIO}
+    by_member = defaultdict(list)
+    for path, utterance in listed:
+        if utterance.reason != MISSING_AUDIO:
+            by_member[audio[path]].append(utterance)
     with _damage_reported(archive):
-        for number, (path, file) in enumerate(_members(archive)):
-            if audio.get(path) == number:
-                utterance = by_path[path]
-                yield replace(utterance, data=None if utterance.reason else file.read())
+        for number, (_, _, file) in enumerate(_members(archive)):
+            utterances = by_member[number]
+            data = file.read() if file is not None and not all(utterance.reason for utterance in utterances) else None
+            yield from (replace(utterance, data=None if utterance.reason else data) for utterance in utterances)
     yield from (utterance for _, utterance in listed if utterance.reason == MISSING_AUDIO)
 
 
-def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """Path and content of each file in the archive; read the content before the next member is asked for."""
+def _resolve(path: str, files: dict[str, int], links: dict[str, str]) -> str | None:
+    """The file that a path leads to, through links to files and to directories; None if it is not in the archive."""
+    for _ in range(MAX_LINKS):
+        if path in files:
+            return path
+        link = next((p for p in (path, *map(str, PurePosixPath(path).parents)) if p in links), None)
+        if link is None:
+            return None
+        path = os.path.normpath(links[link] + path[len(link) :])
+    return None
+
+
+def _text(path: str, file: IO[bytes]) -> bytes:
+    content = file.read(MAX_TEXT_BYTES + 1)
+    if len(content) > MAX_TEXT_BYTES:
+        raise tarfile.ReadError(f"{path} has more than {MAX_TEXT_BYTES >> 20} MB")
+    return content
+
+
+def _members(archive: Path) -> Iterator[tuple[str, str, IO[bytes] | None]]:
+    """(path, "", content) of each file and (path, target, None) of each link; read the content before the next one."""
     # Through GzipFile and not mode "r|gz": tarfile ends silently if the stream is cut short, GzipFile raises.
-    with archive.open("rb") as file, gzip.GzipFile(fileobj=file) as stream:
-        with tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 20) as tar:
+    with archive.open("rb") as file, _Forward(fileobj=file) as stream:
+        with tarfile.open(fileobj=stream, mode="r:", tarinfo=_Header) as tar:
             for member in tar:
-                content = tar.extractfile(member) if member.isfile() else None
-                if content is not None:
-                    yield os.path.normpath(member.name), content
+                path = os.path.normpath(member.name)
+                if member.isfile():
+                    yield path, "", tar.extractfile(member)
+                elif member.issym():
+                    yield path, os.path.normpath(os.path.join(os.path.dirname(path), member.linkname)), None
+                elif member.islnk() and os.path.normpath(member.linkname) != path:  # tar has them for what it met twice
+                    yield path, os.path.normpath(member.linkname), None
                 # A public attribute that typeshed lacks. Without this, memory grows by a kilobyte a member.
                 tar.members.clear()  # type: ignore[attr-defined]
-        while stream.read(1 << 20):
-            pass  # GzipFile compares the checksum when it reaches the end
+        while block := stream.read(1 << 20):  # GzipFile compares the checksum when it reaches the end
+            if block.strip(b"\0"):
+                raise tarfile.ReadError("more follows where the archive ends")
+
+
+class _Forward(gzip.GzipFile):
+    """A stream that is read forward only: by the sizes in a damaged header tarfile would go back again and again."""
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_SET and offset < self.tell():
+            raise tarfile.ReadError("a size in a header leads backward")
+        return super().seek(offset, whence)
+
+
+class _Header(tarfile.TarInfo):
+    """A header that is whole: tarfile takes any other for the end of the archive, and reads as much as it states."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if len(buf) == tarfile.BLOCKSIZE and not buf.strip(b"\0"):
+                raise  # the end
+            raise tarfile.ReadError(str(error)) from None
+        if header.size < 0 or (header.type not in tarfile.REGULAR_TYPES and header.size > MAX_TEXT_BYTES):
+            raise tarfile.ReadError(f"a header of {header.size} bytes")
+        return header
 
 
 @contextlib.contextmanager
 def _damage_reported(archive: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise UserError(f"{archive} is damaged or cut short ({error}); download it again") from None
+    except (OSError, EOFError, zlib.error, tarfile.TarError, ValueError, OverflowError) as error:
+        # The last two from tarfile: for attributes in a header that are no numbers, or too large ones.
+        raise UserError(
+            f"{archive} is damaged or cut short ({error}); download it again, or unpack it and shard the directory"
+        ) from None

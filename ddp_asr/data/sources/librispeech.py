@@ -5,7 +5,7 @@ it too (archive.py), so a directory and an archive of the same files give the sa
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -27,20 +27,40 @@ def try_open(name: str, options: SourceOptions) -> Source | None:
     root = Path(name)
     audio: list[str] = []
     transcripts: dict[str, bytes] = {}
-
-    def unreadable(error: OSError) -> None:
-        raise error  # without this, os.walk skips a directory that it cannot read
-
-    for folder, _, files in os.walk(root, onerror=unreadable, followlinks=True) if root.is_dir() else ():
-        below = folder.removeprefix(str(root)).lstrip("/")
-        audio += [os.path.join(below, file) for file in files if is_audio(file)]
-        for file in filter(is_transcript, files):
-            transcripts[os.path.join(below, file)] = Path(folder, file).read_bytes()
+    for path in _files(root):
+        if is_audio(path.name):
+            audio.append(str(path.relative_to(root)))
+        elif is_transcript(path.name):
+            transcripts[str(path.relative_to(root))] = path.read_bytes()
     if not transcripts:
         return None
     listed = list_librispeech(audio, transcripts)
     utterances = [u if u.reason == MISSING_AUDIO else replace(u, path=root / path) for path, u in listed]
     return listed_source("directory", root.resolve().name, utterances)
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """Every file below `root`, links followed; of several paths to a directory one is listed, one without a link first.
+
+    So a link to a directory above itself ends, and no file is a duplicate of itself. A link that leads nowhere is no
+    file, nor is a pipe.
+    """
+
+    def unreadable(error: OSError) -> None:
+        raise error  # without this, os.walk skips a directory that it cannot read
+
+    seen: set[str] = set()
+    waiting = [root] if root.is_dir() else []
+    for start in waiting:  # grows by the links that are met
+        for folder, folders, files in os.walk(start, onerror=unreadable):
+            folders.sort()
+            real = os.path.realpath(folder)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            waiting += [path for name in folders if (path := Path(folder, name)).is_symlink()]
+            yield from (path for name in sorted(files) if (path := Path(folder, name)).is_file())
 
 
 def list_librispeech(audio: Iterable[str], transcripts: dict[str, bytes]) -> list[tuple[str, Utterance]]:
