@@ -286,6 +286,26 @@ def test_every_drop_is_counted_listed_and_summed_up(poor, tmp_path, capsys):
         assert any(reason in line and str(count) in line for line in printed.splitlines())
 
 
+def test_a_duplicate_key_says_of_what_also_after_a_kill(tmp_path, monkeypatch):
+    (tmp_path / "a.wav").write_bytes(encode(noise(1), format="WAV"))
+    line = {"audio_filepath": "a.wav", "text": "A", "duration": 0.5}
+    entries = [line, {"audio_filepath": "gone.wav", "text": "A", "id": "b"}, line | {"id": "b"}, line | {"id": "c"}]
+    source = tiny_speech.manifest(tmp_path / "m.jsonl", [*entries, line, line | {"id": "b"}])
+    once = tiny_speech.shard(source, tmp_path / "once", "--shard-mb", "0.02")
+    assert [(case["key"], case["reason"], case["detail"]) for case in dropped(once)] == [
+        ("b", sources.MISSING_AUDIO, "No such file or directory"),
+        ("a", sources.DUPLICATE, "same key as a.wav (utterance 1 of the source)"),
+        ("b", sources.DUPLICATE, "same key as a.wav (utterance 3 of the source)"),
+    ]
+    calls = iter([pack] * 4 + [lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)])
+    monkeypatch.setattr(writer, "pack", lambda *arguments: next(calls)(*arguments))
+    with pytest.raises(KeyboardInterrupt):
+        tiny_speech.shard(source, tmp_path / "twice", "--shard-mb", "0.02")
+    assert list((tmp_path / "twice").glob("shard-*.tar"))
+    monkeypatch.setattr(writer, "pack", pack)
+    assert content(tiny_speech.shard(source, tmp_path / "twice", "--shard-mb", "0.02")) == content(once)
+
+
 def test_strict_makes_any_drop_an_error_and_keeps_the_work(split, tmp_path):
     source = tiny_speech.librispeech(tmp_path / "split")
     bad = source / "101" / "7" / "101-7-0002.flac"

@@ -223,6 +223,16 @@ def test_a_transcript_is_cut_at_newlines_only():
     }
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path, mark, end):
+    lines = [b'{"audio_filepath": "7-1-%d.flac", "text": "N %d"}' % (n, n) for n in range(2)]
+    (tmp_path / "m.jsonl").write_bytes(mark + end.join(lines))
+    root = unpack(tmp_path / "a", members := [("7-1.trans.txt", mark + b"7-1-0 N 0" + end + b"7-1-1 N 1")])
+    for source in (tmp_path / "m.jsonl", root, tar_gz(tmp_path / "a.tar.gz", members)):
+        assert [(u.key, u.text) for u in listed(source)] == [("7-1-0", "N 0"), ("7-1-1", "N 1")]
+
+
 def test_malformed_manifest_lines_are_kept_with_their_reason(tmp_path):
     bad = [
         "{",

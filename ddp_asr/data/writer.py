@@ -58,7 +58,7 @@ class Output:
         self.dropped: list[dict[str, str]] = []  # since the last shard was finished
         self.consumed = 0  # utterances of the source
         self.samples = 0
-        self.keys: set[str] = set()
+        self.keys: dict[str, str] = {}  # key -> where the source has it
         for number in itertools.count():
             sidecar = files.read_json(self.partial / f"{_shard_name(number)}.json")
             path = directory / _shard_name(number)
@@ -67,7 +67,7 @@ class Output:
             self.finished.append(sidecar)
             self.consumed = sidecar["consumed"]
             self.samples += sum(row[3] for row in sidecar["rows"])
-            self.keys |= {row[0] for row in sidecar["rows"]}
+            self.keys |= zip((row[0] for row in sidecar["rows"]), sidecar["places"], strict=True)
 
     @property
     def hours(self) -> float:
@@ -96,6 +96,7 @@ class Output:
             # Killed before this file is in place, the next run writes the same shard again.
             sidecar = {"name": name, "bytes": path.stat().st_size, "sha256": files.sha256_of(path)}
             sidecar |= {"consumed": self.consumed, "rows": rows, "dropped": self.dropped}
+            sidecar["places"] = [self.keys[row[0]] for row in rows]
             self.replace_file(self.partial / f"{name}.json", json.dumps(sidecar))
             self.finished.append(sidecar)
             self.dropped = []
@@ -105,12 +106,15 @@ class Output:
     ) -> Iterator[tuple[Utterance, Packed]]:
         """Yields what can be used and counts the rest; an entry is consumed when the next one is asked for."""
         for utterance, result in packed:
-            reason = result.reason or (DUPLICATE if utterance.key in self.keys else "")
+            reason, detail = result.reason, result.detail
+            if not reason and utterance.key in self.keys:
+                reason, detail = DUPLICATE, f"same key as {self.keys[utterance.key]}"
             if reason:
-                case = {"key": utterance.key, "reason": reason, "source": utterance.source, "detail": result.detail}
+                case = {"key": utterance.key, "reason": reason, "source": utterance.source, "detail": detail}
                 self.dropped.append(case)
             else:
-                self.keys.add(utterance.key)
+                # The number too: segments of one file have the same path.
+                self.keys[utterance.key] = f"{utterance.source} (utterance {self.consumed + 1} of the source)"
                 self.samples += result.samples
                 yield utterance, result
             self.consumed += 1

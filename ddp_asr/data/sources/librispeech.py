@@ -101,7 +101,7 @@ def is_transcript(name: str) -> bool:
 
 def read_transcripts(content: bytes) -> dict[str, str]:
     """The lines `id TEXT` of a `.trans.txt`. Not splitlines(), which also cuts at characters inside a text."""
-    lines = content.decode("utf-8", "replace").split("\n")
+    lines = content.decode("utf-8-sig", "replace").split("\n")  # Windows writes a byte order mark
     pairs = (line.strip().partition(" ") for line in lines if line.strip())
     return {identity: text for identity, _, text in pairs}
 

@@ -22,7 +22,7 @@ def try_open(name: str, options: SourceOptions) -> Source | None:
     if not manifest.is_file() or manifest.suffix not in (".jsonl", ".json"):
         return None
     try:
-        lines = manifest.read_bytes().decode("utf-8").split("\n")
+        lines = manifest.read_bytes().decode("utf-8-sig").split("\n")  # Windows writes a byte order mark
     except ValueError:
         raise UserError(f"{manifest} is not UTF-8 text: a manifest has a JSON object on each line, in UTF-8") from None
     utterances = [_utterance(manifest, n, line) for n, line in enumerate(lines, start=1) if line.strip()]
