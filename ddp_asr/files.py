@@ -5,6 +5,8 @@ with writing_aside(path) as file: ...           # the same for what is written p
 for line in read_json_lines(path): ...          # torn and damaged lines are left out
 check_writable(path)                            # before long work
 sha256_of(path)
+replace_file(path, sealed_json({...}))          # JSON with its own checksum
+(value := read_json(path))["seal"] == seal(value)
 """
 
 import contextlib
@@ -138,6 +140,17 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def sealed_json(value: dict[str, Any]) -> str:
+    """JSON text of an object, with the checksum of its fields as one more field, `seal`."""
+    return json.dumps(value | {"seal": seal(value)}, indent=2, ensure_ascii=False) + "\n"
+
+
+def seal(value: dict[str, Any]) -> str:
+    """The checksum of all fields but `seal`; where that has another value, somebody or something changed the file."""
+    fields = {name: value[name] for name in value if name != "seal"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def sha256_of(path: Path) -> str:

@@ -1,5 +1,6 @@
 """The index: flat arrays that lead to the right bytes, several corpora, and every way of not fitting together."""
 
+import copy
 import io
 import json
 
@@ -7,11 +8,14 @@ import numpy as np
 import pyarrow
 import pytest
 import soundfile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ddp_asr.data import index
 from ddp_asr.data.index import key_hashes, read_dataset_json, read_index
 from ddp_asr.data.storage import open_store
 from ddp_asr.errors import UserError
+from ddp_asr.files import seal, sealed_json, sha256_of
 from tests import tiny_speech
 
 
@@ -125,12 +129,12 @@ def broken(corpora, tmp_path):
 )
 def test_a_description_that_does_not_fit_is_told(broken, change, message):
     directory, dataset = broken
-    (directory / "dataset.json").write_text(json.dumps(dataset | change))
+    (directory / "dataset.json").write_text(sealed_json(dataset | change))
     with pytest.raises(UserError, match=message):
         read_index([directory])
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
 def test_a_broken_description_is_told(broken, content):
     (broken[0] / "dataset.json").write_bytes(content)
     with pytest.raises(UserError, match=r"dataset.json"):
@@ -151,10 +155,105 @@ def test_no_flipped_bit_of_the_table_goes_unnoticed(broken):
     assert len(read_index([broken[0]])) == 3
 
 
+def test_no_flipped_bit_of_the_description_changes_what_is_read(broken):
+    """One bit of every byte. Without the seal a flip in a shard's checksum, for one, would raise nothing."""
+    path = broken[0] / "dataset.json"
+    good = path.read_bytes()
+    whole, refused = contents(read_index([broken[0]])), 0
+    for position in range(len(good)):
+        flipped = bytearray(good)
+        flipped[position] ^= 1 << position % 8
+        path.write_bytes(flipped)
+        try:
+            assert contents(read_index([broken[0]])) == whole  # the flip is in a space, or in the name of the seal
+        except UserError:
+            refused += 1
+    assert refused > 0.8 * len(good)
+
+
+def contents(index):
+    """All that a training takes from an index."""
+    columns = (index.shard, index.offset, index.bytes, index.samples, index.keys, index.texts, index.key_hash)
+    return index.shards, index.checksums, [column.tolist() for column in columns]
+
+
+WRONG = [None, True, -1, 0, 2**70, 1.5, "x", "../../secret", "/etc/passwd", [], [1], {}, {"a": 1}, "\ud800"]
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), sealed=st.booleans())
+def test_a_description_that_was_edited_is_refused_or_means_the_same(broken, data, sealed):
+    """Any field, at any depth, is replaced or deleted; with a seal that is right, and without one."""
+    directory, dataset = broken[0], copy.deepcopy(broken[1])
+    dataset.pop("seal", None)
+    place = dataset
+    while True:
+        name = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else list(range(len(place)))))
+        if not (isinstance(place[name], dict | list) and place[name] and data.draw(st.booleans())):
+            break
+        place = place[name]
+    if data.draw(st.booleans()):
+        place[name] = data.draw(st.sampled_from(WRONG))
+    else:
+        del place[name]
+    (directory / "dataset.json").write_text(json.dumps(dataset | ({"seal": seal(dataset)} if sealed else {})))
+    try:
+        index = read_index([directory])
+        assert index.shards == (f"{directory}/shard-000000.tar",) and len(index) == 3
+    except UserError as refused:
+        assert str(refused).count("\n") == 0
+
+
+@pytest.mark.parametrize("name", ["../shard-000000.tar", "/etc/passwd", "shard-000000.tar/../../secret.tar", "..", ""])
+def test_no_shard_is_read_or_copied_outside_its_directory(broken, name):
+    directory, dataset = broken
+    shard = dataset["shards"][0]
+    for wrong in ({"name": name}, {"sha256": f"../../{name}"}):
+        changed = dataset | {"shards": [shard | wrong]}
+        (directory / "dataset.json").write_text(sealed_json(changed))
+        with pytest.raises(UserError, match=r"dataset.json says .* for a shard; delete"):
+            read_index([directory])
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("shard", 1), ("shard", -1), ("offset", -1), ("offset", 2**62), ("bytes", 0), ("bytes", 2**62), ("samples", 0)]
+    + [(name, None) for name in index.COLUMNS.names],
+)
+def test_a_table_that_leads_out_of_its_shards_is_refused(broken, column, value):
+    directory, dataset = broken
+    table = pyarrow.parquet.read_table(directory / "index.parquet").to_pydict()
+    table[column][1] = value
+    index.write_index(directory / "index.parquet", table)
+    sealed = dataset | {"index_sha256": sha256_of(directory / "index.parquet")}
+    (directory / "dataset.json").write_text(sealed_json(sealed))
+    with pytest.raises(UserError, match=r"index.parquet is no table of these shards, though its checksum is right"):
+        read_index([directory])
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"no table", b"another schema"])
+def test_what_is_no_table_is_refused_behind_a_right_checksum(broken, content):
+    directory, dataset = broken
+    path = directory / "index.parquet"
+    path.write_bytes(content)
+    if content == b"another schema":
+        pyarrow.parquet.write_table(pyarrow.table({"key": [1]}), path)
+    (directory / "dataset.json").write_text(sealed_json(dataset | {"index_sha256": sha256_of(path)}))
+    with pytest.raises(UserError, match=r"index.parquet is no table of these shards"):
+        read_index([directory])
+
+
+def test_shards_made_before_the_seal_can_be_read(broken):
+    directory, dataset = broken
+    del dataset["seal"]
+    (directory / "dataset.json").write_text(json.dumps(dataset))
+    assert len(read_index([directory])) == 3
+
+
 def test_a_description_without_the_checksum_is_told(broken):
     directory, dataset = broken
     del dataset["index_sha256"]
-    (directory / "dataset.json").write_text(json.dumps(dataset))
+    (directory / "dataset.json").write_text(sealed_json(dataset))
     with pytest.raises(UserError, match=r"index.parquet does not match its checksum"):
         read_index([directory])
 

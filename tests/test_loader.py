@@ -271,6 +271,19 @@ def test_a_recording_that_no_longer_decodes_is_dropped_and_named(tmp_path, damag
     assert short.waveforms.shape == (1, 8_000)  # the dropped one's length is not padded to
 
 
+def test_no_flipped_bit_of_a_shard_is_heard(tmp_path):
+    """Every frame of FLAC has a checksum, which costs nothing here: the recording is left out, or is the same."""
+    good = flac(SPEECH[:2_000])
+    flips = [(n, n % 8) for n in range(len(good))]
+    flacs = [good[:n] + bytes([good[n] ^ 1 << bit]) + good[n + 1 :] for n, bit in flips]
+    whole = index_of_flacs(tmp_path, flacs, [2_000] * len(flacs))
+    batch = loader.Recordings(whole, TOKENISER, CONFIG, training=False).micro_batch(
+        loader.Work(0, 0, 0, np.arange(len(flacs)))
+    )
+    assert len(batch.bad) > 0.9 * len(flacs)
+    assert (batch.waveforms == torch.from_numpy(SPEECH[:2_000])).all()
+
+
 def test_a_recording_that_ends_early_is_dropped_and_named(tmp_path, monkeypatch):
     whole = index_of_flacs(tmp_path, [flac(SPEECH)], [9_000])
     recordings = loader.Recordings(whole, TOKENISER, PLAIN, training=True)

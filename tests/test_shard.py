@@ -9,6 +9,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from ddp_asr.data.audio import Packed, pack
 from ddp_asr.data.index import read_index
 from ddp_asr.data.sources import openslr
 from ddp_asr.errors import UserError
+from ddp_asr.files import sealed_json
 from tests import tiny_speech
 from tests.http_server import serving
 from tests.tiny_speech import content, encode, noise
@@ -540,6 +542,25 @@ def test_finished_shards_are_not_made_again(split, whole, tmp_path, monkeypatch)
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in kept.items())
 
 
+@pytest.mark.parametrize("damaged", ["shard-000000.tar.json", "settings.json"])
+def test_no_flipped_bit_of_an_unfinished_output_changes_the_shards(split, whole, tmp_path, monkeypatch, damaged):
+    calls = iter([pack] * 6 + [lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)] * 99)
+    monkeypatch.setattr(writer, "pack", lambda *arguments: next(calls)(*arguments))
+    with pytest.raises(KeyboardInterrupt):
+        tiny_speech.shard(split, tmp_path / "killed", *SMALL)
+    monkeypatch.setattr(writer, "pack", pack)
+    good = (tmp_path / "killed" / ".partial" / damaged).read_bytes()
+    for position in range(0, len(good), len(good) // 12):
+        out = shutil.copytree(tmp_path / "killed", tmp_path / f"out-{position}")
+        flipped = bytearray(good)
+        flipped[position] ^= 1 << position % 8
+        (out / ".partial" / damaged).write_bytes(flipped)
+        try:
+            assert content(tiny_speech.shard(split, out, *SMALL)) == content(whole)
+        except UserError as refused:
+            assert "settings.json is damaged" in str(refused)
+
+
 def test_an_unfinished_output_of_another_source_is_refused(split, tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "pack", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -581,7 +602,7 @@ def test_what_does_not_decode_is_found_behind_a_right_checksum(copy):
     tar[index.offset[0] + 3000] ^= 1
     Path(index.shards[0]).write_bytes(tar)
     dataset["shards"][0]["sha256"] = hashlib.sha256(tar).hexdigest()
-    (copy / "dataset.json").write_text(json.dumps(dataset))
+    (copy / "dataset.json").write_text(sealed_json(dataset))
     with pytest.raises(UserError, match=r"shard-000000.tar, 100-7-0000: undecodable or truncated audio .*; delete"):
         check(copy)
 

@@ -28,6 +28,7 @@ import pyarrow.parquet
 from ddp_asr import SAMPLE_RATE_HZ
 from ddp_asr.data.storage import Store, open_store, scheme_of
 from ddp_asr.errors import UserError
+from ddp_asr.files import seal
 
 FORMAT = "ddp_asr shards"
 FORMAT_VERSION = 1
@@ -153,7 +154,7 @@ def read_dataset_json(directory: str | Path) -> dict[str, Any]:
         if scheme_of(directory) == "" and not os.path.isdir(directory):
             raise UserError(f"{directory}: no such shard directory; this command makes it: {remedy}") from None
         raise UserError(f"{directory}: no dataset.json in it, so its shards are not finished; run: {remedy}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         message = f"{directory}/dataset.json cannot be read ({error}); delete {directory} and run: {remedy}"
         raise UserError(message) from None
     found = (dataset.get("format"), dataset.get("version")) if isinstance(dataset, dict) else None
@@ -162,7 +163,28 @@ def read_dataset_json(directory: str | Path) -> dict[str, Any]:
             f"{directory}/dataset.json describes {found or 'no shards'}, this program reads "
             f"{(FORMAT, FORMAT_VERSION)}; make the shards again with: {remedy}"
         )
+    problem = _misfit(dataset)
+    if dataset.get("seal", seal(dataset)) != seal(dataset):  # shards that are older than the seal have none
+        problem = "does not match its own checksum: it was changed or damaged"
+    if problem:
+        raise UserError(f"{directory}/dataset.json {problem}; delete {directory} and run: {remedy}")
     return dict(dataset)
+
+
+def _misfit(dataset: dict[str, Any]) -> str:
+    """What this program cannot use in a `dataset.json`; "" where nothing is wrong."""
+    kinds = {"source": dict, "settings": dict, "shards": list, "dropped": dict, "utterances": int, "hours": int | float}
+    for name, kind in kinds.items():
+        if not isinstance(dataset.get(name), kind):
+            return f"says {dataset.get(name)!r} for {name}"
+    for shard in dataset["shards"]:
+        fields = shard if isinstance(shard, dict) else {}
+        # A name with a folder in it would be read, and a checksum that is a path be written, outside the directory.
+        named = re.fullmatch(r"shard-\d{6,}\.tar", str(fields.get("name")))
+        summed = re.fullmatch(r"[0-9a-f]{64}", str(fields.get("sha256")))
+        if not (named and summed and isinstance(fields.get("bytes"), int)):
+            return f"says {shard!r} for a shard"
+    return ""
 
 
 def write_index(path: Path, columns: dict[str, Sequence[Any]]) -> None:
@@ -193,9 +215,27 @@ def _read_table(store: Store, directory: str, dataset: dict[str, Any], first_sha
             f"{path} does not match its checksum (SHA-256 {found[:16]}..., {directory}/dataset.json says "
             f"{expected[:16]}...): it is damaged; delete {directory} and shard it again"
         )
-    table = pyarrow.parquet.read_table(pyarrow.BufferReader(content), columns=COLUMNS.names).cast(COLUMNS)
+    try:
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content), columns=COLUMNS.names).cast(COLUMNS)
+        table.validate(full=True)  # UTF-8 in texts, for instance
+        fitting = _rows_fit(table, dataset)
+    except (pyarrow.ArrowException, ValueError, OSError):
+        fitting = False
+    if not fitting:
+        raise UserError(f"{path} is no table of these shards, though its checksum is right; shard {directory} again")
     numbers = pyarrow.compute.add(table["shard"], pyarrow.scalar(first_shard, pyarrow.int32()))
     return table.set_column(COLUMNS.get_field_index("shard"), COLUMNS.field("shard"), numbers)
+
+
+def _rows_fit(table: pyarrow.Table, dataset: dict[str, Any]) -> bool:
+    """Whether there are as many rows as stated, and every row has all values and lies in a shard."""
+    if table.num_rows != dataset["utterances"] or any(column.null_count for column in table.columns):
+        return False
+    shard, offset, size, samples = (_flat(table, name).to_numpy() for name in ("shard", "offset", "bytes", "samples"))
+    if not ((shard >= 0) & (shard < len(dataset["shards"])) & (offset >= 0) & (size > 0) & (samples > 0)).all():
+        return False
+    ends = np.array([each["bytes"] for each in dataset["shards"]], np.int64)[shard]
+    return bool((size <= ends - np.minimum(offset, ends)).all())
 
 
 def _complete_shard(store: Store, directory: str, shard: dict[str, Any]) -> str:

@@ -60,9 +60,10 @@ class Output:
         self.samples = 0
         self.keys: dict[str, str] = {}  # key -> where the source has it
         for number in itertools.count():
-            sidecar = files.read_json(self.partial / f"{_shard_name(number)}.json")
+            sidecar = files.read_json(self.partial / f"{_shard_name(number)}.json") or {}
             path = directory / _shard_name(number)
-            if sidecar is None or not path.is_file() or path.stat().st_size != sidecar["bytes"]:
+            whole = sidecar.get("seal") == files.seal(sidecar)  # else the shard is made again
+            if not whole or not path.is_file() or path.stat().st_size != sidecar["bytes"]:
                 break
             self.finished.append(sidecar)
             self.consumed = sidecar["consumed"]
@@ -97,7 +98,7 @@ class Output:
             sidecar = {"name": name, "bytes": path.stat().st_size, "sha256": files.sha256_of(path)}
             sidecar |= {"consumed": self.consumed, "rows": rows, "dropped": self.dropped}
             sidecar["places"] = [self.keys[row[0]] for row in rows]
-            self.replace_file(self.partial / f"{name}.json", json.dumps(sidecar))
+            self.replace_file(self.partial / f"{name}.json", files.sealed_json(sidecar))
             self.finished.append(sidecar)
             self.dropped = []
 
@@ -145,7 +146,7 @@ class Output:
             "index_sha256": hashlib.sha256(table).hexdigest(),
             "dropped": count_reasons(dropped),
         }
-        self.replace_file(self.directory / "dataset.json", json.dumps(dataset, indent=2, ensure_ascii=False) + "\n")
+        self.replace_file(self.directory / "dataset.json", files.sealed_json(dataset))
         return dataset
 
 
@@ -271,9 +272,14 @@ def _locked(out: Path, description: dict[str, Any]) -> Iterator[None]:
             aside.unlink()  # a run that was killed left it
         settings = partial / "settings.json"
         if settings.exists():
-            _refuse_other(out, "holds unfinished shards", files.read_json(settings) or {}, description)
+            found = files.read_json(settings) or {}
+            if found.get("seal") != files.seal(found):
+                raise UserError(
+                    f"{settings} is damaged, so it is unknown what made the shards here; delete {out} first"
+                )
+            _refuse_other(out, "holds unfinished shards", found, description)
         else:
-            files.replace_file(settings, json.dumps(description))
+            files.replace_file(settings, files.sealed_json(description))
         yield
 
 
