@@ -38,7 +38,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, required=True, metavar="DIR", help="directory for the shards")
     add("--shard-mb", type=float, default=256.0, help="maximum size of a shard in 10^6 bytes (256)")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of threads (one per core)")
-    add("--max-seconds", type=float, help="drop longer utterances (no limit)")
+    add("--max-seconds", type=float, help="drop longer utterances (3600, and never more)")
     add("--strict", action="store_true", help="exit with an error if any utterance cannot be used")
     verify = "compare checksums and decode every utterance, after sharding or, without SOURCE, alone"
     add("--verify", action="store_true", help=verify)

@@ -242,6 +242,8 @@ def poor(tmp_path):
         "cut-ogg": encode(noise(2), format="OGG", subtype="VORBIS")[:-5000],
         "cut-mp3": encode(noise(2), format="MP3", subtype="MPEG_LAYER_III")[:-9000],
         "nan": encode(np.full(800, np.nan), format="WAV", subtype="FLOAT"),
+        "loud": encode(noise().astype(np.float32), format="WAV", subtype="FLOAT"),
+        "hertz": encode(noise(), 1, format="WAV"),
         "short": good,
         "beyond": good,
         "over": good,
@@ -263,14 +265,24 @@ def poor(tmp_path):
     lines["number"]["text"] = 7
     gone = {"audio_filepath": "audio/gone", "id": "gone", "text": "A"}
     folder = {"audio_filepath": "audio", "id": "folder", "text": "A"}
+    os.mkfifo(tmp_path / "audio" / "pipe")
+    lines["pipe"] = {"audio_filepath": "audio/pipe", "id": "pipe", "text": "A"}
+    lines["device"] = {"audio_filepath": "/dev/zero", "id": "device", "text": "A"}
     again = lines["good"] | {"text": "AGAIN"}
     manifest = tiny_speech.manifest(tmp_path / "m.jsonl", [*lines.values(), gone, folder, again, "no json"])
     reasons = dict.fromkeys(list(files)[1:], sources.BAD_AUDIO)
     reasons |= {"beyond-5000": reasons.pop("beyond"), "over-100": reasons.pop("over")}
+    reasons |= {"loud": sources.IMPLAUSIBLE, "hertz": sources.IMPLAUSIBLE}
     reasons |= {"long": sources.TOO_LONG, "long-wav": sources.TOO_LONG, "blank": sources.EMPTY_TRANSCRIPT}
     reasons |= {"mute": sources.MISSING_TRANSCRIPT, "number": sources.MISSING_TRANSCRIPT}
-    reasons |= {"gone": sources.MISSING_AUDIO, "folder": sources.MISSING_AUDIO, "good": sources.DUPLICATE}
-    return manifest, reasons | {"line-22": sources.BAD_LINE}
+    reasons |= {
+        "gone": sources.MISSING_AUDIO,
+        "folder": sources.MISSING_AUDIO,
+        "pipe": sources.MISSING_AUDIO,
+        "device": sources.MISSING_AUDIO,
+        "good": sources.DUPLICATE,
+    }
+    return manifest, reasons | {"line-26": sources.BAD_LINE}
 
 
 def test_every_drop_is_counted_listed_and_summed_up(poor, tmp_path, capsys):

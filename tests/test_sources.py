@@ -21,6 +21,7 @@ from ddp_asr.data.sources import (
     BAD_LINE,
     DUPLICATE,
     FORMATS,
+    IMPLAUSIBLE,
     MISSING_AUDIO,
     MISSING_TRANSCRIPT,
     SourceOptions,
@@ -429,6 +430,16 @@ def test_the_first_path_of_a_key_is_the_utterance_and_the_others_are_duplicates(
             "7/1/a.wav": ("ONE", DUPLICATE),
             "7/2/a.flac": ("TWO", DUPLICATE),
         }
+
+
+def test_a_file_of_an_archive_that_memory_may_not_hold_is_dropped_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("ddp_asr.data.sources.archive.MAX_ARCHIVED_BYTES", 800)
+    members = [("7-1.trans.txt", b"7-1-0 A\n7-1-1 B"), ("7-1-0.flac", b"a" * 800), ("7-1-1.flac", b"b" * 801)]
+    found = {u.key: (u.reason, u.data) for u in listed(tar_gz(tmp_path / "a.tar.gz", members))}
+    assert found == {"7-1-0": ("", b"a" * 800), "7-1-1": (IMPLAUSIBLE, None)}
+    monkeypatch.setattr("ddp_asr.data.sources.archive.MAX_TEXT_BYTES", 14)
+    with pytest.raises(UserError, match=r"7-1.trans.txt has more than"):
+        listed(tmp_path / "a.tar.gz")
 
 
 @pytest.mark.parametrize("damage", ["cut", "cut at a member", "flipped", "not gzip"])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from itertools import pairwise
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from ddp_asr import transcribe
 from ddp_asr.config import Beam
+from ddp_asr.data import audio
 from ddp_asr.errors import UserError
 from ddp_asr.recognition import transcription
 from ddp_asr.recognition.recogniser import load_recogniser
@@ -105,8 +107,29 @@ def test_sixteen_bits_at_sixteen_kilohertz_pass_untouched(tmp_path):
 
 
 def test_channels_are_averaged_and_overflow_is_clipped(tmp_path):
-    soundfile.write(tmp_path / "a.wav", np.array([[1.0, 0.0], [3.0, 1.0]]), 16_000, subtype="FLOAT")
-    assert read(tmp_path / "a.wav").tolist() == [16_384, 32_767]
+    sound = np.zeros((200, 2))
+    sound[:2] = [[1.0, 0.0], [3.0, 1.0]]
+    soundfile.write(tmp_path / "a.wav", sound, 16_000, subtype="FLOAT")
+    assert read(tmp_path / "a.wav").tolist() == [16_384, 32_767] + [0] * 198
+
+
+def test_what_no_recording_of_speech_has_is_one_sentence(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "slow.wav", noises(1.0), 1)
+    soundfile.write(tmp_path / "many.wav", np.zeros((10, 65), np.int16), 16_000)
+    soundfile.write(tmp_path / "loud.wav", noises(1.0).astype(np.float32), 16_000, subtype="FLOAT")
+    soundfile.write(tmp_path / "nan.wav", np.array([np.nan, 0.0]), 16_000, subtype="FLOAT")
+    soundfile.write(tmp_path / "long.flac", noises(2.0), 16_000)
+    monkeypatch.setattr(audio, "MAX_RECORDING_S", 1.5)
+    for name, reason in {
+        "slow": "implausible audio (its header states 1 Hz, speech has 4,000 to 384,000 Hz)",
+        "many": "implausible audio (its header states 65 channels, at most 64 are read)",
+        "loud": "of the samples are beyond full scale",
+        "nan": "samples that are not finite",
+        "long": "too long (2.000 s, at most 1.5 s are taken)",
+    }.items():
+        path = str(next(tmp_path.glob(f"{name}.*")))
+        with pytest.raises(UserError, match=f"cannot use {re.escape(path)}: .*{re.escape(reason)}"):
+            read(path)
 
 
 @pytest.mark.parametrize("from_a_pipe", [False, True])

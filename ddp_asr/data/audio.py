@@ -4,27 +4,48 @@
 
 `pack` decodes every recording, because a header proves nothing. FLAC that is mono and 16 kHz already is passed through
 byte by byte; anything else is averaged over its channels, resampled and encoded with 16 bits.
+
+A header can state anything, and a few kilobytes can decode to hours. So what no recording of speech has is refused by
+the bounds below, here and in `ddp_asr.transcribe`, before it takes gigabytes of memory or is trained as noise.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import math
 import os
 import re
+import stat
 import threading
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from ddp_asr import SAMPLE_RATE_HZ
-from ddp_asr.data.sources import BAD_AUDIO, EMPTY_TRANSCRIPT, MISSING_AUDIO, MISSING_TRANSCRIPT, TOO_LONG, Utterance
+from ddp_asr.data.sources import (
+    BAD_AUDIO,
+    EMPTY_TRANSCRIPT,
+    IMPLAUSIBLE,
+    MISSING_AUDIO,
+    MISSING_TRANSCRIPT,
+    TOO_LONG,
+    Utterance,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     import soundfile
 
 DURATION_TOLERANCE_S = 0.25  # manifests round, some to tenths of a second
-BLOCK_SAMPLES = 1 << 20
+BLOCK_FRAMES = 1 << 18  # read at once: 64 MB of 64 channels
+
+MIN_RATE_HZ, MAX_RATE_HZ = 4_000, 384_000
+MAX_CHANNELS = 64
+MAX_UTTERANCE_S = 3_600.0  # --max-seconds may ask for less
+MAX_RECORDING_S = 12 * 3_600.0  # of a file to transcribe; all of it lies in memory, with 2 bytes a sample
+MAX_ARCHIVED_BYTES = 1 << 30  # of an audio file in an archive, which is read as a whole
+# Samples beyond full scale are clipped. A few are usual in floating point and in MP3; in a file whose samples are
+# integers in floating point, nearly all are.
+MAX_BEYOND_FULL_SCALE = 0.01
+MAX_PEAK = 16.0
 
 _opening = threading.Lock()
 
@@ -43,7 +64,7 @@ class Unusable(Exception):
 
 
 def pack(utterance: Utterance, max_seconds: float | None = None) -> Packed:
-    """The utterance's audio as it goes into a shard; one that is longer than `max_seconds` is not used."""
+    """The utterance's audio as it goes into a shard; longer ones than `max_seconds` or MAX_UTTERANCE_S are not used."""
     if utterance.reason:
         return Packed(reason=utterance.reason, detail=utterance.detail)
     if utterance.text is None:
@@ -51,7 +72,7 @@ def pack(utterance: Utterance, max_seconds: float | None = None) -> Packed:
     if not utterance.text.strip():
         return Packed(reason=EMPTY_TRANSCRIPT)
     try:
-        return _pack(utterance, math.inf if max_seconds is None else max_seconds)
+        return _pack(utterance, min(max_seconds or MAX_UTTERANCE_S, MAX_UTTERANCE_S))
     except OSError as error:
         return Packed(reason=MISSING_AUDIO, detail=error.strerror or str(error))
     except Unusable as error:
@@ -63,22 +84,23 @@ def pack(utterance: Utterance, max_seconds: float | None = None) -> Packed:
 
 def _pack(utterance: Utterance, max_seconds: float) -> Packed:
     with _descriptor_of(utterance) as file, _open(file.fileno(), closefd=False) as audio:
+        check_header(audio)
         start, stop = _bounds(utterance, audio)
-        _check_length(stop - start, audio.samplerate, max_seconds)
+        check_length(stop - start, audio.samplerate, max_seconds)
         whole = utterance.offset_s is None and stop == audio.frames
         is_flac = os.pread(file.fileno(), 4, 0) == b"fLaC"
-        as_it_is = whole and is_flac and audio.samplerate == SAMPLE_RATE_HZ and audio.channels == 1
-        dtype = "float32" if not as_it_is else "int16" if audio.subtype == "PCM_16" else "int32"
         audio.seek(start)
-        waveform = _read(audio, stop - start, dtype)
-        _check_truncation(utterance.duration_s, audio, len(waveform), stop - start, whole)
-        if as_it_is:
+        if whole and is_flac and audio.samplerate == SAMPLE_RATE_HZ and audio.channels == 1:
+            waveform = _read_integers(audio, stop)
+            _check_truncation(utterance.duration_s, audio, len(waveform), stop - start, whole)
             file.seek(0)
             flac, samples = file.read(), len(waveform)
             _check_md5(flac, waveform)
         else:
-            flac, samples = convert(waveform, audio.samplerate)
-    _check_length(samples, SAMPLE_RATE_HZ, max_seconds)
+            waveform, frames = read_mono(audio, stop - start, max_seconds)
+            _check_truncation(utterance.duration_s, audio, frames, stop - start, whole)
+            flac, samples = _encode(waveform), len(waveform)
+    check_length(samples, SAMPLE_RATE_HZ, max_seconds)
     return Packed(flac, samples)
 
 
@@ -89,6 +111,9 @@ def _descriptor_of(utterance: Utterance) -> IO[bytes]:
     time wait for Python's lock.
     """
     if utterance.data is None and utterance.path:
+        mode = utterance.path.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a pipe may be waited for, a device be read, for ever
+            raise Unusable(MISSING_AUDIO, "not a regular file")
         return utterance.path.open("rb")
     file = os.fdopen(os.memfd_create("audio"), "w+b")
     file.write(utterance.data or b"")
@@ -117,28 +142,70 @@ def _bounds(utterance: Utterance, audio: soundfile.SoundFile) -> tuple[int, int]
     return start, min(audio.frames, stop)
 
 
-def _check_length(samples: int, rate_hz: int, max_seconds: float) -> None:
+def check_length(samples: int, rate_hz: int, max_seconds: float) -> None:
+    """Refuses what is longer."""
     if samples > max_seconds * rate_hz:
-        raise Unusable(TOO_LONG, f"{samples / rate_hz:.3f} s")
+        raise Unusable(TOO_LONG, f"{samples / rate_hz:.3f} s, at most {max_seconds:g} s are taken")
 
 
-def _read(audio: soundfile.SoundFile, samples: int, dtype: str) -> np.ndarray:
-    """(n, channels), n <= samples; in blocks, because a broken header can state any length."""
+def check_header(audio: soundfile.SoundFile) -> None:
+    """Refuses a rate and a number of channels that no recording of speech has."""
+    if not MIN_RATE_HZ <= audio.samplerate <= MAX_RATE_HZ:
+        allowed = f"{MIN_RATE_HZ:,} to {MAX_RATE_HZ:,} Hz"
+        raise Unusable(IMPLAUSIBLE, f"its header states {audio.samplerate:,} Hz, speech has {allowed}")
+    if audio.channels > MAX_CHANNELS:
+        raise Unusable(IMPLAUSIBLE, f"its header states {audio.channels} channels, at most {MAX_CHANNELS} are read")
+
+
+def read_mono(audio: soundfile.SoundFile, frames: int, max_seconds: float) -> tuple[np.ndarray, int]:
+    """The next `frames` frames, or as many as there are: int16 (S,) at 16 kHz, channels averaged; and their number.
+
+    It is resampled block by block, so memory holds only the result.
+    """
+    import numpy as np
+    import soxr
+
+    rate_hz = audio.samplerate
+    stream = soxr.ResampleStream(rate_hz, SAMPLE_RATE_HZ, 1) if rate_hz != SAMPLE_RATE_HZ else None
+    parts, read, beyond, peak, last = [], 0, 0, 0.0, False
+    while not last:
+        wanted = min(BLOCK_FRAMES, frames - read)
+        block = audio.read(wanted, dtype="float32", always_2d=True)  # (frames, channels)
+        read += len(block)
+        last = len(block) < wanted or read == frames
+        check_length(read, rate_hz, max_seconds)
+        if not np.isfinite(block).all():
+            raise Unusable(BAD_AUDIO, "samples that are not finite")
+        peak = max(peak, float(np.abs(block).max(initial=0.0)))
+        mono = block.mean(axis=1) if peak <= MAX_PEAK else block[:, 0]  # a sum of larger ones could be infinite
+        beyond += int(np.count_nonzero(np.abs(mono) > 1.0))
+        if peak > MAX_PEAK or (last and beyond > MAX_BEYOND_FULL_SCALE * read):
+            share = f"{beyond / read:.1%} of the samples are beyond full scale"
+            raise Unusable(IMPLAUSIBLE, f"{share}, the highest is {peak:.4g}; they must be scaled to -1 ... 1")
+        if stream is not None:
+            mono = stream.resample_chunk(mono, last=last)
+        parts.append((mono * 32768).round().clip(-32768, 32767).astype(np.int16))
+    return np.concatenate(parts), read
+
+
+def _read_integers(audio: soundfile.SoundFile, samples: int) -> np.ndarray:
+    """(n,), n <= samples, as wide as they were encoded; in blocks, because a broken header can state any length."""
     import numpy as np
 
     blocks = []
-    while samples > 0 and len(block := audio.read(min(samples, BLOCK_SAMPLES), dtype=dtype, always_2d=True)):
+    dtype = "int16" if audio.subtype == "PCM_16" else "int32"
+    while samples > 0 and len(block := audio.read(min(samples, BLOCK_FRAMES), dtype=dtype)):
         blocks.append(block)
         samples -= len(block)
-    if not blocks:
-        raise Unusable(BAD_AUDIO, "no samples")
-    return np.concatenate(blocks)
+    return np.concatenate(blocks or [np.zeros(0, dtype)])
 
 
 def _check_truncation(
     stated_s: float | None, audio: soundfile.SoundFile, samples: int, expected: int, whole: bool
 ) -> None:
     """libsndfile reads a truncated file up to its end and reports the truncation only in its log."""
+    if not samples:
+        raise Unusable(BAD_AUDIO, "no samples")
     if samples < 0.98 * expected:  # MP3 headers are not exact
         raise Unusable(BAD_AUDIO, f"{samples} samples instead of {expected}")
     log = audio.extra_info
@@ -164,19 +231,11 @@ def _check_md5(flac: bytes, waveform: np.ndarray) -> None:
         raise Unusable(BAD_AUDIO, "decodes to other samples than were encoded (MD5)")
 
 
-def convert(waveform: np.ndarray, rate_hz: int) -> tuple[bytes, int]:
-    """(n, channels) in [-1, 1) -> 16 bit mono FLAC at 16 kHz and its number of samples."""
-    import numpy as np
-    import soxr
-
-    mono = waveform.mean(axis=1)
-    if not np.isfinite(mono).all():
-        raise Unusable(BAD_AUDIO, "samples that are not finite")
-    if rate_hz != SAMPLE_RATE_HZ:
-        mono = soxr.resample(mono, rate_hz, SAMPLE_RATE_HZ, quality="HQ")
-    if not len(mono):
+def _encode(waveform: np.ndarray) -> bytes:
+    """int16 (S,) as mono FLAC of 16 kHz."""
+    if not len(waveform):
         raise Unusable(BAD_AUDIO, "no samples")
     flac = io.BytesIO()
     with _open(flac, "w", SAMPLE_RATE_HZ, 1, "PCM_16", format="FLAC") as file:
-        file.write((mono * 32768).round().clip(-32768, 32767).astype("int16"))
-    return flac.getvalue(), len(mono)
+        file.write(waveform)
+    return flac.getvalue()

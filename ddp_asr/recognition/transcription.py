@@ -18,16 +18,15 @@ from typing import Any
 
 import numpy as np
 import soundfile
-import soxr
 import torch
 from torch import Tensor
 
 from ddp_asr import SAMPLE_RATE_HZ
+from ddp_asr.data import audio
 from ddp_asr.decoding import Word
 from ddp_asr.errors import UserError
 from ddp_asr.recognition.recogniser import Recogniser
 
-READ_FRAMES = 1 << 18  # of the file, a block: a few MB even of many channels
 BATCH_SECONDS = 120.0  # pieces recognised at once, in seconds of audio
 LOUDNESS_SAMPLES = SAMPLE_RATE_HZ // 100  # loudness is looked at every 10 ms
 PAUSE_BLOCKS = 20  # and averaged over 200 ms, so that the closure of a [p] is no pause
@@ -142,8 +141,11 @@ def read_audio(source: str) -> np.ndarray:
         raise UserError(f"cannot read {name}: there is no such file")  # libsndfile would say "System error"
     try:
         with soundfile.SoundFile(io.BytesIO(sys.stdin.buffer.read()) if source == "-" else source) as file:
-            waveform, frames = _resample(file, name)
-            if frames < file.frames < 1 << 62:  # libsndfile's way to say that a length is unknown is a huge one
+            audio.check_header(file)
+            if file.frames < 1 << 62:  # libsndfile's way to say that a length is unknown is a huge one
+                audio.check_length(file.frames, file.samplerate, audio.MAX_RECORDING_S)
+            waveform, frames = audio.read_mono(file, sys.maxsize, audio.MAX_RECORDING_S)
+            if frames < file.frames < 1 << 62:
                 promised_s, found_s = file.frames / file.samplerate, frames / file.samplerate
                 print(
                     f"warning: {name} promises {promised_s:.1f} s and holds {found_s:.1f} s that decode: it is cut off "
@@ -153,23 +155,9 @@ def read_audio(source: str) -> np.ndarray:
     except (OSError, soundfile.LibsndfileError) as error:
         reason = getattr(error, "error_string", None) or getattr(error, "strerror", None) or str(error)
         raise UserError(f"cannot read {name}: {reason} (WAV, FLAC, OGG, MP3, ... can be read)") from None
+    except audio.Unusable as error:
+        reason, detail = error.args
+        raise UserError(f"cannot use {name}: {reason} ({detail})") from None
     if not len(waveform):
         raise UserError(f"{name} holds no audio")
     return waveform
-
-
-def _resample(file: Any, name: str) -> tuple[np.ndarray, int]:
-    """(int16 (S,) at 16 kHz, frames read of the file), block by block."""
-    stream = soxr.ResampleStream(file.samplerate, SAMPLE_RATE_HZ, 1) if file.samplerate != SAMPLE_RATE_HZ else None
-    parts, frames = [], 0
-    while True:
-        block = file.read(READ_FRAMES, dtype="float32", always_2d=True)  # (S, channels)
-        frames += len(block)
-        mono = block.mean(axis=1)
-        if not np.isfinite(mono).all():
-            raise UserError(f"{name} holds samples that are no numbers: it is damaged")
-        if stream is not None:
-            mono = stream.resample_chunk(mono, last=len(block) < READ_FRAMES)
-        parts.append((mono * 32768).round().clip(-32768, 32767).astype(np.int16))
-        if len(block) < READ_FRAMES:
-            return np.concatenate(parts), frames

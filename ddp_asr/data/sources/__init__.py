@@ -37,10 +37,20 @@ MISSING_TRANSCRIPT = "missing transcript"
 EMPTY_TRANSCRIPT = "empty transcript"
 MISSING_AUDIO = "missing audio"
 BAD_AUDIO = "undecodable or truncated audio"
+IMPLAUSIBLE = "implausible audio"
 TOO_LONG = "too long"
 DUPLICATE = "duplicate key"
 BAD_LINE = "malformed manifest line"
-REASONS = (MISSING_TRANSCRIPT, EMPTY_TRANSCRIPT, MISSING_AUDIO, BAD_AUDIO, TOO_LONG, DUPLICATE, BAD_LINE)
+REASONS = (
+    MISSING_TRANSCRIPT,
+    EMPTY_TRANSCRIPT,
+    MISSING_AUDIO,
+    BAD_AUDIO,
+    IMPLAUSIBLE,
+    TOO_LONG,
+    DUPLICATE,
+    BAD_LINE,
+)
 
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64", ".caf")
 OPENSLR_URL = "https://www.openslr.org/resources/12"

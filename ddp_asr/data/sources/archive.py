@@ -22,7 +22,8 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from ddp_asr.data.sources import MISSING_AUDIO, Source, SourceOptions, Utterance, is_audio, valid_text
+from ddp_asr.data.audio import MAX_ARCHIVED_BYTES
+from ddp_asr.data.sources import IMPLAUSIBLE, MISSING_AUDIO, Source, SourceOptions, Utterance, is_audio, valid_text
 from ddp_asr.data.sources.librispeech import is_transcript, list_librispeech
 from ddp_asr.errors import UserError
 
@@ -82,9 +83,17 @@ def _with_audio(archive: Path, listed: list[tuple[str, Utterance]], audio: dict[
             by_member[audio[path]].append(utterance)
     with _damage_reported(archive):
         for number, (_, _, file) in enumerate(_members(archive)):
-            utterances = by_member[number]
-            data = file.read() if file is not None and not all(utterance.reason for utterance in utterances) else None
-            yield from (replace(utterance, data=None if utterance.reason else data) for utterance in utterances)
+            data, size = None, file.seek(0, io.SEEK_END) if file is not None else 0
+            for utterance in by_member[number]:
+                if not utterance.reason and size > MAX_ARCHIVED_BYTES:
+                    detail = f"{size:,} bytes, at most {MAX_ARCHIVED_BYTES:,} are read"
+                    utterance = replace(utterance, reason=IMPLAUSIBLE, detail=detail)
+                elif not utterance.reason and file is not None:
+                    if data is None:
+                        file.seek(0)
+                        data = file.read()
+                    utterance = replace(utterance, data=data)
+                yield utterance
     yield from (utterance for _, utterance in listed if utterance.reason == MISSING_AUDIO)
 
 
