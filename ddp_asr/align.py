@@ -198,7 +198,7 @@ def _of_files(arguments: argparse.Namespace, recogniser: Recogniser) -> Results:
 def _read_text(audio: Path) -> str:
     path = audio.with_suffix(".txt")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # Windows writes a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise UserError(

@@ -189,7 +189,7 @@ def _sentences(source: str) -> Iterator[str]:
             compressed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
             for line in gzip.GzipFile(fileobj=file) if compressed else file:
-                yield line.decode()
+                yield line.decode("utf-8-sig")  # Windows writes a byte order mark
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{source} is damaged or was cut ({error}): copy the file again") from None
     except OSError as error:

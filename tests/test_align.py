@@ -286,7 +286,7 @@ def test_words_lie_where_they_were_said(tones, tmp_path, capsys):
 def test_a_long_recording_is_aligned_as_a_whole(tones, tmp_path, capsys):
     text = " ".join(["ab", "ba", "a'b", "bab"] * 8)
     audio = record(tmp_path / "a.flac", text)
-    (tmp_path / "a.txt").write_text(text + "\n")
+    (tmp_path / "a.txt").write_text(text + "\n", encoding="utf-8-sig")
     waveform, starts = speak(text)
     assert len(waveform) > 6 * 16_000
     assert command.main([tones, audio, "--piece-seconds", "1.3"]) == 0

@@ -107,7 +107,7 @@ def test_a_beam_that_holds_every_text_finds_what_the_enumeration_does(with_lm, l
 
 def test_a_word_is_found_by_any_of_its_spellings_and_written_as_itself(tmp_path):
     """Each spelling is of one word here, so that the oracle can tell the words from the spellings."""
-    (tmp_path / "lexicon.txt").write_text("Ba\ta\n\nba\tAB\nba\tbb\nba\tbb\n")
+    (tmp_path / "lexicon.txt").write_text("Ba\ta\n\nba\tAB\nba\tbb\nba\tbb\n", encoding="utf-8-sig")
     search = decoder(lexicon=str(tmp_path / "lexicon.txt"), word_bonus=WORD_BONUS, **ALL)
     logits = random_logits(4, frames=5)
     # "Ba" and "ba" are written alike: the better of both counts.

@@ -56,6 +56,13 @@ def test_characters_of_a_text_are_those_that_the_recogniser_writes(text, tmp_pat
     assert f"in a search: {model.arcs(lm_symbols()).summary}" in said and "states x 28 symbols, 0.0 MB" in said
 
 
+def test_a_byte_order_mark_is_no_symbol(text, tmp_path):
+    make(text, "--out", tmp_path / "lm.arpa")
+    text.write_text(TEXT.replace("\n", "\r\n"), encoding="utf-8-sig", newline="")
+    make(text, "--out", tmp_path / "marked.arpa")
+    assert (tmp_path / "marked.arpa").read_bytes() == (tmp_path / "lm.arpa").read_bytes()
+
+
 def lm_symbols():
     return list(load_config(None).vocabulary.symbols)
 

@@ -245,7 +245,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             compressed = file.read(2) == b"\x1f\x8b"
             file.seek(0)
             for number, line in enumerate(gzip.GzipFile(fileobj=file) if compressed else file, 1):
-                yield number, line.decode().rstrip("\r\n")
+                yield number, line.decode("utf-8-sig").rstrip("\r\n")  # Windows writes a byte order mark
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path} is damaged or was cut ({error}): copy the file again") from None
     except OSError as error:
