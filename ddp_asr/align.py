@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ddp_asr import SAMPLE_RATE_HZ
 from ddp_asr.errors import UserError, run_entry_point
-from ddp_asr.files import check_writable, replace_file
+from ddp_asr.files import check_writable, open_input, replace_file
 from ddp_asr.ranks.environment import before_torch
 
 if TYPE_CHECKING:
@@ -198,7 +198,8 @@ def _of_files(arguments: argparse.Namespace, recogniser: Recogniser) -> Results:
 def _read_text(audio: Path) -> str:
     path = audio.with_suffix(".txt")
     try:
-        return path.read_text(encoding="utf-8-sig")  # Windows writes a byte order mark
+        with open_input(path) as file:
+            return file.read().decode("utf-8-sig")  # Windows writes a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise UserError(

@@ -1,20 +1,57 @@
-"""What a user did wrong, in one sentence: the only exception that an entry point prints without a traceback.
+"""What a user did wrong, in one sentence: the only exceptions that an entry point prints without a traceback.
 
-Raise `UserError` with what was wrong, the value, what is allowed and what to do. Anything else that escapes an entry
-point is a defect of ours and keeps its traceback.
+Raise `UserError` with what was wrong, the value, what is allowed and what to do. An `OSError` at a path of the user's
+is such a mistake, too, wherever it is raised (`users_error`). Anything else that escapes an entry point is a defect of
+ours and keeps its traceback.
 """
 
+import errno
 import os
 import sys
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 
 
 class UserError(Exception):
     """A mistake or a broken input that the user can mend; its text is the whole message."""
 
 
+_REMEDIES = {
+    errno.ENOENT: "name a path that exists",
+    errno.EACCES: "give yourself the permission, or name another path",
+    errno.EPERM: "give yourself the permission, or name another path",
+    errno.ENOSPC: "free space, or name a place with more of it",
+    errno.EDQUOT: "free space, or name a place with more of it",
+}
+# What lies here is not the user's: that a file of it is missing is a defect of ours, or of the installation.
+_INSTALLED = (Path(__file__).parent, sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
+_OURS = tuple(f"{os.path.realpath(path)}{os.sep}" for path in _INSTALLED)
+
+
+def users_error(error: BaseException) -> UserError | None:
+    """The UserError that says what is wrong where it is the user's: a UserError itself, or an OSError at their path.
+
+    None for what may be a defect of ours. So is an OSError that names no path, or a path of this program. Python shows
+    the traceback of an OSError at any path under `python -X dev`.
+    """
+    if isinstance(error, UserError):
+        return error
+    if not isinstance(error, OSError) or sys.flags.dev_mode:
+        return None
+    # Of two paths, as in a rename, the second is the one with the name that the user knows.
+    path = error.filename if error.filename2 is None else error.filename2
+    if not isinstance(path, str | bytes):
+        return None
+    name = os.fsdecode(path)
+    if os.path.realpath(name).startswith(_OURS):
+        return None
+    remedy = _REMEDIES.get(error.errno or 0, "name another path")
+    return UserError(f"{name}: {error.strerror or type(error).__name__}; {remedy}")
+
+
 def run_entry_point(main: Callable[[], int]) -> int:
-    """Returns `main`'s exit status; turns a `UserError` into one sentence on stderr and status 2.
+    """Returns `main`'s exit status; turns a mistake of the user's into one sentence on stderr and status 2.
 
     130 after Ctrl-C (the shell's convention), 141 where the reader of stdout has gone (`... | head`).
     """
@@ -22,9 +59,6 @@ def run_entry_point(main: Callable[[], int]) -> int:
         status = main()
         sys.stdout.flush()
         return status
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
@@ -32,3 +66,9 @@ def run_entry_point(main: Callable[[], int]) -> int:
         # Python flushes stdout once more at exit, which would raise again: let it flush into nothing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except (UserError, OSError) as error:
+        mistake = users_error(error)
+        if mistake is None:
+            raise
+        print(f"error: {mistake}", file=sys.stderr, flush=True)
+        return 2

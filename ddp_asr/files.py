@@ -1,5 +1,6 @@
 """Files that are whole or absent, files of JSON lines, checksums: each done in one place.
 
+with open_input(path) as file: ...              # of a path that the user names: never waits for a writer
 replace_file(path, b"...")                      # readers see the old file or the new one, both whole
 with writing_aside(path) as file: ...           # the same for what is written piece by piece
 for line in read_json_lines(path): ...          # torn and damaged lines are left out
@@ -10,11 +11,14 @@ replace_file(path, sealed_json({...}))          # JSON with its own checksum
 """
 
 import contextlib
+import errno
 import hashlib
+import io
 import json
 import math
 import os
 import secrets
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -26,6 +30,34 @@ BLOCK_BYTES = 8 << 20
 
 # Every temporary file of this process carries this name, so that another process can tell them from its own.
 WRITER = secrets.token_hex(8)
+
+
+def open_input(path: str | Path) -> io.BufferedReader:
+    """Opens a regular file for reading, or a pipe that is open already (`/dev/stdin`, the shell's `<(command)`).
+
+    A named pipe without a writer would be waited for without end, and a device may never end.
+
+    Raises:
+        OSError: there is no such file, it cannot be read, or it is something else.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+        # Only what has no name in the file system still lies in /proc when its links are followed.
+        is_open_pipe = stat.S_ISFIFO(mode) and os.path.realpath(path).startswith("/proc/")
+        if not (stat.S_ISREG(mode) or is_open_pipe):
+            raise _not_regular(path)
+        os.set_blocking(descriptor, True)
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _not_regular(path: str | Path) -> OSError:
+    return OSError(errno.EINVAL, "Not a regular file", os.fspath(path))
 
 
 @contextlib.contextmanager
@@ -42,8 +74,11 @@ def writing_aside(
         aside_in: directory for the temporary file, on the same file system; `path`'s own without it.
 
     Raises:
-        OSError: the directory cannot be written or is full.
+        OSError: the directory cannot be written or is full, or `path` is a device, a pipe or the like, which the file
+            would replace.
     """
+    if path.exists() and not path.is_file():
+        raise _not_regular(path)
     aside = (aside_in or path.parent) / f".{path.name}.{WRITER}-{secrets.token_hex(4)}.tmp"
     try:
         with aside.open("xb") as file:
@@ -74,6 +109,8 @@ def check_writable(path: Path) -> None:
     if path.is_dir():
         raise UserError(f"--out {path} is a directory: name a file in it")
     try:
+        if path.exists() and not path.is_file():
+            raise _not_regular(path)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
@@ -113,7 +150,7 @@ def parse_json_line(text: bytes | str) -> dict[str, Any] | None:
     line = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
     if not (line.endswith("\n") and line.startswith("{")):
         return None
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):  # the latter for [[[[...
         value = json.loads(line)
         return value if isinstance(value, dict) else None
     return None
@@ -121,9 +158,11 @@ def parse_json_line(text: bytes | str) -> dict[str, Any] | None:
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file that grows: torn lines are left out, and a missing file has none."""
-    if not path.exists():
+    try:
+        file = open_input(path)
+    except (FileNotFoundError, NotADirectoryError):
         return
-    with path.open("rb") as file:
+    with file:
         for text in file:
             if (line := parse_json_line(text)) is not None:
                 yield line
@@ -136,8 +175,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
         OSError: there is a file that cannot be read.
     """
     try:
-        value = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        with open_input(path) as file:
+            value = json.load(file)
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):  # the last for [[[[...
         return None
     return value if isinstance(value, dict) else None
 

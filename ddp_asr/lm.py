@@ -19,11 +19,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from ddp_asr.config import load_config
 from ddp_asr.errors import UserError, run_entry_point
-from ddp_asr.files import check_writable
+from ddp_asr.files import check_writable, open_input
 
 if TYPE_CHECKING:
     from ddp_asr.text import Tokeniser
@@ -185,9 +185,8 @@ def _sentences(source: str) -> Iterator[str]:
         return
     try:
         with contextlib.ExitStack() as stack:
-            file: IO[bytes] = stack.enter_context(open(source, "rb"))
-            compressed = file.read(2) == b"\x1f\x8b"
-            file.seek(0)
+            file = stack.enter_context(open_input(source))
+            compressed = file.peek(2)[:2] == b"\x1f\x8b"
             for line in gzip.GzipFile(fileobj=file) if compressed else file:
                 yield line.decode("utf-8-sig")  # Windows writes a byte order mark
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

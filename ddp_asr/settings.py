@@ -41,6 +41,7 @@ from unicodedata import category
 import yaml
 
 from ddp_asr.errors import UserError
+from ddp_asr.files import open_input
 
 T = TypeVar("T")
 Flat = Mapping[str, Any]  # dotted name -> value, usually a text
@@ -232,7 +233,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: the file cannot be read, or holds no mapping.
     """
     try:
-        tree = yaml.load(path.read_text(encoding="utf8"), Loader=_TextLoader) or {}
+        with open_input(path) as file:
+            tree = yaml.load(file.read().decode(), Loader=_TextLoader) or {}
     except OSError as error:
         raise UserError(f"cannot read the settings {path}: {error.strerror}; give the path of a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddp_asr.config import Config, load_config, require_shards
-from ddp_asr.errors import UserError, run_entry_point
+from ddp_asr.errors import UserError, run_entry_point, users_error
 from ddp_asr.ranks.environment import before_torch
 from ddp_asr.settings import help_text
 
@@ -48,10 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     mistake: UserError | None = None
     try:
         config = read_settings(options, rest)
-    except UserError as error:
-        if os.environ.get("WORLD_SIZE", "1") == "1" or options.dry_run:
+    except (UserError, OSError) as error:
+        mistake = users_error(error)
+        if mistake is None or os.environ.get("WORLD_SIZE", "1") == "1" or options.dry_run:
             raise
-        config, mistake = Config(), error  # all ranks have found it, and one of them reports it
+        config = Config()  # all ranks have found it, and one of them reports it
     if options.dry_run:
         return dry_run(config, options.resume, int(os.environ.get("WORLD_SIZE") or 1))
     return run(config, resume=options.resume, profile_steps=options.profile, mistake=mistake)

@@ -33,7 +33,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ddp_asr.errors import UserError, run_entry_point
-from ddp_asr.files import parse_json_line
+from ddp_asr.files import open_input, parse_json_line
 from ddp_asr.runs.directory import read_status
 from ddp_asr.runs.display import duration, number, percent
 from ddp_asr.runs.lease import DEAD_AFTER_S, Verdict, Watch
@@ -290,7 +290,7 @@ def _newest(lines: Sequence[bytes], kind: str) -> dict[str, Any]:
 
 def _tail(path: Path, size_bytes: int) -> bytes:
     """The complete lines within the last `size_bytes` of a file; nothing if it cannot be read."""
-    with contextlib.suppress(OSError), path.open("rb") as file:
+    with contextlib.suppress(OSError), open_input(path) as file:
         start = max(0, file.seek(0, 2) - size_bytes)
         file.seek(start)
         content = file.read()

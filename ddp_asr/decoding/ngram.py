@@ -32,7 +32,7 @@ import torch
 
 from ddp_asr.decoding.automaton import Arcs
 from ddp_asr.errors import UserError
-from ddp_asr.files import writing_aside
+from ddp_asr.files import open_input, writing_aside
 
 UNKNOWN, START, END = "<unk>", "<s>", "</s>"
 SPACE = "<space>"  # how an ARPA file writes " ", because spaces part its symbols
@@ -217,9 +217,8 @@ def read_arpa(path: Path) -> NGramModel:
     """
     try:
         with contextlib.ExitStack() as stack:
-            file: IO[bytes] = stack.enter_context(path.open("rb"))
-            compressed = file.read(2) == b"\x1f\x8b"
-            file.seek(0)
+            file = stack.enter_context(open_input(path))
+            compressed = file.peek(2)[:2] == b"\x1f\x8b"
             return _Reader(path, gzip.GzipFile(fileobj=file) if compressed else file).model()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path} is damaged or was cut ({error}): copy the file again") from None

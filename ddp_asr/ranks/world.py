@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ddp_asr.errors import UserError
+from ddp_asr.errors import UserError, users_error
 from ddp_asr.ranks.watchdog import Watchdog
 
 Result = TypeVar("Result")
@@ -193,16 +193,18 @@ def backend_timeout(timeout_s: float) -> datetime.timedelta:
 
 
 def _run(function: Callable[[], Result]) -> tuple[Result | None, str | None]:
-    """The function's result, or the text of its UserError."""
+    """The function's result, or the text of a mistake of the user's."""
     try:
         return function(), None
-    except UserError as error:
-        return None, str(error)
+    except (UserError, OSError) as error:
+        if (mistake := users_error(error)) is None:
+            raise
+        return None, str(mistake)
 
 
 def describe(error: BaseException) -> str:
     """The text of an error; with its type if it is not a user's mistake."""
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return str(users_error(error) or f"{type(error).__name__}: {error}")
 
 
 def no_sync(model: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -13,7 +13,6 @@ import io
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from ddp_asr import SAMPLE_RATE_HZ
 from ddp_asr.data import audio
 from ddp_asr.decoding import Word
 from ddp_asr.errors import UserError
+from ddp_asr.files import open_input
 from ddp_asr.recognition.recogniser import Recogniser
 
 BATCH_SECONDS = 120.0  # pieces recognised at once, in seconds of audio
@@ -137,10 +137,8 @@ def _loudness(waveform: np.ndarray) -> np.ndarray:
 def read_audio(source: str) -> np.ndarray:
     """The recording as int16 (S,) at 16 kHz, channels averaged; `-` is stdin."""
     name = "stdin" if source == "-" else source
-    if source != "-" and not Path(source).exists():
-        raise UserError(f"cannot read {name}: there is no such file")  # libsndfile would say "System error"
     try:
-        with soundfile.SoundFile(io.BytesIO(sys.stdin.buffer.read()) if source == "-" else source) as file:
+        with soundfile.SoundFile(_seekable(source)) as file:
             audio.check_header(file)
             if file.frames < 1 << 62:  # libsndfile's way to say that a length is unknown is a huge one
                 audio.check_length(file.frames, file.samplerate, audio.MAX_RECORDING_S)
@@ -161,3 +159,15 @@ def read_audio(source: str) -> np.ndarray:
     if not len(waveform):
         raise UserError(f"{name} holds no audio")
     return waveform
+
+
+def _seekable(source: str) -> str | io.BytesIO:
+    """What libsndfile can seek in: a file by its name, whose ending it may need, or the content of a pipe."""
+    if source == "-":
+        if sys.stdin is None:  # closed, as by `<&-`
+            raise UserError("cannot read stdin: it is closed; pipe a recording into it, or name a file")
+        return io.BytesIO(sys.stdin.buffer.read())
+    if source.lower().endswith(".raw"):  # soundfile would ask for the rate and raise a TypeError
+        raise UserError(f"cannot read {source}: raw samples have no header that says their rate; convert them to WAV")
+    with open_input(source) as file:
+        return source if file.seekable() else io.BytesIO(file.read())

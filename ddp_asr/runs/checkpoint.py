@@ -17,6 +17,7 @@ flipped bit silently as another weight.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pickle
 import re
@@ -33,7 +34,7 @@ from typing import IO, Any
 import torch
 
 from ddp_asr.errors import UserError
-from ddp_asr.files import left_behind, writing_aside
+from ddp_asr.files import left_behind, open_input, writing_aside
 
 _STEP_FILE = re.compile(r"step-(\d{8,})\.pt")
 _DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, KeyError, RuntimeError, OSError)
@@ -140,10 +141,13 @@ class _Watched:
 def read(path: Path) -> dict[str, Any]:
     """The state, on the CPU, after a check of every byte. Raises DamagedCheckpoint; UserError if there is no file."""
     try:
-        with path.open("rb") as file:  # opened once, so that the file that was checked is the one that is loaded
-            return _read_checked(path, file)
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        file = open_input(path)  # opened once, so that the file that was checked is the one that is loaded
+    except OSError as error:
+        if error.errno in (errno.EISDIR, errno.EINVAL):  # a directory, a pipe: whatever it is, it is no checkpoint
+            raise DamagedCheckpoint(path, str(error.strerror)) from error
         raise UserError(f"checkpoint {path} cannot be read: {error.strerror}; give the path of a .pt file") from error
+    with file:
+        return _read_checked(path, file)
 
 
 def newest_good(run_directory: Path, on_damage: Callable[[Path, str], None]) -> Found | None:
@@ -183,7 +187,8 @@ def set_aside_beyond(run_directory: Path, step: int, may_write: Callable[[], Non
 def prune(run_directory: Path, keep_last: int) -> None:
     """Removes all but the newest `keep_last` (at least one) checkpoints."""
     for _, path in numbered(run_directory)[: -max(1, keep_last)]:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(IsADirectoryError):  # which is not ours
+            path.unlink(missing_ok=True)
 
 
 class BackgroundWriter:

@@ -188,5 +188,5 @@ def read_status(path: Path) -> dict[str, Any] | None:
     """status.json of a run directory; None where there is none, or a file of something else."""
     try:
         return read_json(path / "status.json")
-    except PermissionError:
+    except OSError:
         return None  # whether the run can be written is found out when the lease is taken

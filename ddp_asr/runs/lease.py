@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Literal
 
 from ddp_asr.errors import UserError
+from ddp_asr.files import open_input
 
 RENEW_EVERY_S = 10.0
 DEAD_AFTER_S = 60.0
@@ -344,7 +345,8 @@ def _remove(path: Path, may_go: Callable[[bytes], bool]) -> None:
 def _read(path: Path) -> bytes | None:
     """The lease's bytes; None: there is none."""
     try:
-        return path.read_bytes()
+        with open_input(path) as file:
+            return file.read()
     except FileNotFoundError:
         return None
 

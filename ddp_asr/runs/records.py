@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from ddp_asr.files import parse_json_line, read_json, sha256_of
+from ddp_asr.files import open_input, parse_json_line, read_json, sha256_of
 
 PLACE = ("kind", "step", "epoch", "time_s")  # fields of a line in metrics.jsonl that say where a value belongs
 
@@ -104,7 +104,7 @@ class LineReader:
     def new(self) -> list[dict[str, Any]]:
         """Returns the objects of the lines that were completed since the last call, without those that have no step."""
         try:
-            with self.path.open("rb") as file:
+            with open_input(self.path) as file:
                 file.seek(self._offset - len(self._tail))
                 if file.read(len(self._tail)) != self._tail:
                     self._offset, self._tail = 0, b""
