@@ -33,6 +33,14 @@ class Run:
     name: str = setting("", "directory of the run inside run.dir; empty: named after the config file")
     dir: str = setting("runs", "directory that holds the runs", also_called="output_dir")
 
+    def check(self) -> None:
+        """The run must lie inside run.dir, in a directory of its own."""
+        if self.name and not {"", ".", ".."}.isdisjoint(self.name.split("/")):
+            raise UserError(
+                "run.name must be the name of a directory inside run.dir, without '.', '..' and a '/' at either end, "
+                f"not {self.name!r}"
+            )
+
 
 @dataclass(frozen=True)
 class Data:
@@ -46,15 +54,23 @@ class Data:
         "", "local directory to copy the shards to, once for all ranks of a node; empty: read them where they are"
     )
     threads: int = setting(
-        2, "threads of a rank that decode audio; 0: its main thread", at_least=0, also_called="workers num_workers"
+        2,
+        "threads of a rank that decode audio; 0: its main thread",
+        at_least=0,
+        at_most=256,
+        also_called="workers num_workers",
     )
     prefetch: int = setting(
-        8, "micro-batches that a rank's threads decode ahead together, at least one batch for each thread", at_least=1
+        8,
+        "micro-batches that a rank's threads decode ahead together, at least one batch for each thread",
+        at_least=1,
+        at_most=4096,
     )
     test_max_seconds: float = setting(
         480.0,
         "maximum seconds of a batch of an evaluation: utterances x longest; error rates do not depend on it",
         above=0,
+        at_most=100_000,
         also_called="eval_batch_size",
     )
     max_bad_samples: int = setting(10, "the run stops after more utterances than this fail to decode", at_least=0)
@@ -86,12 +102,17 @@ class Batch:
     """How an epoch is divided into steps (see data/plan.py)."""
 
     max_seconds: float = setting(
-        120.0, "maximum seconds of a micro-batch: utterances x longest", above=0, also_called="batch_size max_duration"
+        120.0,
+        "maximum seconds of a micro-batch: utterances x longest",
+        above=0,
+        at_most=100_000,
+        also_called="batch_size max_duration",
     )
     micro_batches: int = setting(
         8,
         "K, the micro-batches in a step, and the maximum number of processes",
         at_least=1,
+        at_most=65_536,
         also_called="accumulate_grad_batches",
     )
     buckets: int = setting(
@@ -103,10 +124,18 @@ class Batch:
 class Features:
     """Log-mel features (see features/log_mel.py)."""
 
-    mel_bands: int = setting(128, "F, the number of mel bands", at_least=1, also_called="n_mels num_mel_bins")
-    window_ms: float = setting(25.0, "length of the analysis window", above=0, also_called="win_length window_size")
-    hop_ms: float = setting(12.5, "distance between two frames", above=0, also_called="hop_length window_stride")
-    n_fft: int = setting(1024, "points of the Fourier transform; the window is padded to it", at_least=1)
+    mel_bands: int = setting(
+        128, "F, the number of mel bands", at_least=1, at_most=1024, also_called="n_mels num_mel_bins"
+    )
+    window_ms: float = setting(
+        25.0, "length of the analysis window", above=0, at_most=1000, also_called="win_length window_size"
+    )
+    hop_ms: float = setting(
+        12.5, "distance between two frames", above=0, at_most=1000, also_called="hop_length window_stride"
+    )
+    n_fft: int = setting(
+        1024, "points of the Fourier transform; the window is padded to it", at_least=1, at_most=65_536
+    )
 
     @property
     def window_samples(self) -> int:
@@ -140,8 +169,8 @@ class Noise:
     """White noise added to waveforms."""
 
     share: float = setting(0.0, "fraction of utterances that get noise", at_least=0, at_most=1)
-    snr_db_min: float = setting(15.0, "signal-to-noise ratio of the loudest noise, in dB")
-    snr_db_max: float = setting(40.0, "signal-to-noise ratio of the faintest noise, in dB")
+    snr_db_min: float = setting(15.0, "signal-to-noise ratio of the loudest noise, in dB", at_least=-200, at_most=200)
+    snr_db_max: float = setting(40.0, "signal-to-noise ratio of the faintest noise, in dB", at_least=-200, at_most=200)
 
     def check(self) -> None:
         if self.snr_db_min > self.snr_db_max:
@@ -155,14 +184,14 @@ class Noise:
 class Augment:
     """Augmentation of training utterances, seeded by utterance and epoch (see features/masks.py and data/loader.py)."""
 
-    frequency_masks: int = setting(1, "SpecAugment frequency masks for each utterance", at_least=0)
+    frequency_masks: int = setting(1, "SpecAugment frequency masks for each utterance", at_least=0, at_most=1000)
     frequency_mask_bands: int = setting(15, "maximum width of a frequency mask, in mel bands", at_least=0)
-    time_masks: int = setting(2, "SpecAugment time masks for each utterance", at_least=0)
+    time_masks: int = setting(2, "SpecAugment time masks for each utterance", at_least=0, at_most=1000)
     time_mask_share: float = setting(
         0.05, "maximum width of a time mask, as a fraction of the utterance", at_least=0, at_most=1
     )
     speeds: list[float] = setting(
-        [1.0], "speed factors, one is drawn for each utterance and epoch", not_empty=True, above=0
+        [1.0], "speed factors, one is drawn for each utterance and epoch", not_empty=True, at_least=0.1, at_most=10
     )
     noise: Noise = section(Noise)
 
@@ -173,13 +202,19 @@ class RescnnBigru:
 
     kind: str = field(default="rescnn_bigru", init=False)
 
-    conv_channels: int = setting(32, "channels of every convolution", at_least=1)
+    conv_channels: int = setting(32, "channels of every convolution", at_least=1, at_most=65_536)
     time_strides: list[int] = setting(
-        [2], "time stride of each strided convolution, which also halves the mel bands", not_empty=True, at_least=1
+        [2],
+        "time stride of each strided convolution, which also halves the mel bands",
+        not_empty=True,
+        at_least=1,
+        at_most=100,
     )
-    residual_blocks: int = setting(3, "pre-activation residual blocks of two convolutions", at_least=0)
-    rnn_layers: int = setting(5, "bidirectional GRU layers", at_least=1, also_called="num_layers")
-    rnn_size: int = setting(512, "GRU units in each direction", at_least=1, also_called="hidden_size d_model")
+    residual_blocks: int = setting(3, "pre-activation residual blocks of two convolutions", at_least=0, at_most=100)
+    rnn_layers: int = setting(5, "bidirectional GRU layers", at_least=1, at_most=100, also_called="num_layers")
+    rnn_size: int = setting(
+        512, "GRU units in each direction", at_least=1, at_most=65_536, also_called="hidden_size d_model"
+    )
     dropout: float = setting(0.1, "dropout of every layer", at_least=0, below=1)
 
     @property
@@ -254,7 +289,9 @@ class Beam:
 
     kind: str = field(default="beam", init=False)
 
-    size: int = setting(16, "texts kept for each utterance", at_least=1, also_called="beam_size beam_width")
+    size: int = setting(
+        16, "texts kept for each utterance", at_least=1, at_most=10_000, also_called="beam_size beam_width"
+    )
     lm: str = setting(
         "",
         "ARPA file (.arpa, .arpa.gz) of an n-gram model over the symbols of the vocabulary; empty: none",
@@ -380,7 +417,13 @@ class Train:
         shapes_result=True,
         also_called="max_epochs num_epochs",
     )
-    seed: int = setting(0, "seed of order, weights, speed, noise, masks and dropout", at_least=0, shapes_result=True)
+    seed: int = setting(
+        0,
+        "seed of order, weights, speed, noise, masks and dropout",
+        at_least=0,
+        at_most=2**63 - 1,
+        shapes_result=True,
+    )
     precision: str = setting(
         "auto",
         "arithmetic of the network; auto: bf16 where the hardware has it, else fp32",
@@ -437,9 +480,14 @@ class Distributed:
         "auto: nccl on GPUs, gloo on CPUs; with gloo several processes may share a GPU, which is slow",
         choices=("auto", "nccl", "gloo"),
     )
-    timeout_s: float = setting(600.0, "maximum wait in a collective operation before the run fails", above=0)
+    timeout_s: float = setting(
+        600.0, "maximum wait in a collective operation before the run fails", above=0, at_most=1_000_000
+    )
     stop_grace_s: float = setting(
-        20.0, "after a stop signal, a rank that does not finish its step within this time ends itself", above=0
+        20.0,
+        "after a stop signal, a rank that does not finish its step within this time ends itself",
+        above=0,
+        at_most=1_000_000,
     )
 
 
@@ -496,6 +544,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     if config.run.name:
         return config
     run = dataclasses.replace(config.run, name="default" if path is None else path.stem)
+    run.check()
     return dataclasses.replace(config, run=run)
 
 

@@ -7,13 +7,16 @@ An intermediate CTC loss makes a lower layer spell by itself: Lee and Watanabe, 
 CTC-based speech recognition" (2021). Its classifier is of no use after training, and does not run there.
 """
 
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ddp_asr.config import Config
 from ddp_asr.encoders import Encoder, make_encoder
+from ddp_asr.errors import UserError
 
 
 class Output(NamedTuple):
@@ -46,11 +49,30 @@ class AcousticModel(nn.Module):
         return Output(self.classifier(hidden), frames, intermediate)
 
 
-def make_model(config: Config, classes: int) -> AcousticModel:
-    """The model of the settings for so many classes, the blank included, with random weights."""
-    encoder = make_encoder(config.encoder, config.features.mel_bands)
-    layers = config.objective.intermediate_layers if config.objective.intermediate_weight else []
-    return AcousticModel(encoder, classes, layers)
+def make_model(config: Config, classes: int, copies: int = 1) -> AcousticModel:
+    """The model of the settings for so many classes, the blank included, with random weights.
+
+    Args:
+        copies: how often this machine's memory must hold the weights.
+
+    Raises:
+        UserError: it cannot.
+    """
+
+    def make() -> AcousticModel:
+        encoder = make_encoder(config.encoder, config.features.mel_bands)
+        layers = config.objective.intermediate_layers if config.objective.intermediate_weight else []
+        return AcousticModel(encoder, classes, layers)
+
+    with torch.device("meta"):  # tensors without memory
+        parameters = count_parameters(make())
+    needed_gb, has_gb = copies * 4 * parameters / 1e9, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    if needed_gb > has_gb:
+        raise UserError(
+            f"the model has {parameters:,} parameters, which need {needed_gb:,.0f} GB, and this machine has "
+            f"{has_gb:,.0f} GB of memory: lower the sizes in encoder"
+        )
+    return make()
 
 
 def count_parameters(model: nn.Module) -> int:

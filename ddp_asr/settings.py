@@ -48,6 +48,12 @@ Flat = Mapping[str, Any]  # dotted name -> value, usually a text
 DEFAULTS: Flat = types.MappingProxyType({})  # no value is given
 
 
+# Of a number without a bound of its own. Beyond these nobody means what they have written, and a product or quotient of
+# two such numbers leaves the range of float32.
+LARGEST, SMALLEST = 1e9, 1e-12
+MAX_DEPTH = 5  # of sections in sections
+
+
 # ---- declaring -----------------------------------------------------------------------------------------------------
 
 
@@ -108,7 +114,8 @@ class Setting:
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         ends = {"above": self.above, "at least": self.at_least, "below": self.below, "at most": self.at_most}
-        return " and ".join(f"{words} {end:g}" for words, end in ends.items() if math.isfinite(end))
+        shown = {words: f"{end:,}" if isinstance(end, int) else f"{end:g}" for words, end in ends.items()}
+        return " and ".join(f"{words} {shown[words]}" for words, end in ends.items() if math.isfinite(end))
 
     def read(self, value: Any) -> Any:
         """`value`, a text or already of a plain type, as this setting's type; a UserError if it is not allowed."""
@@ -135,7 +142,15 @@ class Setting:
             allowed = self.above < item < self.below and self.at_least <= item <= self.at_most
         if not allowed:
             raise UserError(f"{self.name} must be {self.allowed}, not {item!r}")
+        if not isinstance(item, str):
+            self._refuse_what_nobody_means(item)
         return item
+
+    def _refuse_what_nobody_means(self, number: float) -> None:
+        if (number > LARGEST and self.at_most == math.inf) or (number < -LARGEST and self.at_least == -math.inf):
+            raise UserError(f"{self.name} must be at most {LARGEST:g} in size, not {number!r}")
+        if isinstance(number, float) and 0 < abs(number) < SMALLEST:
+            raise UserError(f"{self.name} must be 0 or at least {SMALLEST:g} in size, not {number!r}")
 
 
 def setting(default: Any, meaning: str, **declared: Any) -> Any:
@@ -203,9 +218,10 @@ def from_dict(cls: type[T], tree: Mapping[str, Any], origin: str, overrides: Seq
     _refuse_unknown(cls, known, given, flat, origin)
     _refuse_unknown(cls, known, on_top, flat, "the command line")
     values = {name: each.read(flat[name]) for name, each in known.items() if name in flat}
-    for name, value in values.items():  # YAML turns some into spaces: a saved file would not give the same settings
+    for name, value in values.items():
+        # YAML turns some of these into spaces and cannot write others: a saved file would give other settings.
         for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and any(category(character) in ("Cc", "Zl", "Zp") for character in text):
+            if isinstance(text, str) and any(category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text):
                 raise UserError(f"{name} must be without control characters, not {text!r}")
     built: T = _build(cls, values)
     return built
@@ -223,6 +239,8 @@ class _TextLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# What yaml raises for a text: of its own, for other encodings, for values of an explicit tag, for [[[[...
+BAD_YAML = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 _TextLoader.yaml_implicit_resolvers = {}  # they turn texts into truth values, numbers and dates
 
 
@@ -237,7 +255,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             tree = yaml.load(file.read().decode(), Loader=_TextLoader) or {}
     except OSError as error:
         raise UserError(f"cannot read the settings {path}: {error.strerror}; give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except BAD_YAML as error:
         raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold settings by their names, each as 'name: value'")
@@ -245,6 +263,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _flattened(tree: Mapping[str, Any], origin: str, prefix: str = "") -> dict[str, Any]:
+    if prefix.count(".") > MAX_DEPTH:  # YAML's aliases can make a mapping its own part
+        raise UserError(f"{origin} has sections in sections, more than {MAX_DEPTH} deep: {prefix[:100]}")
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
@@ -263,7 +283,7 @@ def _override(cls: type, text: str) -> tuple[str, Any]:
         raise UserError(f"{text!r} is no setting: write --{likely[0]}={value or 'value'}")
     try:
         return name, yaml.load(value, Loader=_TextLoader) if value[:1] == "[" else value
-    except yaml.YAMLError:
+    except BAD_YAML:
         return name, value
 
 

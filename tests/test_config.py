@@ -214,7 +214,7 @@ def test_a_decoder_comes_from_its_section_of_any_settings_file(tmp_path):
         "train: {epochs: 3}": "decoder.yaml has no section 'decoder': write it as",
         "decoder: {size: 8}": r"unknown setting 'decoder.size' in .*decoder.yaml, where decoder.kind is 'greedy'",
         "decoder: beam": r"decoder in .*decoder.yaml is a section, not 'beam'",
-        "decoder: {kind: beam, size: 0}": "decoder.size must be at least 1, not 0",
+        "decoder: {kind: beam, size: 0}": "decoder.size must be at least 1 and at most 10,000, not 0",
         "decoder: {kind: none_such}": "decoder.kind must be one of greedy, beam, lexicon, not 'none_such'",
     }.items():
         path.write_text(text)

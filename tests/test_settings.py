@@ -71,7 +71,14 @@ class Cake:
     """A cake."""
 
     name: str = setting("", "name of the cake")
-    seed: int = setting(0, "seed of the decoration", shapes_result=True, also_called="random_seed")
+    seed: int = setting(
+        0,
+        "seed of the decoration",
+        at_least=-(2**63),
+        at_most=2**63,
+        shapes_result=True,
+        also_called="random_seed",
+    )
     notes: list[str] = setting([], "notes for the baker")
     bake: Oven | Steamer = section(Oven, shapes_result=True, also_called="cook")
     top: Top = section(Top)
@@ -156,6 +163,8 @@ def test_any_word_reads_alike_from_file_and_command_line(tmp_path_factory, text)
         ("name", "[a]", "name must be a text, not ['a']"),
         # ranges
         ("bake.degrees", "0", "bake.degrees must be above 0 and at most 300, not 0.0"),
+        ("top.nuts", "1000000001", "top.nuts must be at most 1e+09 in size, not 1000000001"),
+        ("top.layers", "1e-13", "top.layers must be 0 or at least 1e-12 in size, not 1e-13"),
         ("bake.degrees", "301", "bake.degrees must be above 0 and at most 300, not 301.0"),
         ("bake.degrees", "nan", "bake.degrees must be a finite number, not 'nan'"),
         ("top.icing.share", "1", "top.icing.share must be at least 0 and below 1, not 1.0"),
@@ -302,15 +311,15 @@ def test_values_that_do_not_go_together_are_refused_where_their_classes_say_so()
 
 TEXTS = st.text(st.characters(codec="utf8", exclude_categories=["Cc", "Zl", "Zp"]), max_size=12)
 COOKED = [
-    st.fixed_dictionaries({"bake.degrees": st.floats(1e-300, 300), "bake.fan": st.booleans()}),
-    st.fixed_dictionaries({"bake.kind": st.just("steamer"), "bake.water_ml": st.integers(1, 10**30)}),
+    st.fixed_dictionaries({"bake.degrees": st.floats(1e-12, 300), "bake.fan": st.booleans()}),
+    st.fixed_dictionaries({"bake.kind": st.just("steamer"), "bake.water_ml": st.integers(1, 10**9)}),
 ]
 REST = {
     "name": TEXTS,
     "seed": st.integers(-(2**63), 2**63),
     "notes": st.lists(TEXTS, max_size=3),
     "top.layers": st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=3),
-    "top.icing.share": st.floats(0, 0.99),
+    "top.icing.share": st.just(0.0) | st.floats(1e-12, 0.99),
 }
 
 

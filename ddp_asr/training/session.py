@@ -166,7 +166,8 @@ def make_learner(config: Config, world: World, corpus: Corpus, state: dict[str, 
     """The learner of a run, with the weights of a checkpoint, of `train.init_from` or of the seed."""
     # Weights are drawn on the CPU, so that they are the same wherever the run begins.
     torch.manual_seed(config.train.seed)
-    model = make_model(config, corpus.tokeniser.size)
+    # On a CPU beside the weights their gradients and AdamW's two moments.
+    model = make_model(config, corpus.tokeniser.size, copies=4 if world.device.type == "cpu" else 1)
     if state is None and config.train.init_from:
         load_weights(model, config.train.init_from, corpus.tokeniser)
     model = model.to(world.device)
