@@ -3,7 +3,8 @@
 with open_input(path) as file: ...              # of a path that the user names: never waits for a writer
 replace_file(path, b"...")                      # readers see the old file or the new one, both whole
 with writing_aside(path) as file: ...           # the same for what is written piece by piece
-for line in read_json_lines(path): ...          # torn and damaged lines are left out
+for line in read_json_lines(path, LINE): ...    # torn and damaged lines are left out
+read_json(path, {"step": is_count})             # and fields of another kind than these
 check_writable(path)                            # before long work
 sha256_of(path)
 replace_file(path, sealed_json({...}))          # JSON with its own checksum
@@ -19,9 +20,11 @@ import math
 import os
 import secrets
 import stat
+import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 from ddp_asr.errors import UserError
@@ -156,8 +159,42 @@ def parse_json_line(text: bytes | str) -> dict[str, Any] | None:
     return None
 
 
-def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file that grows: torn lines are left out, and a missing file has none."""
+Fields = Mapping[str, Callable[[Any], bool]]  # of an object in a file: whether a value may stand under a name
+ANY: Fields = MappingProxyType({})
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is finite, and a float can hold it: JSON has integers of any length, and Python's has NaN."""
+    return isinstance(value, int | float) and not is_flag(value) and abs(value) <= sys.float_info.max
+
+
+def is_count(value: Any) -> bool:
+    return isinstance(value, int) and not is_flag(value) and 0 <= value < 2**63
+
+
+def is_time(value: Any) -> bool:
+    """Whether it is a Unix time, of a year that has four digits."""
+    return is_number(value) and bool(0 <= value < 2.5e11)
+
+
+def only(record: dict[str, Any], fields: Fields) -> dict[str, Any]:
+    """The object without the fields that hold something else than `fields` allows; other names stay.
+
+    Somebody may have edited a run's files by hand. A field that is not there is provided for everywhere.
+    """
+    return {name: value for name, value in record.items() if name not in fields or fields[name](value)}
+
+
+def read_json_lines(path: Path, fields: Fields = ANY) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file that grows, see `only`: torn lines are left out, and a missing file has none."""
     try:
         file = open_input(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -165,11 +202,11 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     with file:
         for text in file:
             if (line := parse_json_line(text)) is not None:
-                yield line
+                yield only(line, fields)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is no file, or one that holds something else.
+def read_json(path: Path, fields: Fields = ANY) -> dict[str, Any] | None:
+    """The object in a JSON file, see `only`; None where there is no file, or one that holds something else.
 
     Raises:
         OSError: there is a file that cannot be read.
@@ -179,7 +216,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
             value = json.load(file)
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):  # the last for [[[[...
         return None
-    return value if isinstance(value, dict) else None
+    return only(value, fields) if isinstance(value, dict) else None
 
 
 def sealed_json(value: dict[str, Any]) -> str:

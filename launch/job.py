@@ -31,7 +31,7 @@ from typing import Any
 
 from ddp_asr.config import load_config
 from ddp_asr.errors import UserError, run_entry_point
-from ddp_asr.files import read_json, replace_file
+from ddp_asr.files import is_count, is_text, read_json, replace_file
 from ddp_asr.runs.directory import read_status
 from launch import cluster, node
 from launch.node import attempt_of_job
@@ -117,12 +117,12 @@ def judge(ended: Ended, history: History) -> Verdict:
     own = (status.get("job_id"), status.get("attempt")) == (ended.job_id, ended.attempt)
     if own and "refused" in status:  # state and reason are those of the attempt before
         return Verdict(False, False, f"refused: {status['refused']}; not requeued, because it would be refused again")
-    state, reason = (status["state"], status.get("reason", "")) if own else (None, "")
+    state, reason = (status.get("state"), status.get("reason", "")) if own else (None, "")
     if state == "done":
         return Verdict(False, True, f"done: {reason}")
-    if state == "stopped" and not status["retry"]:
+    if state == "stopped" and not status.get("retry", True):
         return Verdict(False, True, f"stopped: {reason}; nothing is left to do under these settings")
-    if state == "failed" and not status["retry"]:
+    if state == "failed" and not status.get("retry", True):
         return Verdict(False, False, f"failed: {reason}; not requeued, because it would fail again")
     if ended.slurm_state not in _OURS_TO_REQUEUE:
         return Verdict(False, False, f"Slurm says {ended.slurm_state}: it requeues the job by itself, or has ended it")
@@ -201,15 +201,19 @@ def _name_of_job() -> str:
 
 def read_history(run: Path) -> History:
     try:
-        return History(**read_json(run / "requeues.json") or {})
+        record = read_json(run / "requeues.json", {"job_id": is_text, "failures": is_count, "failed_step": is_count})
+        return History(**record or {})
     except (OSError, TypeError):  # unreadable, or written by another version
         return History()
 
 
 def run_of_submission(folder: Path) -> Path:
     """The run directory of this job among those of its submission."""
-    runs = json.loads((folder / "submission.json").read_text(encoding="utf8"))["runs"]
-    return Path(runs[int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0)])
+    runs: Any = (read_json(folder / "submission.json") or {}).get("runs")
+    try:
+        return Path(runs[int(os.environ.get("SLURM_ARRAY_TASK_ID") or 0)])
+    except (TypeError, LookupError, ValueError):
+        raise UserError(f"{folder}/submission.json does not name the run of this job: name it with --run DIR") from None
 
 
 def conclude_command(folder: Path) -> str:

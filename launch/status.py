@@ -33,8 +33,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ddp_asr.errors import UserError, run_entry_point
-from ddp_asr.files import open_input, parse_json_line
-from ddp_asr.runs.directory import read_status
+from ddp_asr.files import only, open_input, parse_json_line
+from ddp_asr.runs.directory import LINE, read_status
 from ddp_asr.runs.display import duration, number, percent
 from ddp_asr.runs.lease import DEAD_AFTER_S, Verdict, Watch
 from launch import cluster
@@ -283,7 +283,7 @@ def _newest(lines: Sequence[bytes], kind: str) -> dict[str, Any]:
     quoted = f'"{kind}"'.encode()
     for text in reversed(lines):
         # The search for the text spares parsing the thousands of train lines behind an evaluation.
-        if quoted in text and (line := parse_json_line(text)) is not None and line.get("kind") == kind:
+        if quoted in text and (line := only(parse_json_line(text) or {}, LINE)).get("kind") == kind and "step" in line:
             return line
     return {}
 

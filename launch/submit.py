@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 import sys
 import time
@@ -23,7 +24,7 @@ from typing import Any
 
 from ddp_asr.config import Config, load_config, require_shards
 from ddp_asr.errors import UserError, run_entry_point
-from ddp_asr.files import read_json, replace_file
+from ddp_asr.files import Fields, is_text, is_time, read_json, replace_file
 from ddp_asr.runs.directory import read_status
 from ddp_asr.settings import describe, help_text
 from launch import cluster, job
@@ -157,11 +158,19 @@ def resolved(config: Config) -> Config:
     )
 
 
+_JOB: Fields = {
+    "job_id": lambda value: is_text(value) and re.fullmatch(r"\w+", value) is not None,
+    "executor": is_text,
+    "folder": is_text,
+    "time_s": is_time,
+}
+
+
 def read_job(run: Path) -> dict[str, Any] | None:
     """job.json of a run directory, about its newest job; None if no launcher has submitted it."""
     with contextlib.suppress(OSError):
-        record = read_json(run / "job.json")
-        if record is not None and {"job_id", "executor", "folder", "time_s"} <= record.keys():
+        record = read_json(run / "job.json", _JOB)
+        if record is not None and _JOB.keys() <= record.keys():
             return record
     return None
 

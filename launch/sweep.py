@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ddp_asr.errors import UserError, run_entry_point
-from ddp_asr.files import read_json_lines
+from ddp_asr.runs.directory import read_lines
 from ddp_asr.runs.display import number, percent
 from launch import cluster, job, status, submit
 from launch.cluster import Request
@@ -141,7 +141,7 @@ def score(evaluation: Mapping[str, Any]) -> tuple[float, float]:
 
 def best_evaluation(run: Path) -> dict[str, Any]:
     """The best test line of metrics.jsonl; {} for none."""
-    lines = (line for line in read_json_lines(run / "metrics.jsonl") if line.get("kind") == "test")
+    lines = (line for line in read_lines(run / "metrics.jsonl") if line.get("kind") == "test")
     return min(lines, key=score, default={})
 
 

@@ -27,6 +27,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ddp_asr.files import read_json, replace_file, sync_directory
+from ddp_asr.files import Fields, is_count, is_flag, is_text, only, read_json, replace_file, sync_directory
 from ddp_asr.runs.records import Item, Metrics, Record, RunReader, Sent, Table, read_settings
 
 NO_KEY = "online tracking needs COMET_API_KEY in the environment; set it, or track offline"
@@ -76,14 +77,27 @@ def resolve_mode(mode: str) -> str:
 def experiment_key(run_directory: Path, known: str | None = None) -> str:
     """Returns the run's experiment key from comet.json; where there is none, `known` (a checkpoint's) or a new one."""
     path = run_directory / "comet.json"
-    if key := (read_json(path) or {}).get("experiment_key"):
+    if key := (read_json(path, {"experiment_key": _is_key}) or {}).get("experiment_key"):
         return str(key)
-    key = known or uuid.uuid4().hex  # Comet wants 32 to 50 letters and digits
+    key = known if known and _is_key(known) else uuid.uuid4().hex
     replace_file(path, json.dumps({"experiment_key": key}, indent=1) + "\n")
     return key
 
 
+def _is_key(value: Any) -> bool:
+    """Whether Comet takes it; it also names a file."""
+    return is_text(value) and re.fullmatch("[0-9A-Za-z]{32,50}", value) is not None
+
+
 # ---- what Comet has, and what went wrong ---------------------------------------------------------------------------
+
+
+_TRACKING: Fields = {
+    **dict.fromkeys(("mode", "url", "last_error"), is_text),
+    "failures": is_count,
+    "finished": is_flag,
+    "sent": lambda value: isinstance(value, dict),
+}
 
 
 @dataclass
@@ -99,9 +113,14 @@ class TrackingStatus:
 
     @classmethod
     def load(cls, run_directory: Path) -> TrackingStatus:
-        record = read_json(run_directory / "tracking.json") or {}
+        record = read_json(run_directory / "tracking.json", _TRACKING) or {}
+        sent = Sent()
+        for name, kind in (("steps", is_count), ("versions", is_text)):
+            noted = record.get("sent", {}).get(name)
+            if isinstance(noted, dict):
+                getattr(sent, name).update(only(noted, dict.fromkeys(noted, kind)))
         known = {name: value for name, value in record.items() if name in cls.__dataclass_fields__}
-        return cls(**{**known, "sent": Sent(**known.get("sent", {}))})
+        return cls(**{**known, "sent": sent})
 
     def save(self, run_directory: Path) -> None:
         with contextlib.suppress(OSError):  # the run itself reports a full disk; tracking goes on
@@ -223,11 +242,11 @@ def archive_path(run_directory: Path) -> Path:
 
 def write_archive(run_directory: Path, status: TrackingStatus) -> bool:
     """Makes comet/KEY.zip from the run's files; returns False after a failure, which leaves the one before as it is."""
-    archive = archive_path(run_directory)
-    aside = archive.with_name(".making")
+    aside = run_directory / "comet" / ".making"
     shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed: only one at a time works here
     failures = status.failures
     try:
+        archive = archive_path(run_directory)
         experiment = _start_experiment(run_directory, status, archive_in=aside)
         for record in _thinned(RunReader(run_directory).unsent(Sent())):
             log(experiment, record)

@@ -34,10 +34,43 @@ from pathlib import Path
 from typing import IO, Any
 
 from ddp_asr.errors import UserError
-from ddp_asr.files import json_lines, left_behind, read_json, read_json_lines, replace_file, sync
+from ddp_asr.files import (
+    Fields,
+    is_count,
+    is_flag,
+    is_number,
+    is_text,
+    is_time,
+    json_lines,
+    left_behind,
+    read_json,
+    read_json_lines,
+    replace_file,
+    sync,
+)
 from ddp_asr.runs.lease import Lease
 
 _GROWING = ("metrics.jsonl", "samples.jsonl")
+
+# What readers of these files rely on; fields that are not here are read by people only.
+STATUS: Fields = {
+    **dict.fromkeys(("state", "reason", "refused", "job_id"), is_text),
+    **dict.fromkeys(("retry", "checkpoint_saved"), is_flag),
+    **dict.fromkeys(("step", "epoch", "total_steps", "attempt"), is_count),
+    "best_wer": is_number,
+    "time_s": is_time,
+}
+LINE: Fields = {
+    "kind": is_text,
+    **dict.fromkeys(("step", "epoch"), is_count),
+    **dict.fromkeys(("loss", "wer", "cer", "audio_s_per_s"), is_number),
+    "time_s": is_time,
+}
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl or samples.jsonl; each has its step."""
+    return (line for line in read_json_lines(path, LINE) if "step" in line)
 
 
 class RunDirectory:
@@ -61,7 +94,7 @@ class RunDirectory:
         if job_id is not None:
             attempt = int(os.environ.get("SLURM_RESTART_COUNT") or 0) + 1
         else:
-            attempt = int((read_status(path) or {}).get("attempt", 0)) + 1
+            attempt = (read_status(path) or {}).get("attempt", 0) + 1
         lease = Lease.acquire(path, job_id=job_id, attempt=attempt, on_wait=on_wait)
         lease.start_renewing()
         return cls(path, lease, job_id, attempt)
@@ -74,7 +107,8 @@ class RunDirectory:
         """Keeps of the metrics and samples only what a checkpoint at `step` knows of."""
 
         def known(line: dict[str, Any]) -> bool:
-            return line["step"] <= (step if line.get("kind") in ("train", "epoch") else evaluated_step)
+            last = step if line.get("kind") in ("train", "epoch") else evaluated_step
+            return is_count(line.get("step")) and bool(line["step"] <= last)
 
         for name in _GROWING:
             path = self.path / name
@@ -185,8 +219,8 @@ def _naming_the_file(path: Path) -> Iterator[None]:
 
 
 def read_status(path: Path) -> dict[str, Any] | None:
-    """status.json of a run directory; None where there is none, or a file of something else."""
+    """status.json of a run directory; None where there is none, or something else."""
     try:
-        return read_json(path / "status.json")
+        return read_json(path / "status.json", STATUS)
     except OSError:
         return None  # whether the run can be written is found out when the lease is taken

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Literal
 
 from ddp_asr.errors import UserError
-from ddp_asr.files import open_input
+from ddp_asr.files import Fields, is_count, is_text, only, open_input
 
 RENEW_EVERY_S = 10.0
 DEAD_AFTER_S = 60.0
@@ -69,6 +69,15 @@ class Owner:
     def __str__(self) -> str:
         job = f"job {self.job_id}, " if self.job_id is not None else ""
         return f"{self.host}, pid {self.pid}, {job}attempt {self.attempt}"
+
+
+_OWNER: Fields = {
+    **dict.fromkeys(("host", "pid_space", "nonce"), is_text),
+    "pid": lambda value: is_count(value) and 0 < value < 2**31,
+    "attempt": is_count,
+    "start_time": lambda value: value is None or is_count(value),
+    "job_id": lambda value: value is None or is_text(value),
+}
 
 
 def this_process(job_id: str | None, attempt: int) -> Owner:
@@ -355,8 +364,10 @@ def _parse(content: bytes) -> Owner | None:
     """The owner; None while a new lease is still empty, and for a file of something else."""
     try:
         record = json.loads(content)
-        return Owner(**{name: record[name] for name in Owner.__dataclass_fields__})
-    except (ValueError, KeyError, TypeError):
+        if not isinstance(record, dict) or _OWNER.keys() - only(record, _OWNER).keys():
+            return None
+        return Owner(**{name: record[name] for name in _OWNER})
+    except (ValueError, RecursionError):
         return None
 
 

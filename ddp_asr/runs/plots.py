@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ddp_asr.files import read_json_lines, writing_aside
+from ddp_asr.files import writing_aside
+from ddp_asr.runs.directory import read_lines
 
 SMOOTHING_SHARE = 0.02  # of all steps: the width of the smoothed curves
 BLUE, ORANGE, GREEN, GREY = "#2b6cb0", "#dd6b20", "#2f855a", "#718096"
@@ -23,7 +24,7 @@ BLUE, ORANGE, GREEN, GREY = "#2b6cb0", "#dd6b20", "#2f855a", "#718096"
 def read_metrics(run_directory: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Returns the train and the test lines of metrics.jsonl."""
     lines: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
-    for line in read_json_lines(run_directory / "metrics.jsonl"):
+    for line in read_lines(run_directory / "metrics.jsonl"):
         if line.get("kind") in lines:
             lines[line["kind"]].append(line)
     return lines["train"], lines["test"]

@@ -21,7 +21,10 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from ddp_asr.files import open_input, parse_json_line, read_json, sha256_of
+from ddp_asr.errors import UserError
+from ddp_asr.files import is_number, only, open_input, parse_json_line, read_json, sha256_of
+from ddp_asr.runs.directory import LINE
+from ddp_asr.settings import BAD_YAML
 
 PLACE = ("kind", "step", "epoch", "time_s")  # fields of a line in metrics.jsonl that say where a value belongs
 
@@ -115,8 +118,8 @@ class LineReader:
         data = data[: data.rfind(b"\n") + 1]  # a line that is still being written stays for the next call
         self._offset += len(data)
         self._tail = (self._tail + data)[-256:]
-        lines = map(parse_json_line, data.splitlines(keepends=True))
-        return [line for line in lines if line is not None and isinstance(line.get("step"), int)]
+        lines = [only(parse_json_line(text) or {}, LINE) for text in data.splitlines(keepends=True)]
+        return [line for line in lines if "step" in line]
 
 
 class RunReader:
@@ -153,12 +156,14 @@ class RunReader:
                 self._waiting[line["kind"], line["step"]] = self._of_metrics(line)
         for line in self._samples.new():
             columns = ["key", "reference", "hypothesis"]
-            rows = [[str(each.get(name, "")) for name in columns] for each in line.get("samples", [])]
+            samples = line.get("samples")
+            samples = [each for each in samples if isinstance(each, dict)] if isinstance(samples, list) else []
+            rows = [[str(each.get(name, "")) for name in columns] for each in samples]
             self._waiting["samples", line["step"]] = Table(line["step"], columns, rows)
 
     def _of_metrics(self, line: dict[str, Any]) -> Metrics:
-        values = {name: value for name, value in line.items() if name not in PLACE and isinstance(value, (int, float))}
-        if isinstance(time_s := line.get("time_s"), (int, float)):
+        values = {name: value for name, value in line.items() if name not in PLACE and is_number(value)}
+        if (time_s := line.get("time_s")) is not None:
             self._began_s = time_s if self._began_s is None else self._began_s
             values["minutes"] = (time_s - self._began_s) / 60
         if line["kind"] == "test" and "wer" in values:
@@ -177,8 +182,9 @@ class RunReader:
 
     def _of_settings(self, path: Path) -> list[Record]:
         settings = read_settings(self.run_directory)
-        train, tracking = settings.get("train") or {}, settings.get("tracking") or {}
-        tags = [*filter(None, [train.get("precision")]), *(tracking.get("tags") or [])]
+        train, tracking = settings.get("train", {}), settings.get("tracking", {})
+        of_run = tracking.get("tags")
+        tags = [str(tag) for tag in [train.get("precision"), *(of_run if isinstance(of_run, list) else [])] if tag]
         return [
             _item("parameters", "settings", flatten(settings)),
             _item("tags", "tags of the settings", tags),
@@ -219,8 +225,20 @@ def _file(role: str, name: str, path: Path) -> Item:
 
 
 def read_settings(run_directory: Path) -> dict[str, Any]:
-    """The settings in config.yaml as plain values: they may be those of another version."""
-    return yaml.safe_load((run_directory / "config.yaml").read_text(encoding="utf8")) or {}
+    """The settings in config.yaml as plain values: they may be those of another version.
+
+    Raises:
+        UserError: it is no YAML, or its sections are none.
+    """
+    path = run_directory / "config.yaml"
+    try:
+        with open_input(path) as file:
+            settings = yaml.safe_load(file.read().decode()) or {}
+    except BAD_YAML as error:
+        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}; mend it by hand") from None
+    if not (isinstance(settings, dict) and all(isinstance(section or {}, dict) for section in settings.values())):
+        raise UserError(f"{path} must hold sections with settings, each as 'name: value': mend it by hand")
+    return {str(name): section or {} for name, section in settings.items()}
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -52,7 +52,8 @@ class TrackingProcess:
         if self.process is not None:
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 self.process.communicate(b"end\n", timeout_s)
-            status = TrackingStatus.load(self.run_directory)
+            with contextlib.suppress(OSError):  # the process itself says on its log that it cannot read the file
+                status = TrackingStatus.load(self.run_directory)
         status.mode = self.mode
         if self.error:
             status.failed(self.error)

@@ -46,8 +46,8 @@ class Reached:
     @classmethod
     def by_status(cls, status: dict[str, Any], checkpoint_saved: bool | None) -> "Reached":
         best_wer = status.get("best_wer")
-        progress = Progress(step=int(status.get("step", 0)), best=None if best_wer is None else (best_wer,))
-        return cls(progress, None, int(status.get("epoch", 0)), status.get("total_steps"), checkpoint_saved)
+        progress = Progress(step=status.get("step", 0), best=None if best_wer is None else (best_wer,))
+        return cls(progress, None, status.get("epoch", 0), status.get("total_steps"), checkpoint_saved)
 
     @property
     def epoch(self) -> int:

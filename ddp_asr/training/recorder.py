@@ -28,13 +28,13 @@ from ddp_asr.data.loader import Recordings, Work
 from ddp_asr.data.targets import explain_left_out
 from ddp_asr.errors import UserError
 from ddp_asr.features import masks as augment
-from ddp_asr.files import finite, json_lines, read_json, read_json_lines
+from ddp_asr.files import finite, json_lines, read_json
 from ddp_asr.model import count_parameters
 from ddp_asr.ranks.world import World
 from ddp_asr.recognition.evaluation import Summary
 from ddp_asr.runs import checkpoint, comet, plots, tracking
 from ddp_asr.runs.checkout import git_checkout
-from ddp_asr.runs.directory import RunDirectory
+from ddp_asr.runs.directory import RunDirectory, read_lines
 from ddp_asr.runs.display import Display, describe_epoch
 from ddp_asr.settings import describe
 from ddp_asr.training.attempt import Attempt, print_at_once
@@ -83,7 +83,7 @@ class Recorder:
         files.write("left_out.jsonl", json_lines({"key": key, "reason": reason} for key, reason in left_out))
         draw_spectrogram(files, self._corpus, self._learner, attempt)
         attempt.status("running", f"attempt began at step {progress.step}", retry=True)
-        for line in read_json_lines(self._path / "metrics.jsonl"):
+        for line in read_lines(self._path / "metrics.jsonl"):
             if line.get("kind") == "test":
                 self._display.last_wer = line.get("wer")
         attempt.tracking = tracking.start(self._path, self._config.tracking.mode)

@@ -17,6 +17,7 @@ from ddp_asr.files import read_json_lines
 from ddp_asr.model import AcousticModel
 from ddp_asr.recognition.recogniser import read_trained
 from ddp_asr.runs import checkpoint
+from ddp_asr.runs.directory import read_lines
 from ddp_asr.settings import differences
 from ddp_asr.text import Tokeniser, tokeniser_from_state
 from ddp_asr.training.loop import Progress
@@ -73,7 +74,7 @@ def _find_without_checkpoints(run: Path, resume: str, checkpoint_saved: bool | N
     best = run / "best.pt"
     if resume == "auto" and checkpoint_saved is False:
         return best if best.exists() else None  # an evaluation may come before the first checkpoint is due
-    step = max((line["step"] for line in read_json_lines(run / "metrics.jsonl")), default=0)
+    step = max((line["step"] for line in read_lines(run / "metrics.jsonl")), default=0)
     go_on = f"go on from its best one with --resume {best}, " if best.exists() else ""
     raise UserError(
         f"{run} holds the results of a run up to step {step} and no checkpoint in {run}/checkpoints: "
