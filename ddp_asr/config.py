@@ -334,7 +334,7 @@ class Lexicon:
 
     kind: str = field(default="lexicon", init=False)
 
-    size: int = setting(50, "hypotheses kept for each utterance", at_least=1)
+    size: int = setting(50, "hypotheses kept for each utterance", at_least=1, at_most=10_000)
     lm: str = setting("", "ARPA file (.arpa, .arpa.gz) of an n-gram model of words; empty: none")
     lexicon: str = setting(
         "",

@@ -83,6 +83,8 @@ COMMANDS = {
         "--config CONFIG --dry-run --run.dir=PATH",
         "--config CONFIG --dry-run --train.init_from=PATH",
         "--config CONFIG --dry-run --decoder.kind=beam --decoder.lm=PATH",
+        "--config CONFIG --dry-run --decoder.kind=beam --decoder.hot_words=PATH",
+        "--config CONFIG --dry-run --decoder.kind=lexicon --decoder.lexicon=PATH",
     ],
     "ddp_asr.evaluate": [
         "PATH SHARDS",

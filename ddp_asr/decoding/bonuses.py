@@ -24,6 +24,7 @@ import torch
 
 from ddp_asr.decoding.automaton import Table
 from ddp_asr.errors import UserError
+from ddp_asr.files import open_input
 from ddp_asr.text import Tokeniser
 
 
@@ -34,7 +35,8 @@ def read_hot_words(path: Path, tokeniser: Tokeniser) -> list[str]:
         UserError: the file cannot be read or has no words, or the recogniser cannot write a line of it.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        with open_input(path) as file:
+            lines = file.read().decode("utf-8-sig").splitlines()
     except OSError as error:
         raise UserError(
             f"hot words {path} cannot be read ({error.strerror}): name a file, a word or phrase a line"

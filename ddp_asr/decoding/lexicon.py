@@ -40,6 +40,7 @@ from ddp_asr.decoding.ngram import END, SPACE, START, UNKNOWN
 from ddp_asr.decoding.path import collapse, words_on
 from ddp_asr.decoding.protocol import Hypothesis, Word
 from ddp_asr.errors import UserError
+from ddp_asr.files import open_input
 from ddp_asr.text import Tokeniser
 
 # In place of a log-probability of -inf, of which flashlight's log-add makes NaN.
@@ -241,9 +242,8 @@ def _spellings(settings: config.Lexicon, known: Sequence[str], tokeniser: Tokeni
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a text, compressed with gzip or not, counted from 1."""
     try:
-        with path.open("rb") as file:
-            compressed = file.read(2) == b"\x1f\x8b"
-            file.seek(0)
+        with open_input(path) as file:
+            compressed = file.peek(2)[:2] == b"\x1f\x8b"
             for number, line in enumerate(gzip.GzipFile(fileobj=file) if compressed else file, 1):
                 yield number, line.decode("utf-8-sig").rstrip("\r\n")  # Windows writes a byte order mark
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
