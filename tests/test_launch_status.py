@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddp_asr.errors import UserError
-from ddp_asr.files import read_json_lines
+from ddp_asr.runs.directory import read_lines
 from ddp_asr.runs.lease import Lease
 from launch import status
 from launch.cluster import JobState
@@ -210,7 +210,7 @@ torn = st.sampled_from([b"", b'{"kind": "train", "step": 9}', b'{"kind"', b"\x00
 def test_the_end_of_a_file_tells_what_the_whole_file_tells(tmp_path_factory, lines, end, tail_bytes):
     path = tmp_path_factory.mktemp("metrics") / "metrics.jsonl"
     path.write_bytes(b"".join(lines) + end)
-    kept = list(read_json_lines(path))
+    kept = list(read_lines(path))
     expected = tuple(next((x for x in reversed(kept) if x.get("kind") == kind), {}) for kind in ("train", "test"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(status, "TAIL_BYTES", (tail_bytes, 1 << 20))
