@@ -89,10 +89,11 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [
     ("decoder.n_best", ["1", "16"], ["0", "17"]),  # no more than decoder.size
     ("decoder.symbols_per_frame", ["0", "20"], ["-1"]),
     ("decoder.threshold", ["0.5", "50"], ["0", "-1", "inf", "nan"]),
-    ("decoder.lm_weight", ["0", "1.5"], ["-0.1", "nan", "inf"]),
+    ("decoder.lm_weight decoder.hot_word_bonus", ["0", "1.5"], ["-0.1", "nan", "inf"]),
     ("decoder.symbol_bonus decoder.word_bonus", ["-1", "0", "2.5"], ["nan", "inf"]),
     # any text
-    ("run.name run.dir data.cache_dir data.test vocabulary.drop train.init_from decoder.lm decoder.lexicon", ["x"], []),
+    ("run.name run.dir data.cache_dir data.test vocabulary.drop train.init_from", ["x"], []),
+    ("decoder.lm decoder.lexicon decoder.hot_words", ["x"], []),
     ("tracking.project tracking.workspace tracking.tags", ["x"], []),
 ]
 BOUNDS = [(name, good, bad) for names, good, bad in LIMITS for name in names.split()]
