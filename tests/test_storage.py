@@ -100,6 +100,12 @@ def test_the_local_store_keeps_a_bounded_number_of_files_open(tmp_path, monkeypa
     assert not {url for url in urls if url in open_files()}
 
 
+def test_a_named_pipe_without_a_writer_is_an_error_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "shard-000000.tar")
+    with pytest.raises(OSError, match="seek"):
+        storage.LocalStore().read(str(tmp_path / "shard-000000.tar"), 0, 512)
+
+
 def test_a_file_closed_by_the_bound_stays_open_for_the_thread_that_reads_it(tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "_OPEN_FILES", 1)
     place = LocalFiles(tmp_path)
