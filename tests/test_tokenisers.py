@@ -84,3 +84,14 @@ def test_its_state_is_plain_and_gives_the_same_tokeniser(tokeniser, text):
 def test_an_unknown_kind_is_refused_with_those_there_are():
     with pytest.raises(UserError, match=r"tokeniser is of kind 'runes', .* has only: characters; use the version"):
         tokeniser_from_state({"kind": "runes"})
+
+
+@pytest.mark.parametrize("state", [{}, {"kind": []}, [], {"kind": "characters"}, {"kind": "characters", "symbols": 3}])
+def test_a_state_that_is_none_is_refused(state):
+    with pytest.raises(UserError, match=r"the checkpoint's tokeniser .*version"):
+        tokeniser_from_state(state)
+
+
+def test_a_part_of_another_type_is_refused():
+    with pytest.raises(UserError, match=r"characters.*another type"):
+        tokeniser_from_state({"kind": "characters", "symbols": "ab", "lowercase": True, "drop": 3})

@@ -38,11 +38,18 @@ def tokeniser_from_state(state: dict[str, Any]) -> Tokeniser:
     """The tokeniser whose state a checkpoint holds.
 
     Raises:
-        UserError: a kind that is not registered, as of a checkpoint that a later version wrote.
+        UserError: a kind that is not registered, as of a checkpoint that a later version wrote, or no state of one.
     """
-    if state["kind"] not in TOKENISERS:
+    kind = state.get("kind") if isinstance(state, dict) else None
+    if not isinstance(kind, str) or kind not in TOKENISERS:
         raise UserError(
-            f"the checkpoint's tokeniser is of kind {state['kind']!r}, and this version of ddp_asr has only: "
+            f"the checkpoint's tokeniser is of kind {kind!r:.80}, and this version of ddp_asr has only: "
             f"{', '.join(TOKENISERS)}; use the version that wrote the checkpoint"
         )
-    return TOKENISERS[state["kind"]]().from_state(state)
+    try:
+        return TOKENISERS[kind]().from_state(state)
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"the checkpoint's tokeniser of kind {kind!r} lacks a part, or has one of another type ({error}): use the "
+            "version of ddp_asr that wrote the checkpoint"
+        ) from None
