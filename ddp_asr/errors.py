@@ -72,3 +72,8 @@ def run_entry_point(main: Callable[[], int]) -> int:
             raise
         print(f"error: {mistake}", file=sys.stderr, flush=True)
         return 2
+
+
+def printable(text: str, most: int = 500) -> str:
+    """A library's words about a broken file, which may quote it, as they can stand in a sentence of ours."""
+    return "".join(character if character.isprintable() else "?" for character in text[:most])

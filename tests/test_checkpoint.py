@@ -478,3 +478,26 @@ def test_an_error_of_the_background_reaches_the_training(tmp_path, raised_by):
     with pytest.raises(LeaseLost, match="taken over"):
         getattr(writer, raised_by)(*arguments)
     writer.close()  # once is enough
+
+
+@pytest.mark.parametrize("progress", [None, {"steps": 3}, {"step": "3"}, {"bad_keys": 1}, {"best": 0.5}])
+def test_a_state_with_another_kind_of_progress_is_refused(tmp_path, progress):
+    from ddp_asr.config import config_from_dict
+    from ddp_asr.training.resume import read_state
+
+    path = tmp_path / "step-00000003.pt"
+    write(path, {"progress": progress, "config": {}, "fingerprint": "", "model": {}, "optimizer": {}}, may_write)
+    with pytest.raises(UserError, match=r"is no checkpoint of ddp_asr\.train"):
+        read_state(path, config_from_dict({}, "the test"), None)
+
+
+def test_a_pickle_that_leads_the_unpickler_astray_is_damage(tmp_path):
+    """With a right checksum, as a program that repairs zip files writes it: an opcode that finds no mark."""
+    (path,) = save(tmp_path, 3)
+    with zipfile.ZipFile(path) as members:
+        content = {name: members.read(name) for name in members.namelist()}
+    with zipfile.ZipFile(path, "w") as members:
+        for name, data in content.items():
+            members.writestr(name, b"\x80\x02u." if name.endswith("data.pkl") else data)
+    with pytest.raises(DamagedCheckpoint, match="truncated or overwritten"):
+        read(path)

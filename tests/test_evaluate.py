@@ -308,6 +308,14 @@ def test_checkpoints_that_cannot_be_used_are_named(tmp_path):
     strange = write_checkpoint(tmp_path / "strange.pt", {"weights": torch.zeros(3)})
     with pytest.raises(UserError, match=r"strange\.pt is no checkpoint of a training run"):
         read_trained(strange)
+    for name, value in (("step", float("inf")), ("model", {"w": 3}), ("config", ["run"]), ("averages", 3)):
+        path = write_checkpoint(tmp_path / f"{name}.pt", {**tiny_state(), name: value})
+        with pytest.raises(UserError, match=rf"{name}\.pt is no checkpoint of a training run"):
+            read_trained(path)
+    state = tiny_state()
+    state["model"]["x\0\n"] = torch.zeros(3)
+    with pytest.raises(UserError, match=r"not those of the model [ -~]*$"):
+        load_recogniser(write_checkpoint(tmp_path / "control.pt", state))
     state = tiny_state()
     del state["model"]["encoder.bridge.bias"]
     with pytest.raises(UserError, match=r"not those of the model .*encoder\.bridge\.bias"):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ddp_asr.config import Config, DecoderSettings, config_from_dict
 from ddp_asr.decoding import Decoder, make_decoder
-from ddp_asr.errors import UserError
+from ddp_asr.errors import UserError, printable
 from ddp_asr.features.log_mel import LogMel
 from ddp_asr.model import AcousticModel, make_model
 from ddp_asr.runs.checkpoint import DamagedCheckpoint, newest_good, read
@@ -96,8 +96,13 @@ def _trained(path: Path, state: dict[str, Any]) -> Trained:
         weights = dict(state["model"])
         if state["averages"] is not None:
             weights.update(state["averages"])  # what training evaluated, too
-        return Trained(str(path), int(state["step"]), int(state["epoch"]), state["config"], state["tokeniser"], weights)
-    except (KeyError, TypeError, ValueError) as error:
+        if not all(isinstance(name, str) and isinstance(weight, Tensor) for name, weight in weights.items()):
+            raise TypeError("its model holds more than tensors by name")
+        step, epoch, config, tokeniser = (state[name] for name in ("step", "epoch", "config", "tokeniser"))
+        if not (isinstance(config, dict) and isinstance(tokeniser, dict)):
+            raise TypeError("its config and tokeniser are not dicts")
+        return Trained(str(path), int(step), int(epoch), config, tokeniser, weights)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{path} is no checkpoint of a training run ({error!r}): name one that python -m ddp_asr.train wrote"
         ) from None
@@ -115,7 +120,7 @@ def build_recogniser(
     try:
         model.load_state_dict(trained.weights)
     except RuntimeError as error:
-        first = str(error).strip().splitlines()[-1].strip()
+        first = printable(str(error).strip().splitlines()[-1].strip())
         raise UserError(
             f"the weights in {trained.path} are not those of the model that its settings describe ({first}): "
             "it was written by another version of this program, or put together by hand"

@@ -22,9 +22,7 @@ import os
 import pickle
 import re
 import shutil
-import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,7 +35,6 @@ from ddp_asr.errors import UserError
 from ddp_asr.files import left_behind, open_input, writing_aside
 
 _STEP_FILE = re.compile(r"step-(\d{8,})\.pt")
-_DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, KeyError, RuntimeError, OSError)
 
 
 class DamagedCheckpoint(UserError):
@@ -246,7 +243,7 @@ def _read_checked(path: Path, file: IO[bytes]) -> dict[str, Any]:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise DamagedCheckpoint(path, "it holds more than tensors and plain containers, so it is not ours") from error
-    except _DAMAGE as error:
+    except Exception as error:  # torch's unpickler raises what the damaged bytes make it do, an IndexError for instance
         raise DamagedCheckpoint(path, f"{str(error) or type(error).__name__} (truncated or overwritten)") from error
     if not isinstance(state, dict):
         raise DamagedCheckpoint(path, f"it holds a {type(state).__name__} and not a dict, so it is not ours")

@@ -87,7 +87,8 @@ def read_state(path: Path | None, config: Config, corpus: Index) -> dict[str, An
     if path is None:
         return None
     state = checkpoint.read(path)
-    if not {"progress", "config", "fingerprint", "model", "optimizer"} <= state.keys():
+    is_whole = {"progress", "config", "fingerprint", "model", "optimizer"} <= state.keys()
+    if not (is_whole and isinstance(state["config"], dict) and _is_progress(state["progress"])):
         raise UserError(f"{path} is no checkpoint of ddp_asr.train: choose one under runs/NAME/checkpoints")
     theirs = config_from_dict(state["config"], f"the checkpoint {path}")
     for name, ours, other in differences(config, theirs):
@@ -103,6 +104,15 @@ def read_state(path: Path | None, config: Config, corpus: Index) -> dict[str, An
             "shards it was trained on in data.train, or choose another --run.name to begin anew"
         )
     return state
+
+
+def _is_progress(record: Any) -> bool:
+    """Whether these are fields of Progress, each of its type."""
+    if not isinstance(record, dict):
+        return False
+    types: dict[str, Any] = {name: type(value) for name, value in vars(Progress()).items()}
+    types |= {"best": (tuple, list, type(None)), "trained_s": (int, float)}
+    return all(name in types and isinstance(value, types[name]) for name, value in record.items())
 
 
 def _begin_anew(name: str, path: Path) -> str:
