@@ -141,6 +141,10 @@ BROKEN = {  # how -> (text, what the error says)
     ),
     "no count": (FOREIGN.replace("ngram 2=5\n", ""), r"line 5: .* must stand 'ngram 2=' with a number, not 'ngram  3"),
     "no number": (FOREIGN.replace("1=6", "1=many"), r"line 4: .*'ngram 1=' with a number, not 'ngram 1=many'"),
+    "a count of 5,000 digits": (
+        FOREIGN.replace("ngram 1=", "ngram 1=" + "9" * 5000),
+        r"line 4: .* must stand 'ngram 1=",
+    ),
     "no counts": (FOREIGN[FOREIGN.index("\\1-") :].replace("\\1", "\\data\\\n\\1"), r"must stand the counts and then"),
     "too few parts": (FOREIGN.replace("-0.4\tb a", "-0.4\tb"), r"line 20: .* has other parts than .*: '-0.4\\tb'"),
     "no probability": (FOREIGN.replace("-0.4\tb a", "b a"), r"line 20: one of the 2-grams has other parts"),

@@ -39,7 +39,7 @@ from ddp_asr.decoding.align import align
 from ddp_asr.decoding.ngram import END, SPACE, START, UNKNOWN
 from ddp_asr.decoding.path import collapse, words_on
 from ddp_asr.decoding.protocol import Hypothesis, Word
-from ddp_asr.errors import UserError
+from ddp_asr.errors import UserError, printable
 from ddp_asr.files import open_input
 from ddp_asr.text import Tokeniser
 
@@ -187,7 +187,7 @@ def _load_lm(path: str, words: Sequence[str]) -> Any:
         return KenLM(path, Dictionary(list(words)))
     except RuntimeError as error:
         lines = str(error).splitlines()  # where in KenLM's sources, if it is said, and what is wrong
-        reason = lines[min(1, len(lines) - 1)].partition(".  ")[0]
+        reason = printable(lines[min(1, len(lines) - 1)].partition(".  ")[0])
         raise UserError(
             f"KenLM cannot read {path} ({reason}): copy the file again, or make one of order 2 to 6 with python -m "
             "ddp_asr.lm --unit word"

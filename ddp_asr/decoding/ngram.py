@@ -283,7 +283,7 @@ class _Reader:
                 raise UserError(f"{self.path} is no ARPA file, since no line of it is \\data\\: name another file")
         counts: list[int] = []
         while not (line := self._next("in its head")).startswith(b"\\"):
-            found = re.fullmatch(rb"ngram\s+(\d+)\s*=\s*(\d+)", line)
+            found = re.fullmatch(rb"ngram\s+(\d{1,9})\s*=\s*(\d{1,18})", line)
             if not found or int(found[1]) != len(counts) + 1:
                 self._fail(f"after \\data\\ must stand 'ngram {len(counts) + 1}=' with a number, not {_shown(line)}")
             counts.append(int(found[2]))
@@ -314,7 +314,7 @@ class _Reader:
                 log10_back_off.append(float(fields[length + 1]) if len(fields) > length + 1 else 0.0)
                 members.extend([numbers[text] for text in fields[1 : length + 1]])
             except KeyError as error:
-                self._fail(f"{error.args[0].decode(errors='replace')!r} is not among the 1-grams")
+                self._fail(f"{_shown(error.args[0])} is not among the 1-grams")
             except ValueError:
                 parts = "a logarithm, the symbols" + " and perhaps a back-off weight" * (len(widths) > 1)
                 self._fail(f"one of the {length}-grams has other parts than {parts}: {_shown(line)}")
