@@ -6,9 +6,11 @@ STAMP := .venv/installed
 # Tests at a time: most wait for processes and time limits. A file's tests stay together, for what they share.
 TESTS_AT_A_TIME ?= 4
 DEMO_RUN := demo/runs/demo
+# Options of tests.fuzz; the long form: make fuzz FUZZ='--cases 200000 --processes 2'
+FUZZ ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-gpu test-slurm lint types bench gpu-run clean
+.PHONY: help install demo test test-fast test-gpu test-slurm fuzz lint types bench gpu-run clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -55,6 +57,9 @@ test-gpu: $(STAMP)  ## the tests that need a GPU
 
 test-slurm: $(STAMP)  ## the tests on a real Slurm cluster of namespaces; takes root, and Debian or its packages
 	$(BIN)/python -m pytest tests/slurm
+
+fuzz: $(STAMP)  ## bad input for every reader of the program, a minute; FUZZ=... are options of tests.fuzz
+	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check .
