@@ -17,6 +17,7 @@ ENTRY_POINTS = [
     *(f"launch.{name}" for name in ("submit", "doctor", "sweep", "status", "job", "node")),
     *(f"benchmarks.{name}" for name in ("plan", "loader", "step", "scaling", "gpu")),
     "tests.fuzz",
+    "tests.faults",
 ]
 SLOW_TO_IMPORT = [
     "torch",

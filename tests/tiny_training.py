@@ -475,7 +475,11 @@ NO_GRADIENT = re.compile(r"encoder\.blocks\.\d+\.convs\.0\.bias")
 
 def weight_distance(ours: Path, theirs: Path, step: int = STEPS) -> float:
     """||dw|| / ||w|| over all weights together; in float32, over all that have a gradient."""
-    first, second = (final_state(run, step)["model"] for run in (ours, theirs))
+    return distance(final_state(ours, step)["model"], final_state(theirs, step)["model"])
+
+
+def distance(first: dict, second: dict) -> float:
+    """The same of the weights in two checkpoints."""
     names = [name for name, w in first.items() if w.dtype == torch.float64 or not NO_GRADIENT.fullmatch(name)]
     apart = sum(float((first[name].double() - second[name].double()).square().sum()) for name in names)
     return (apart / sum(float(first[name].double().square().sum()) for name in names)) ** 0.5
