@@ -10,7 +10,7 @@ DEMO_RUN := demo/runs/demo
 FUZZ ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-gpu test-slurm fuzz lint types bench gpu-run clean
+.PHONY: help install demo test test-fast test-gpu test-slurm fuzz test-faults lint types bench gpu-run clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -60,6 +60,9 @@ test-slurm: $(STAMP)  ## the tests on a real Slurm cluster of namespaces; takes 
 
 fuzz: $(STAMP)  ## bad input for every reader of the program, a minute; FUZZ=... are options of tests.fuzz
 	$(BIN)/python -m tests.fuzz $(FUZZ)
+
+test-faults: $(STAMP)  ## kills, full disks, lost networks ... in trainings: the short form. FAULTS=... are its options
+	$(BIN)/python -m tests.faults --fresh $(FAULTS)
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check .
