@@ -175,7 +175,7 @@ def table(records: Sequence[dict]) -> str:
             continue
         ends = [record["end_s"] for record in of_kind if record["end_s"] is not None]
         lost = sum(bool(record["lost"]) for record in of_kind)
-        slowest = f"{max(ends):.1f} s" if ends else "goes on"
+        slowest = f"{max(ends):.1f} s" if ends else "-"
         lines.append(f"| {name} | {len(of_kind)} | {len(of_kind) - lost} | {lost} | {slowest} |")
     injected = [record for record in records if record["injected"]]
     lost = sum(bool(record["lost"]) for record in injected)

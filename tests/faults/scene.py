@@ -6,8 +6,8 @@
     attempt.reach(); attempt.signal(signal.SIGKILL); attempt.open(); attempt.end()
     scene.losses(complete=False)
 
-Ranks are forked from a server that has imported torch (tests/tiny_training.py), so an attempt costs a second and not
-the five that Python and torch take to start. Where the agent of torchrun is a victim it is the real one, forked, too.
+Ranks are forked from a server that has imported torch (tests/tiny_training.py), so that an attempt does not pay for the
+start of Python and torch. Where the agent of torchrun is a victim, it is the real one, forked, too.
 """
 
 import contextlib
