@@ -175,7 +175,7 @@ def _freeze(fault: Fault, attempt: Attempt, *, everyone: bool) -> Happened:
     attempt.open()
     time.sleep(fault.random.uniform(0.2, 2.0))
     attempt.signal(signal.SIGCONT, *frozen)
-    attempt.end()
+    attempt.end(goes_on=True)
     return Happened(True, None, went_on(attempt))
 
 
@@ -213,7 +213,7 @@ def agent(fault: Fault, number: int, *, frozen_s: float = 0.0) -> Happened:
     if frozen_s:
         time.sleep(frozen_s)
         attempt.signal(signal.SIGCONT, attempt.agent.pid)
-    attempt.end()
+    attempt.end(goes_on=frozen_s > 0)
     return Happened(True, None if frozen_s else attempt.end_s)
 
 
@@ -275,7 +275,7 @@ def loader_hangs(fault: Fault) -> Happened:
 @kind("the clock set back")
 def clock_set_back(fault: Fault) -> Happened:
     attempt = fault.start(fault.random.choice(STEP_POINTS), "set the clock back", rank=0)
-    attempt.end()
+    attempt.end(goes_on=True)
     return Happened(attempt.end_s is not None, None, went_on(attempt))
 
 
@@ -374,7 +374,7 @@ kind("a vanished run directory", person=True)(lambda fault: broken_disk(fault, l
 def damaged_checkpoint(fault: Fault, damage: Callable[[Path, random.Random], None]) -> Happened:
     """Stopped or killed, and then the newest checkpoint is damaged: the next attempt takes the one before."""
     action = fault.random.choice(["SIGTERM", "SIGKILL"])
-    attempt = fault.start("forward", action, "--train.save_every_steps=1", rank=0, step=fault.saved_step + 3)
+    attempt = fault.start("forward", action, "--train.save_every_steps=1", rank=0, step=fault.saved_step + 4)
     attempt.end()
     saved = checkpoint.numbered(fault.scene.run)
     if len(saved) < 2:
@@ -533,7 +533,7 @@ def network_cut(fault: Fault, *, mended_s: float | None) -> Happened:
         if mended_s is not None:
             time.sleep(mended_s)
             subprocess.run(["ip", *host, "link", "set", "faults0", "up"], check=True)
-        attempt.end()
+        attempt.end(goes_on=mended_s is not None)
     return Happened(True, None if mended_s is not None else attempt.end_s)
 
 
@@ -586,7 +586,7 @@ def tracking_killed(fault: Fault) -> Happened:
     for pid in tiny.children(attempt.pids[0]):
         attempt.signal(signal.SIGKILL, pid)
     attempt.open()
-    attempt.end()
+    attempt.end(goes_on=True)
     return Happened(True, None, went_on(attempt))
 
 
@@ -604,7 +604,7 @@ def second_start(fault: Fault) -> Happened:
     second.end()
     scene.attempts[first:] = []
     attempt.open()
-    attempt.end()
+    attempt.end(goes_on=True)
     problems = went_on(attempt)
     if second.codes != [2] or "another run holds" not in second.output:
         problems.append(f"the second start was not refused: {second.codes} {second.errors}")
@@ -629,7 +629,7 @@ def wakes_after_the_take_over(fault: Fault) -> Happened:
     frozen.end()
     if reached:
         taking.open()
-    taking.end()
+    taking.end(goes_on=True)
     problems = went_on(taking) if reached else ["the take-over did not train"]
     if frozen.codes[0] == 0:
         problems.append("the process that had lost its lease ended as if all were well")

@@ -211,10 +211,13 @@ class Attempt:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    def end(self, *, hand_on: bool = False, stuck: Sequence[int] = (), but: Sequence[int] = ()) -> None:
+    def end(
+        self, *, goes_on: bool = False, hand_on: bool = False, stuck: Sequence[int] = (), but: Sequence[int] = ()
+    ) -> None:
         """Waits until all have ended.
 
         Args:
+            goes_on: the fault ends nothing, so all may take the time of a training.
             hand_on: as torchrun does, send SIGTERM to the others once one has failed.
             stuck: pids that end only by SIGKILL, which they get once all others have ended.
             but: pids that are not waited for.
@@ -232,7 +235,7 @@ class Attempt:
                 break
             if running and all(process.pid in stuck for process in running):
                 self.signal(signal.SIGKILL, *stuck)
-            elif since_s > (END_S if self.fired_at_s is not None else TRAINING_S):
+            elif since_s > (TRAINING_S if goes_on or self.fired_at_s is None else END_S):
                 self.kill()
                 raise Hang(f"{len(left)} process(es) did not end within {since_s:.0f} s: {self.output[-500:]}")
             elif hand_on and any(process.exitcode for process in self.ranks.processes):
@@ -390,4 +393,7 @@ def _run_rank_of_agent(arguments: list[str], patch: Hooks) -> None:
     from ddp_asr.errors import run_entry_point
     from ddp_asr.train import main
 
-    os._exit(run_entry_point(partial(main, arguments)))
+    code = run_entry_point(partial(main, arguments))
+    if code:
+        os._exit(code)
+    # At 0 it returns, because the agent waits for a result of each rank.
