@@ -153,6 +153,17 @@ def test_a_flipped_bit_in_any_member_is_found(tmp_path):
         assert name in error.value.reason and str(path) in str(error.value)
 
 
+def test_a_weight_that_is_marked_as_a_folder_is_found(tmp_path):
+    """torch would read nothing of it and leave what the memory held before; no checksum covers the mark."""
+    (path,) = save(tmp_path, 1)
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"PK\x01\x02", 0, content.rindex(b"/data/0"))  # in the zip's directory, at its end
+    content[entry + 38] ^= 0x10
+    path.write_bytes(content)
+    with pytest.raises(DamagedCheckpoint, match="data/0 is marked as a folder"):
+        read(path)
+
+
 def test_torch_alone_loads_a_flipped_bit_as_another_weight(tmp_path):
     (path,) = save(tmp_path, 1)
     flip_a_bit(path, data_begin(path) + 2)

@@ -34,6 +34,7 @@ import torch
 from ddp_asr.errors import UserError
 from ddp_asr.files import left_behind, open_input, writing_aside
 
+_IS_FOLDER = 0x10  # MS-DOS's attribute, in a member's entry in the zip's directory
 _STEP_FILE = re.compile(r"step-(\d{8,})\.pt")
 
 
@@ -235,19 +236,30 @@ def numbered(run_directory: Path) -> list[tuple[int, Path]]:
 
 def _read_checked(path: Path, file: IO[bytes]) -> dict[str, Any]:
     try:
-        with zipfile.ZipFile(file) as members:
-            damaged = members.testzip()
-        if damaged is not None:
-            raise DamagedCheckpoint(path, f"the checksum of its member {damaged} does not match")
+        damage = _damage_of_members(file)
         file.seek(0)
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = None if damage else torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise DamagedCheckpoint(path, "it holds more than tensors and plain containers, so it is not ours") from error
     except Exception as error:  # torch's unpickler raises what the damaged bytes make it do, an IndexError for instance
         raise DamagedCheckpoint(path, f"{str(error) or type(error).__name__} (truncated or overwritten)") from error
+    if damage:
+        raise DamagedCheckpoint(path, damage)
     if not isinstance(state, dict):
         raise DamagedCheckpoint(path, f"it holds a {type(state).__name__} and not a dict, so it is not ours")
     return state
+
+
+def _damage_of_members(file: IO[bytes]) -> str:
+    """What is wrong with the members of the zip; "" where nothing is."""
+    with zipfile.ZipFile(file) as members:
+        # No checksum covers this bit. torch takes the member for a folder then, reads nothing of it, and leaves in the
+        # weight what the memory held before. Seen with torch 2.11.
+        folders = [member.filename for member in members.infolist() if member.external_attr & _IS_FOLDER]
+        if folders:
+            return f"its member {folders[0]} is marked as a folder"
+        damaged = members.testzip()
+    return "" if damaged is None else f"the checksum of its member {damaged} does not match"
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:
