@@ -217,7 +217,16 @@ def test_no_shard_is_read_or_copied_outside_its_directory(broken, name):
 
 @pytest.mark.parametrize(
     ("column", "value"),
-    [("shard", 1), ("shard", -1), ("offset", -1), ("offset", 2**62), ("bytes", 0), ("bytes", 2**62), ("samples", 0)]
+    [
+        ("shard", 1),
+        ("shard", -1),
+        ("offset", -1),
+        ("offset", 2**62),
+        ("bytes", 0),
+        ("bytes", 2**62),
+        ("samples", 0),
+        ("samples", 2**40),
+    ]
     + [(name, None) for name in index.COLUMNS.names],
 )
 def test_a_table_that_leads_out_of_its_shards_is_refused(broken, column, value):
