@@ -58,7 +58,7 @@ test-gpu: $(STAMP)  ## the tests that need a GPU
 test-slurm: $(STAMP)  ## the tests on a real Slurm cluster of namespaces; takes root, and Debian or its packages
 	$(BIN)/python -m pytest tests/slurm
 
-fuzz: $(STAMP)  ## bad input for every reader of the program, a minute; FUZZ=... are options of tests.fuzz
+fuzz: $(STAMP)  ## bad input for every reader of the program; FUZZ=... are options of tests.fuzz
 	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 test-faults: $(STAMP)  ## kills, full disks, lost networks ... in trainings: the short form. FAULTS=... are its options
