@@ -21,7 +21,7 @@ DEFAULT_CASES = 1_500
 
 EXAMPLES = """\
 examples:
-  python -m tests.fuzz                                     1,500 cases: the form that CI runs
+  python -m tests.fuzz                                     1,500 cases
   python -m tests.fuzz --cases 200000 --processes 2        the long form
   python -m tests.fuzz --target arpa --cases 5000 --seed 7
   python -m tests.fuzz --only arpa:0:1234                  one case, with its traceback
