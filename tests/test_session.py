@@ -179,7 +179,7 @@ def test_checkpoints_that_cannot_be_written_end_every_rank(tiny_corpus, tmp_path
 def test_a_run_starts_from_anothers_weights(run, tiny_corpus, tmp_path):
     """From its moving average, with everything else anew."""
     theirs = checkpoint.step_path(run, tiny.STEPS)
-    options = (f"--train.init_from={theirs}", "--train.stop_at_step=1", "--optim.learning_rate=1e-30")
+    options = (f"--train.init_from={theirs}", "--train.stop_at_step=1", "--optim.learning_rate=1e-12")
     tiny.train(tiny_corpus.arguments(tmp_path, "run", *options), 2)
     averages, tuned = checkpoint.read(theirs)["averages"], tiny.final_state(tmp_path / "run", 1)
     assert all(torch.equal(weight, averages[name]) for name, weight in tuned["model"].items())
@@ -205,7 +205,7 @@ def test_weights_that_do_not_fit_are_refused(run, tiny_corpus, tmp_path, option,
 
 def test_a_run_directory_stands_for_its_best_weights(run, tiny_corpus, tmp_path):
     """As for evaluation: best.pt, else the newest good checkpoint."""
-    arguments = tiny_corpus.arguments(tmp_path, "run", f"--train.init_from={run}", "--optim.learning_rate=1e-30")
+    arguments = tiny_corpus.arguments(tmp_path, "run", f"--train.init_from={run}", "--optim.learning_rate=1e-12")
     assert f"starts            at step 0, from the weights of {run}" in tiny.train([*arguments, "--dry-run"])
     tiny.train([*arguments, "--train.stop_at_step=1"])
     averages = checkpoint.read(run / "best.pt")["averages"]

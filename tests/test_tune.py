@@ -78,7 +78,7 @@ def test_the_weights_of_a_lexicon_are_found_and_evaluate_finds_the_same(checkpoi
         (["--lm-weights", "0.5;1"], "--lm-weights must be finite numbers with commas between, not '0.5;1'"),
         (["--lm-weights=-1,1"], "--lm-weights must be 0 or more, not -1"),
         (["--symbol-bonuses", "nan"], "--symbol-bonuses must be finite numbers"),
-        (["--size", "0"], "decoder.size must be at least 1, not '?0"),
+        (["--size", "0"], "decoder.size must be at least 1 and"),
         (["--kind", "lexicon", "--symbol-bonuses", "0,1"], "--symbol-bonuses cannot be given with --kind lexicon"),
         (["--lexicon", "words.txt"], "unknown setting 'decoder.lexicon' in the command line, where .* is 'beam'"),
         (["--kind", "lexicon", "--threshold", "0"], "decoder.threshold must be above 0, not 0.0"),
