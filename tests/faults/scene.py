@@ -31,7 +31,7 @@ import soundfile
 import yaml
 
 from ddp_asr.data.index import read_index
-from ddp_asr.ranks.signals import STOP_SIGNALS
+from ddp_asr.ranks.signals import STOP_SIGNALS, StopRequest
 from synthetic_speech import corpus
 from synthetic_speech.corpus import TEST_SPEAKERS, TRAIN_SPEAKERS, Espeak, record
 from tests import tiny_training as tiny
@@ -393,7 +393,15 @@ def _run_rank_of_agent(arguments: list[str], patch: Hooks) -> None:
     from ddp_asr.errors import run_entry_point
     from ddp_asr.train import main
 
+    signals: list[str] = []
+    request = StopRequest.request
+
+    def noting(stop: StopRequest, reason: str) -> None:
+        signals.extend([reason] * (not reason.startswith("train.stop_at_step")))
+        request(stop, reason)
+
+    StopRequest.request = noting  # type: ignore[method-assign]
     code = run_entry_point(partial(main, arguments))
-    if code:
+    # A rank that returns stays until the agent has its result. An agent that stops, or is gone, does not ask for it.
+    if code or signals:
         os._exit(code)
-    # At 0 it returns, because the agent waits for a result of each rank.
