@@ -3,6 +3,8 @@
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from ddp_asr.data.index import read_index
 from ddp_asr.runs import checkpoint
 from ddp_asr.runs.comet import archive_path
 from tests import tiny_training as tiny
+from tests.conftest import REPOSITORY
 from tests.faults import campaign, comparison
 from tests.faults.hooks import Hooks
 from tests.faults.kinds import KINDS
@@ -24,8 +27,10 @@ def undisturbed(tiny_corpus, tmp_path_factory):
     home = tmp_path_factory.mktemp("undisturbed")
     ledger = home / "ledger"
     ledger.mkdir()
-    options = ("--train.save_every_steps=1", "--train.keep_last=99", "--tracking.mode=offline")
+    options = ("--train.save_every_steps=1", "--train.keep_last=99")
     tiny.train(tiny_corpus.arguments(home, "run", *options), 1, [Hooks(ledger, 1)])
+    # Not by the run itself, which does not wait for it on a slow machine.
+    subprocess.run([sys.executable, "-m", "ddp_asr.tracking", str(home / "run")], cwd=REPOSITORY, check=True)
     index = read_index([str(tiny_corpus.train)])
     keys = frozenset(index.key(row) for row in range(len(index)))
     return home, comparison.Shape(tiny.STEPS_PER_EPOCH, tiny.STEPS, 5, 4, keys)
