@@ -12,9 +12,20 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
+_LONGEST = 3_000  # characters of a sentence; what is longer quotes a value without end
+
 
 class UserError(Exception):
-    """A mistake or a broken input that the user can mend; its text is the whole message."""
+    """A mistake or a broken input that the user can mend; its text is the whole message.
+
+    A value that it quotes may be of any length and hold anything, so the middle of a long sentence is left out, and
+    control characters become "?".
+    """
+
+    def __init__(self, sentence: str = "") -> None:
+        if len(sentence) > _LONGEST:
+            sentence = f"{sentence[: _LONGEST - 600]} ... {sentence[-500:]}"
+        super().__init__("".join("?" if each < " " and each not in "\n\t" else each for each in sentence))
 
 
 _REMEDIES = {

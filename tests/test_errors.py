@@ -55,3 +55,9 @@ def test_a_reader_that_has_gone_away_ends_it_silently(lines):
         process.stdin.flush()
         assert process.stderr.read() == ""
         assert process.wait() == 141
+
+
+def test_a_quoted_value_of_any_length_and_content_leaves_a_sentence_that_can_be_read():
+    sentence = str(UserError(f"the name is {'x' * 9_000}\x00\x1b[2J, which is no name: name another"))
+    assert len(sentence) < 3_000 and sentence.startswith("the name is xxx")
+    assert sentence.endswith("x??[2J, which is no name: name another")
