@@ -266,6 +266,7 @@ class Lease:
                     self._sleep(PUT_BACK_WITHIN_S / 20)
                     continue
             self._lost_because = self._taken_by(content, holder)
+        assert self._lost_because is not None, "the loop ends when it is lost"
         raise LeaseLost(self._lost_because)
 
     def _taken_by(self, content: bytes | None, holder: Owner | None) -> str:

@@ -400,7 +400,7 @@ def _run_rank_of_agent(arguments: list[str], patch: Hooks) -> None:
         signals.extend([reason] * (not reason.startswith("train.stop_at_step")))
         request(stop, reason)
 
-    StopRequest.request = noting  # type: ignore[method-assign]
+    StopRequest.request = noting  # type: ignore[method-assign, assignment]
     code = run_entry_point(partial(main, arguments))
     # A rank that returns stays until the agent has its result. An agent that stops, or is gone, does not ask for it.
     if code or signals:
