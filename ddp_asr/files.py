@@ -1,6 +1,7 @@
 """Files that are whole or absent, files of JSON lines, checksums: each done in one place.
 
 with open_input(path) as file: ...              # of a path that the user names: never waits for a writer
+with open_lines(path, "name a text") as lines: ...  # compressed with gzip or not
 replace_file(path, b"...")                      # readers see the old file or the new one, both whole
 with writing_aside(path) as file: ...           # the same for what is written piece by piece
 for line in read_json_lines(path, LINE): ...    # torn and damaged lines are left out
@@ -13,6 +14,7 @@ replace_file(path, sealed_json({...}))          # JSON with its own checksum
 
 import contextlib
 import errno
+import gzip
 import hashlib
 import io
 import json
@@ -22,6 +24,7 @@ import secrets
 import stat
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -57,6 +60,28 @@ def open_input(path: str | Path) -> io.BufferedReader:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+@contextlib.contextmanager
+def open_lines(path: str | Path, remedy: str) -> Iterator[Iterable[bytes]]:
+    """Opens a text of the user's, compressed with gzip or not, for reading its lines.
+
+    Args:
+        remedy: what to do where it cannot be read.
+
+    Raises:
+        UserError: the file cannot be read or was cut, or the block raises a UnicodeDecodeError.
+    """
+    try:
+        with open_input(path) as file:
+            compressed = file.peek(2)[:2] == b"\x1f\x8b"
+            yield gzip.GzipFile(fileobj=file) if compressed else file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path} is damaged or was cut ({error}): copy the file again") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): {remedy}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error.reason}): convert it, as with iconv") from None
 
 
 def _not_regular(path: str | Path) -> OSError:

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gzip
 import sys
-import zlib
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -23,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from ddp_asr.config import load_config
 from ddp_asr.errors import UserError, run_entry_point
-from ddp_asr.files import check_writable, open_input
+from ddp_asr.files import check_writable, open_lines
 
 if TYPE_CHECKING:
     from ddp_asr.text import Tokeniser
@@ -183,18 +181,9 @@ def _sentences(source: str) -> Iterator[str]:
     if scheme_of(source) or Path(source).is_dir():
         yield from read_index([source]).texts.to_pylist()
         return
-    try:
-        with contextlib.ExitStack() as stack:
-            file = stack.enter_context(open_input(source))
-            compressed = file.peek(2)[:2] == b"\x1f\x8b"
-            for line in gzip.GzipFile(fileobj=file) if compressed else file:
-                yield line.decode("utf-8-sig")  # Windows writes a byte order mark
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{source} is damaged or was cut ({error}): copy the file again") from None
-    except OSError as error:
-        raise UserError(f"{source} cannot be read ({error.strerror}): name a text file or a shard directory") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source} is not UTF-8 ({error.reason}): convert it, as with iconv") from None
+    with open_lines(source, "name a text file or a shard directory") as lines:
+        for line in lines:
+            yield line.decode("utf-8-sig")  # Windows writes a byte order mark
 
 
 def make(text: Text, tokeniser: Tokeniser, options: argparse.Namespace) -> None:

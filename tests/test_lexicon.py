@@ -216,7 +216,7 @@ def test_lexicons_that_cannot_be_used(tmp_path):
     dropping = Characters(SYMBOLS, drop=".")
     assert "is not a single word" in refusal(tmp_path, b"...", tokeniser=dropping)
     assert refusal(tmp_path, b"\n \n") == "lexicon has no word for the lexicon: name a file with words"
-    assert refusal(tmp_path, b"\xff\xfe").startswith("lexicon is no text in UTF-8")
+    assert refusal(tmp_path, b"\xff\xfe").startswith("lexicon is not UTF-8")
     assert refusal(tmp_path, gzip.compress(b"a\n")[:-9]).startswith("lexicon is damaged or was cut")
     assert refusal(tmp_path).startswith("decoder.kind = lexicon needs words: name")
     assert "needs the space among vocabulary.symbols" in refusal(tmp_path, b"a", tokeniser=Characters("ab"))

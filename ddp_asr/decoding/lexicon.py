@@ -20,10 +20,8 @@ would be one.
 
 from __future__ import annotations
 
-import gzip
 import math
 import sys
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +38,7 @@ from ddp_asr.decoding.ngram import END, SPACE, START, UNKNOWN
 from ddp_asr.decoding.path import collapse, words_on
 from ddp_asr.decoding.protocol import Hypothesis, Word
 from ddp_asr.errors import UserError, printable
-from ddp_asr.files import open_input
+from ddp_asr.files import open_lines
 from ddp_asr.text import Tokeniser
 
 # In place of a log-probability of -inf, of which flashlight's log-add makes NaN.
@@ -241,14 +239,6 @@ def _spellings(settings: config.Lexicon, known: Sequence[str], tokeniser: Tokeni
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a text, compressed with gzip or not, counted from 1."""
-    try:
-        with open_input(path) as file:
-            compressed = file.peek(2)[:2] == b"\x1f\x8b"
-            for number, line in enumerate(gzip.GzipFile(fileobj=file) if compressed else file, 1):
-                yield number, line.decode("utf-8-sig").rstrip("\r\n")  # Windows writes a byte order mark
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is damaged or was cut ({error}): copy the file again") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): name a file that can") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text in UTF-8 ({error.reason}): convert it, as with iconv") from None
+    with open_lines(path, "name a file that can") as lines:
+        for number, line in enumerate(lines, 1):
+            yield number, line.decode("utf-8-sig").rstrip("\r\n")  # Windows writes a byte order mark

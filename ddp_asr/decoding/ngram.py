@@ -15,11 +15,9 @@ suffix decides, with the back-off weight.
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import math
 import re
-import zlib
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,7 +30,7 @@ import torch
 
 from ddp_asr.decoding.automaton import Arcs
 from ddp_asr.errors import UserError
-from ddp_asr.files import open_input, writing_aside
+from ddp_asr.files import open_lines, writing_aside
 
 UNKNOWN, START, END = "<unk>", "<s>", "</s>"
 SPACE = "<space>"  # how an ARPA file writes " ", because spaces part its symbols
@@ -215,15 +213,8 @@ def read_arpa(path: Path) -> NGramModel:
     Raises:
         UserError: there is no such file, or it is no whole and valid ARPA file.
     """
-    try:
-        with contextlib.ExitStack() as stack:
-            file = stack.enter_context(open_input(path))
-            compressed = file.peek(2)[:2] == b"\x1f\x8b"
-            return _Reader(path, gzip.GzipFile(fileobj=file) if compressed else file).model()
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is damaged or was cut ({error}): copy the file again") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): name an .arpa or .arpa.gz file") from None
+    with open_lines(path, "name an .arpa or .arpa.gz file") as lines:
+        return _Reader(path, lines).model()
 
 
 class _Reader:
