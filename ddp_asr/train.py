@@ -90,7 +90,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         default="auto",
         metavar="auto|never|PATH",
         help="auto: from the newest good checkpoint of the run, if any; never: refuse a directory with results; "
-        "PATH: from that checkpoint (default: auto)",
+        "PATH: from that checkpoint; a Slurm job that is requeued goes on as with auto (default: auto)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and start nothing")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="trace N steps into the run directory")

@@ -254,6 +254,26 @@ def test_a_named_checkpoint_goes_on_from_there(undisturbed, tiny_corpus, stopped
     tiny.assert_same_run(stopped, undisturbed(1))
 
 
+def test_a_requeued_job_goes_on_from_what_it_has_trained(undisturbed, tiny_corpus, stopped):
+    """Slurm gives it the command line of its first attempt again, whose --resume was for that attempt."""
+    arguments = tiny_corpus.arguments(stopped.parent, "run", "--train.save_every_steps=2")
+    chosen = ["--resume", str(checkpoint.step_path(stopped, 3))]
+    output = tiny.train([*arguments, *chosen, "--train.stop_at_step=6"], SLURM_JOB_ID="7")
+    assert "going on from step 3" in output
+    output = tiny.train([*arguments, *chosen, "--train.stop_at_step=7"], SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
+    assert "going on from step 6" in output
+    output = tiny.train([*arguments, "--resume", "never"], SLURM_JOB_ID="7", SLURM_RESTART_COUNT="2")
+    assert "going on from step 7" in output
+    tiny.assert_same_run(stopped, undisturbed(1))
+
+
+def test_a_second_start_in_the_same_allocation_is_no_requeue(tiny_corpus, stopped):
+    chosen = checkpoint.step_path(stopped, 3)
+    for _ in range(2):
+        arguments = tiny_corpus.arguments(stopped.parent, "run", "--train.stop_at_step=6")
+        assert "going on from step 3" in tiny.train([*arguments, "--resume", str(chosen)], SLURM_JOB_ID="7")
+
+
 def test_a_finished_run_says_so(undisturbed, tiny_corpus, tmp_path):
     shutil.copytree(undisturbed(1), tmp_path / "run")
     before = tiny.metrics(tmp_path / "run")

@@ -99,6 +99,13 @@ class RunDirectory:
         lease.start_renewing()
         return cls(path, lease, job_id, attempt)
 
+    @property
+    def requeued(self) -> bool:
+        """Whether an earlier attempt of the same Slurm job has begun this run."""
+        former = self.former
+        own = self._job_id is not None and former.get("job_id") == self._job_id and "refused" not in former
+        return own and former.get("attempt", self._attempt) < self._attempt
+
     def check(self) -> None:
         """Returns if this process may write now; raises LeaseLost otherwise."""
         self._lease.check()
@@ -195,6 +202,7 @@ class NoDirectory:
     """In place of a RunDirectory on ranks other than 0, which write none of its files."""
 
     former: Mapping[str, Any] = {}
+    requeued = False
 
     def status(self, state: str, reason: str, **facts: Any) -> None:
         """Nothing."""

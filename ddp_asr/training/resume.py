@@ -34,18 +34,26 @@ def checkpoint_was_saved(run: Path, status: Mapping[str, Any]) -> bool | None:
 
 
 def find_checkpoint(
-    run: Path, resume: str, checkpoint_saved: bool | None, message: Callable[[str], None]
+    run: Path,
+    resume: str,
+    checkpoint_saved: bool | None,
+    message: Callable[[str], None],
+    *,
+    requeued: bool = False,
 ) -> Path | None:
     """The checkpoint to go on from; None where the run begins at step 0.
 
     Args:
         resume: auto, never, or the path of a checkpoint.
         checkpoint_saved: see `checkpoint_was_saved`.
+        requeued: Slurm starts this job again with the same command line; `resume` was for its first attempt.
         message: is told of each damaged checkpoint on the way.
 
     Raises:
         UserError: the run must not begin anew, or the checkpoint that was named is missing or damaged.
     """
+    if requeued and (resume == "never" or checkpoint.numbered(run)):
+        resume = "auto"
     if resume not in ("auto", "never"):
         checkpoint.read(Path(resume))
         return Path(resume)

@@ -53,7 +53,9 @@ def run(attempt: Attempt, resume: str, on_step: Callable[[], None]) -> Outcome:
     set_matmul_precision(config.train.precision)
     world.set_phase(0, "looking for a checkpoint")
     found = world.run_on_rank_zero(
-        lambda: find_checkpoint(attempt.path, resume, reached.checkpoint_saved, attempt.message)
+        lambda: find_checkpoint(
+            attempt.path, resume, reached.checkpoint_saved, attempt.message, requeued=attempt.files.requeued
+        )
     )
     world.set_phase(0, "reading the corpus")
     corpus, test = world.run_on_all(lambda: _read_data(config, world))
