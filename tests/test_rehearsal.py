@@ -10,10 +10,10 @@ from ddp_asr.config import load_config
 from ddp_asr.data.corpus import read_corpus
 from ddp_asr.errors import UserError
 from ddp_asr.features.log_mel import LogMel
-from ddp_asr.model import make_model
+from ddp_asr.model import AcousticModel, make_model
 from ddp_asr.objective import Objective
 from ddp_asr.ranks.world import World
-from ddp_asr.training import rehearsal
+from ddp_asr.training import rehearsal, session
 from ddp_asr.training.learner import Learner
 from ddp_asr.training.optim import make_optimizer
 from ddp_asr.training.rehearsal import is_out_of_memory, rehearse, sizes_to_try
@@ -128,6 +128,19 @@ def test_several_have_to_leave_some_memory_free(corpus_and_learner, monkeypatch)
 )
 def test_what_counts_as_out_of_memory(error, expected):
     assert is_out_of_memory(error) is expected
+
+
+@pytest.mark.parametrize("lacks", ["the model", "the optimiser"])
+def test_a_model_that_the_gpu_does_not_hold_is_said_in_a_sentence(tiny_corpus, monkeypatch, lacks):
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    owner, name = (AcousticModel, "to") if lacks == "the model" else (session, "make_optimizer")
+    monkeypatch.setattr(owner, name, no_memory)
+    path, *overrides = tiny_corpus.arguments(Path("runs"))[1:]
+    config = load_config(Path(path), overrides)
+    with pytest.raises(UserError, match=r"^cpu of rank 0 has too little free memory for the [\d,]+ parameters"):
+        session.make_learner(config, World(0, 1, 0, CPU), read_corpus(config), None)
 
 
 def test_another_error_passes(corpus_and_learner, memory_for):

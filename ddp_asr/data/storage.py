@@ -28,6 +28,11 @@ from ddp_asr.files import BLOCK_BYTES, writing_aside
 if TYPE_CHECKING:
     from ddp_asr.data.index import Index
 
+# What to do where utterances no longer decode; a copy is compared with its checksum only while it is made.
+CHECK_SHARDS = (
+    "check the shards with 'python -m ddp_asr.shard --verify --out DIR', and if data.cache_dir is set, delete the "
+    "copies there"
+)
 _OPEN_FILES = 256  # descriptors that a store keeps; most systems allow a process 1,024
 
 

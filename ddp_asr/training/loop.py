@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ddp_asr import SAMPLE_RATE_HZ
 from ddp_asr.data.loader import MicroBatch
+from ddp_asr.data.storage import CHECK_SHARDS
 from ddp_asr.errors import UserError
 from ddp_asr.files import finite
 from ddp_asr.ranks.signals import StopRequest
@@ -270,7 +271,7 @@ class Trainer:
         if len(self.progress.bad_keys) > self.schedule.max_bad_samples:
             raise self.world_error(
                 f"{len(self.progress.bad_keys)} utterances could not be read, more than data.max_bad_samples = "
-                f"{self.schedule.max_bad_samples}: check the shards with 'python -m ddp_asr.shard ... --verify'"
+                f"{self.schedule.max_bad_samples}: {CHECK_SHARDS}"
             )
 
     def world_error(self, text: str) -> UserError:

@@ -25,6 +25,7 @@ import torch
 from ddp_asr import __version__
 from ddp_asr.data.corpus import Corpus
 from ddp_asr.data.loader import Recordings, Work
+from ddp_asr.data.storage import CHECK_SHARDS
 from ddp_asr.data.targets import explain_left_out
 from ddp_asr.errors import UserError
 from ddp_asr.features import masks as augment
@@ -168,8 +169,7 @@ class Recorder:
         if summary.is_unusable(self._config.data.max_bad_samples):
             raise UserError(
                 f"only {len(summary.utterances)} of {utterances} test utterances could be read (data.max_bad_samples = "
-                f"{self._config.data.max_bad_samples}): check the shards of data.test with "
-                "'python -m ddp_asr.shard --verify --out DIR'"
+                f"{self._config.data.max_bad_samples}): {CHECK_SHARDS}"
             )
         place = {"step": step, "epoch": (step - 1) // self._schedule.steps_per_epoch + 1}
         rates = {"wer": finite(summary.wer), "cer": finite(summary.cer)}

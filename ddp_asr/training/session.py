@@ -25,8 +25,9 @@ from ddp_asr.data.loader import MicroBatch, eval_loader, on_device, train_loader
 from ddp_asr.data.plan import micro_batches_of_rank
 from ddp_asr.data.storage import cache_shards
 from ddp_asr.decoding import Decoder, make_decoder
+from ddp_asr.errors import UserError
 from ddp_asr.features.log_mel import LogMel
-from ddp_asr.model import make_model
+from ddp_asr.model import AcousticModel, count_parameters, make_model
 from ddp_asr.objective import Objective
 from ddp_asr.ranks.world import World
 from ddp_asr.recognition.evaluation import gather, recognise
@@ -39,7 +40,7 @@ from ddp_asr.training.loop import Evaluation, Hooks, Outcome, Schedule, Trainer
 from ddp_asr.training.optim import WeightAverage, make_optimizer
 from ddp_asr.training.precision import set_matmul_precision
 from ddp_asr.training.recorder import Recorder
-from ddp_asr.training.rehearsal import fix_gradient_buckets, rehearse, sizes_to_try
+from ddp_asr.training.rehearsal import fix_gradient_buckets, is_out_of_memory, rehearse, sizes_to_try
 from ddp_asr.training.resume import find_checkpoint, is_of_run, load_weights, make_progress, read_state
 
 
@@ -172,9 +173,25 @@ def make_learner(config: Config, world: World, corpus: Corpus, state: dict[str, 
     model = make_model(config, corpus.tokeniser.size, copies=4 if world.device.type == "cpu" else 1)
     if state is None and config.train.init_from:
         load_weights(model, config.train.init_from, corpus.tokeniser)
+    try:
+        learner = _on_device(model, config, world)
+        if state is not None:
+            learner.load(state)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{world.device} of rank {world.rank} has too little free memory for the {count_parameters(model):,} "
+            "parameters of the model, their gradients and the optimiser's state: lower the sizes in encoder, or end "
+            "what else runs there (see nvidia-smi)"
+        ) from None
+    return learner
+
+
+def _on_device(model: AcousticModel, config: Config, world: World) -> Learner:
     model = model.to(world.device)
     average = WeightAverage(model.parameters(), config.optim.ema_decay) if config.optim.ema_decay else None
-    learner = Learner(
+    return Learner(
         world=world,
         model=model,
         log_mel=LogMel(config.features).to(world.device),
@@ -184,9 +201,6 @@ def make_learner(config: Config, world: World, corpus: Corpus, state: dict[str, 
         precision=config.train.precision,
         average=average,
     )
-    if state is not None:
-        learner.load(state)
-    return learner
 
 
 # ---- what the loop calls -----------------------------------------------------------------------------------------
