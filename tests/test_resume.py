@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from ddp_asr.runs import checkpoint
 from tests import tiny_training as tiny
@@ -252,6 +253,26 @@ def test_a_named_checkpoint_goes_on_from_there(undisturbed, tiny_corpus, stopped
     output = tiny.train([*tiny_corpus.arguments(stopped.parent), "--resume", str(chosen)])
     assert "going on from step 3" in output
     tiny.assert_same_run(stopped, undisturbed(1))
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        (lambda state: state["model"].popitem(), "Missing key"),
+        (lambda state: state["optimizer"]["state"].pop(0), "0"),
+        (lambda state: state["optimizer"]["state"][1].update(exp_avg=torch.zeros(())), "exp_avg of weight 1 has the"),
+        (lambda state: state["optimizer"]["state"][1].update(exp_avg_sq=None), "exp_avg_sq of weight 1 is no tensor"),
+        (lambda state: state.pop("scaler"), "scaler"),
+    ],
+    ids=["weight missing", "moments missing", "moment of another shape", "moment of another type", "scaler missing"],
+)
+def test_a_state_that_does_not_fit_is_refused_in_a_sentence(tiny_corpus, stopped, change, why):
+    newest = checkpoint.step_path(stopped, 7)
+    state = checkpoint.read(newest)
+    change(state)
+    checkpoint.write(newest, state, may_write=lambda: None)
+    sentence = tiny.start(tiny_corpus.arguments(stopped.parent), 1).fail()
+    assert tiny.matches(rf"the checkpoint does not fit the model of these settings \(.*{why}.*--resume PATH", sentence)
 
 
 def test_a_requeued_job_goes_on_from_what_it_has_trained(undisturbed, tiny_corpus, stopped):

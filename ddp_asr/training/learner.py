@@ -23,13 +23,14 @@ from torch import Tensor, nn
 
 from ddp_asr import config
 from ddp_asr.data.loader import MicroBatch
+from ddp_asr.errors import UserError
 from ddp_asr.features import masks
 from ddp_asr.features.log_mel import LogMel
 from ddp_asr.model import AcousticModel
 from ddp_asr.objective import Objective
 from ddp_asr.ranks.world import World, naming_lost_peers, no_sync
 from ddp_asr.training import precision
-from ddp_asr.training.optim import WeightAverage, learning_rate
+from ddp_asr.training.optim import WeightAverage, check_fits, learning_rate, load_moments
 
 
 @dataclass
@@ -120,13 +121,30 @@ class Learner:
         return [name for name, _ in self.plain_model.named_parameters()]
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continues from `state`."""
+        """Continues from `state`.
+
+        Raises:
+            UserError: it is of another model, or damaged in a way that no checksum shows.
+        """
+        try:
+            self._load(state)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            first = str(error).splitlines()[-1].strip() if str(error) else type(error).__name__
+            raise UserError(
+                f"the checkpoint does not fit the model of these settings ({first}): another version wrote it, or a "
+                "person changed it; choose another with --resume PATH"
+            ) from None
+
+    def _load(self, state: dict[str, Any]) -> None:
         self.plain_model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_moments(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.updates = state["average_updates"]
             for name, weight in zip(self.parameter_names(), self.average.weights, strict=True):
+                check_fits(f"the average of {name}", state["averages"][name], weight)
                 weight.copy_(state["averages"][name])
 
     @contextlib.contextmanager

@@ -61,6 +61,27 @@ def make_optimizer(model: nn.Module, settings: config.Optim) -> torch.optim.Adam
     return optimizer
 
 
+def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Takes the moments and the counts of steps from the `state_dict` of another AdamW; its settings stay its own.
+
+    Raises:
+        KeyError, ValueError: they are of other weights.
+    """
+    own = optimizer.state_dict()
+    for number, moments in own["state"].items():
+        for name, moment in moments.items():
+            check_fits(f"{name} of weight {number}", state["state"][number][name], moment)
+    optimizer.load_state_dict({"state": state["state"], "param_groups": own["param_groups"]})
+
+
+def check_fits(name: str, value: Any, like: Tensor) -> None:
+    """Raises ValueError unless the value is a dense tensor of this shape: `copy_` would repeat a smaller one."""
+    if not (isinstance(value, Tensor) and value.layout == torch.strided and value.is_floating_point()):
+        raise ValueError(f"{name} is no tensor of floating-point numbers")
+    if value.shape != like.shape:
+        raise ValueError(f"{name} has the shape {tuple(value.shape)} and not {tuple(like.shape)}")
+
+
 def _with_fused(state: dict[str, Any], fused: bool | None) -> dict[str, Any]:
     return {**state, "param_groups": [{**group, "fused": fused} for group in state["param_groups"]]}
 

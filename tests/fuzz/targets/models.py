@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import io
 import json
@@ -21,10 +22,16 @@ from ddp_asr.data.index import read_index
 from ddp_asr.decoding import make_decoder
 from ddp_asr.decoding.kneser_ney import estimate
 from ddp_asr.decoding.ngram import read_arpa, write_arpa
+from ddp_asr.features.log_mel import LogMel
+from ddp_asr.model import make_model
+from ddp_asr.objective import Objective
+from ddp_asr.ranks.world import World
 from ddp_asr.recognition.recogniser import build_recogniser, read_trained
 from ddp_asr.runs import checkpoint
 from ddp_asr.text import make_tokeniser, tokeniser_from_state
 from ddp_asr.text.score import count_each
+from ddp_asr.training.learner import Learner
+from ddp_asr.training.optim import WeightAverage, make_optimizer
 from ddp_asr.training.resume import make_progress, read_state
 from tests.fuzz.mutate import VALUES, Tree, mutate_bytes, mutate_text, mutate_value
 from tests.fuzz.target import Target, Wrong
@@ -92,8 +99,8 @@ class State(Target):
         self.index = read_index([make_shards(scratch)])
         self.config = config_from_dict(SETTINGS, "the test")
         progress = {"step": 7, "best": (0.5, 1.25), "best_step": 7, "evaluated_step": 7, "trained_s": 1.5}
-        more = {"progress": progress, "fingerprint": self.index.fingerprint(), "optimizer": {"state": {}}}
-        self.state = {**tiny_state(**SETTINGS), **more}
+        more = {"progress": progress, "fingerprint": self.index.fingerprint()}
+        self.state = {**tiny_state(**SETTINGS), **more, **self._learner().state()}
 
     def seeds(self) -> list[Tree]:
         file = io.BytesIO()
@@ -110,12 +117,28 @@ class State(Target):
         build_recogniser(read_trained(run), CPU)
         found = checkpoint.newest_good(run, on_damage=lambda *_: None)
         assert found is not None
-        make_progress(found.path, read_state(found.path, self.config, self.index), run)
+        state = read_state(found.path, self.config, self.index)
+        assert state is not None
+        make_progress(found.path, state, run)
+        self._learner().load(state)
+
+    def _learner(self) -> Learner:
+        model = make_model(self.config, make_tokeniser(self.config.vocabulary).size)
+        return Learner(
+            world=World(0, 1, 0, CPU),
+            model=model,
+            log_mel=LogMel(self.config.features),
+            objective=Objective(self.config.objective, seed=0, frame_s=self.config.frame_s),
+            optimizer=make_optimizer(model, self.config.optim),
+            optim=self.config.optim,
+            precision="fp32",
+            average=WeightAverage(model.parameters(), 0.9),
+        )
 
 
 def _other_state(state: dict[str, Any], random: Random) -> Any:
     state = {name: value.copy() if isinstance(value, dict) else value for name, value in state.items()}
-    change = random.randrange(6)
+    change = random.randrange(8)
     name = random.choice(list(state))
     weight = random.choice(list(state["model"]))
     tensor = state["model"][weight]
@@ -137,6 +160,10 @@ def _other_state(state: dict[str, Any], random: Random) -> Any:
             tensor.flatten(),
         )
         state["model"][weight] = random.choice((*shapes, tensor.to_sparse(), None, 3, "x", torch.zeros(())))
+    elif change == 5:
+        _change_moment(state, random)
+    elif change == 6:
+        state["averages"] = {**state["averages"], weight: random.choice((None, tensor[:0], tensor[None], 3))}
     else:
         state["model"] = {**state["model"], random.choice(("x", weight.upper())): state["model"].pop(weight)}
         state["averages"] = random.choice((None, {}, {"x": tensor}, [], {weight: tensor[:0]}))
@@ -145,6 +172,22 @@ def _other_state(state: dict[str, Any], random: Random) -> Any:
     except RecursionError:
         return {}
     return state
+
+
+def _change_moment(state: dict[str, Any], random: Random) -> None:
+    """One of the optimiser's numbers becomes something else, or is gone."""
+    optimizer = copy.deepcopy(state["optimizer"])
+    number = random.choice(list(optimizer["state"]))
+    moments = optimizer["state"][number]
+    name = random.choice(list(moments))
+    others = (None, 3, "x", torch.zeros(2), torch.zeros((), dtype=torch.int64), moments[name].to_sparse())
+    moments[name] = random.choice(others)
+    removed = random.choice((moments, optimizer["state"], optimizer, {1: 1}))
+    if random.random() < 0.3:
+        removed.pop(random.choice(list(removed)))
+    if random.random() < 0.2:
+        optimizer["param_groups"] = random.choice(([], None, [{"params": [0]}], [{}, {}]))
+    state["optimizer"] = optimizer
 
 
 # ---- language models and texts -------------------------------------------------------------------------------------
