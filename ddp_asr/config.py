@@ -134,7 +134,7 @@ class Features:
         12.5, "distance between two frames", above=0, at_most=1000, also_called="hop_length window_stride"
     )
     n_fft: int = setting(
-        1024, "points of the Fourier transform; the window is padded to it", at_least=1, at_most=65_536
+        1024, "points of the Fourier transform; the window is padded to it", at_least=2, at_most=65_536
     )
 
     @property
@@ -162,6 +162,22 @@ class Features:
                 f"features.n_fft = {self.n_fft} is shorter than features.window_ms = {self.window_ms:g}, "
                 f"{self.window_samples} samples: raise the former or lower the latter"
             )
+        if empty := self._empty_bands():
+            raise UserError(
+                f"{empty} of features.mel_bands = {self.mel_bands} bands lie between two of the frequencies of "
+                f"features.n_fft = {self.n_fft}, so they would hear nothing: lower the former or raise the latter"
+            )
+
+    def _empty_bands(self) -> int:
+        """Triangular filters, equally wide on the mel scale (O'Shaughnessy, 1987), without a frequency inside."""
+        nyquist_hz = SAMPLE_RATE_HZ / 2
+        top = math.log1p(nyquist_hz / 700)
+        edges_hz = [700 * math.expm1(top * i / (self.mel_bands + 1)) for i in range(self.mel_bands + 2)]
+        bin_hz = nyquist_hz / (self.n_fft // 2)  # torchaudio's, for an odd n_fft, too
+        inside = [
+            math.ceil(high / bin_hz) - 1 > low / bin_hz for low, high in zip(edges_hz, edges_hz[2:], strict=False)
+        ]
+        return inside.count(False)
 
 
 @dataclass(frozen=True)
@@ -398,6 +414,19 @@ class Optim:
         above=0,
         also_called="grad_clip max_grad_norm",
     )
+    frozen_steps: int = setting(
+        0,
+        "steps at the beginning in which lower layers keep their weights, see optim.frozen_layers (fine-tuning)",
+        at_least=0,
+        also_called="freeze_steps freeze_finetune_updates freeze_encoder",
+    )
+    frozen_layers: int = setting(
+        0,
+        "layers of the encoder that optim.frozen_steps keeps, from the features on, with what comes before them; "
+        "0: the whole encoder, so that only classifiers learn",
+        at_least=0,
+        at_most=100,
+    )
     ema_decay: float = setting(
         0.0,
         "decay of the moving average of the weights, which is evaluated in their place; 0: none",
@@ -525,6 +554,11 @@ class Config:
             raise UserError(
                 f"augment.frequency_mask_bands = {augment.frequency_mask_bands} would hide all bands of "
                 f"features.mel_bands = {features.mel_bands}: choose a smaller number"
+            )
+        if self.optim.frozen_layers > self.encoder.layers:
+            raise UserError(
+                f"optim.frozen_layers = {self.optim.frozen_layers} is more than the encoder's "
+                f"{self.encoder.layers} layers: choose a smaller number, or 0 for the whole encoder"
             )
         layers = objective.intermediate_layers
         if objective.intermediate_weight and not (layers and max(layers) <= self.encoder.layers):

@@ -1,20 +1,30 @@
-"""Every setting at extreme values: refused in a sentence, or accepted within its range and where it belongs.
+"""Every setting at the ends of its range and beyond: refused in a sentence, or a run that it allows can begin.
 
 The settings and their ranges come from the declarations, so a new setting is tested without a line here.
 """
 
+import contextlib
 import math
 import os
 import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from ddp_asr.config import config_from_dict, load_config
+from ddp_asr.data.corpus import read_corpus
+from ddp_asr.data.index import read_index
+from ddp_asr.data.loader import eval_loader, train_loader
+from ddp_asr.decoding import make_decoder
 from ddp_asr.errors import UserError, users_error
 from ddp_asr.model import make_model
+from ddp_asr.ranks.rendezvous import join
+from ddp_asr.ranks.world import World, backend_timeout
 from ddp_asr.settings import LARGEST, SMALLEST, describe, flatten, read_yaml
 from ddp_asr.training.dry_run import report
+from ddp_asr.training.rehearsal import rehearse, sizes_to_try
+from ddp_asr.training.session import make_learner, make_schedule
 from tests.test_config import KIND_OF, SETTINGS
 
 LIMIT_S = 300  # far above what one takes; it is there for what never ends
@@ -70,6 +80,26 @@ def load(corpus, runs, name, text):
     return load_config(Path(path), [*settings, *(f"--{key}={value}" for key, value in given.items())])
 
 
+def begin(config):
+    """Everything that comes before the first step of a run, the step, and what the settings do beside it."""
+    report(config, 1)
+    corpus, world = read_corpus(config), World(0, 1, 0, torch.device("cpu"))
+    learner = make_learner(config, world, corpus, None)
+    rehearse(corpus, learner, sizes_to_try(config.train.fuse_micro_batches, config.batch.micro_batches, world.device))
+    total_steps = make_schedule(config, corpus.plan.steps_per_epoch).total_steps
+    loader = train_loader(corpus.index, corpus.tokeniser, corpus.plan, config, rank=0, world_size=1)
+    with contextlib.closing(loader) as batches:
+        batch = next(batches)
+    for step in (1, total_steps):
+        learner.accumulate(batch, step=step, last=True)
+        learner.update(step, total_steps, float(batch.utterances))
+    assert next(iter(eval_loader(read_index(config.data.test), corpus.tokeniser, config))) is not None
+    decoder = make_decoder(config.decoder, corpus.tokeniser, config.frame_s)
+    decoder(torch.randn(1, 5, corpus.tokeniser.size), torch.tensor([5]))
+    backend_timeout(config.distributed.timeout_s)
+    join(config.distributed).leave()
+
+
 @pytest.mark.parametrize("name", NUMBERS)
 def test_a_number_that_nobody_means_is_refused(name):
     least, most = ends(name)
@@ -82,6 +112,14 @@ def test_a_number_that_nobody_means_is_refused(name):
             continue
         for number in found if isinstance(found, list) else [found]:
             assert least <= number <= most and (number == 0 or abs(number) >= min(SMALLEST, 1)), text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_run_may_begin_at_either_end_of_a_range(tiny_corpus, tmp_path, in_time, name):
+    for end in ends(name):
+        with contextlib.suppress(UserError):  # most do not go together with this corpus
+            begin(load(tiny_corpus, tmp_path, name, repr(end)))
 
 
 @pytest.mark.parametrize("name", TEXTS)

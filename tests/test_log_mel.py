@@ -1,6 +1,7 @@
 """Log-mel features against PyTorch's and torchaudio's own, frame by frame; and what a frame may not see."""
 
 import contextlib
+import warnings
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddp_asr import config
+from ddp_asr.errors import UserError
 from ddp_asr.features.log_mel import POWER_FLOOR, LogMel, frame_mask
 
 DEFAULT = config.Features()
@@ -130,6 +132,20 @@ def test_the_default_transform_leaves_no_mel_filter_empty(n_fft, empty):
     assert filters.shape == (n_fft // 2 + 1, 128)
     assert int((filters.sum(0) == 0).sum()) == empty
     assert DEFAULT.n_fft == 1024
+
+
+@given(mel_bands=st.integers(1, 1024), n_fft=st.integers(2, 5000))
+def test_bands_that_hear_nothing_are_refused_and_no_others(mel_bands, n_fft):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is about these bands
+        filters = torchaudio.functional.melscale_fbanks(n_fft // 2 + 1, 0.0, 8000.0, mel_bands, 16_000)
+    empty = int((filters.amax(0) == 0).sum())
+    settings = {"mel_bands": mel_bands, "n_fft": n_fft, "window_ms": 0.0625}
+    refused = contextlib.nullcontext()
+    if empty:
+        refused = pytest.raises(UserError, match=rf"^{empty} of features.mel_bands = {mel_bands} bands lie between")
+    with refused:
+        config.Features(**settings).check()
 
 
 @pytest.mark.parametrize("samples", [0, 1, 399, 400, 16_000])
