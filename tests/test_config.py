@@ -54,7 +54,8 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [
     (
         "data.threads data.max_bad_samples augment.frequency_masks augment.frequency_mask_bands augment.time_masks "
         "encoder.residual_blocks optim.weight_decay train.seed train.eval_every_steps train.save_every_steps "
-        "train.save_every_min train.stop_at_step train.max_nonfinite_steps train.fuse_micro_batches tracking.samples",
+        "train.save_every_min train.stop_at_step train.max_nonfinite_steps train.fuse_micro_batches optim.frozen_steps "
+        "tracking.samples",
         ["0", "1"],
         ["-1"],
     ),
@@ -68,7 +69,11 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [
     ("augment.speeds", ["1", "0.5,2"], ["", "0", "1,-1", "inf", "nan"]),
     ("encoder.time_strides", ["1", "2,2"], ["", "0", "2,-1"]),
     ("features.mel_bands", ["16", "80"], ["0", "-2", "127", "14"]),  # odd; no more than the widest mask
-    ("features.n_fft", ["400", "512"], ["0", "399"]),  # the window has 400 samples
+    (
+        "features.n_fft",
+        ["1024", "4096"],
+        ["0", "399", "512"],
+    ),  # the window has 400 samples; 512 points are too few for 128 bands
     ("features.window_ms", ["25", "20.0625"], ["0", "-5", "20.01", "65"]),  # 1/16 ms is a sample; n_fft is 64 ms
     ("features.hop_ms", ["10", "0.0625"], ["0", "-5", "10.01"]),
     ("objective.consistency_weight", ["0", "0.2", "3"], ["-0.1", "nan", "inf"]),
@@ -76,6 +81,7 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [
     ("augment.noise.snr_db_min", ["-5", "40"], ["40.1", "-inf"]),
     ("augment.noise.snr_db_max", ["15", "90"], ["14.9", "inf"]),
     ("train.precision", ["auto", "bf16", "fp16", "tf32", "fp32"], ["FP32", "float32", ""]),
+    ("optim.frozen_layers", ["0", "5"], ["-1", "6"]),  # the encoder has 5
     ("optim.anneal", ["linear", "cosine"], ["cos", ""]),
     ("tracking.mode", ["auto", "online", "offline", "off"], ["on", ""]),
     ("data.train", ["a"], ["", "[]"]),

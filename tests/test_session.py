@@ -1,6 +1,7 @@
 """An attempt put together: who may write where, what stands in the run directory, what a run begins with."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -189,7 +190,6 @@ def test_a_run_starts_from_anothers_weights(run, tiny_corpus, tmp_path):
 @pytest.mark.parametrize(
     "option, expected",
     [
-        ("--vocabulary.symbols= ab'c", r"init_from = .* writes the symbols \" ab'\" and this run has .*: set --vocab"),
         ("--encoder.rnn_size=8", r"init_from = .* is of another model \(.*\): take over its encoder settings"),
         (
             "--train.init_from=nowhere.pt",
@@ -201,6 +201,36 @@ def test_weights_that_do_not_fit_are_refused(run, tiny_corpus, tmp_path, option,
     arguments = tiny_corpus.arguments(tmp_path, "run", f"--train.init_from={checkpoint.step_path(run, 12)}", option)
     assert tiny.matches(expected, tiny.start(arguments, 2).fail())
     assert tiny.matches(expected, tiny.start([*arguments, "--dry-run"]).fail())
+
+
+def test_a_run_of_other_symbols_says_what_it_takes(run, tiny_corpus, tmp_path):
+    more = (f"--train.init_from={run}", "--vocabulary.symbols= abc", "--train.stop_at_step=1")
+    taken = r"first weights from \S*best.pt \(step \d+\): the encoder, the blank and 3 of 4 symbols; new are 'c'; not"
+    arguments = tiny_corpus.arguments(tmp_path, "run", *more)
+    assert re.search(taken, tiny.train([*arguments, "--dry-run"]))
+    assert re.search(taken, tiny.train(arguments, 2))
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_frozen_layers_keep_their_weights_for_so_many_steps(run, tiny_corpus, tmp_path, layers):
+    frozen = ("--optim.frozen_steps=3", f"--optim.frozen_layers={layers}")
+    options = (f"--train.init_from={checkpoint.step_path(run, tiny.STEPS)}", *frozen)
+    averages = checkpoint.read(checkpoint.step_path(run, tiny.STEPS))["averages"]
+
+    def changed(name, step):
+        state = tiny.final_state(tmp_path / name, step)["model"]
+        return {weight for weight, value in state.items() if not torch.equal(value, averages[weight])}
+
+    tiny.train(tiny_corpus.arguments(tmp_path, "run", *options, "--train.stop_at_step=3"))
+    learnt = changed("run", 3)
+    assert {"classifier.weight", "classifier.bias"} <= learnt
+    assert any(name.startswith("encoder.") for name in learnt) == bool(layers)
+    assert not any(name.startswith(("encoder.strided", "encoder.blocks", "encoder.bridge")) for name in learnt)
+    assert not any(name.startswith("encoder.rnn.0.") for name in learnt)
+    tiny.train(tiny_corpus.arguments(tmp_path, "run", *options))  # on from within, and beyond
+    assert changed("run", tiny.STEPS) == set(averages)
+    tiny.train(tiny_corpus.arguments(tmp_path, "other", *options), 3)
+    tiny.assert_close_runs(tmp_path / "run", tmp_path / "other", 1e-4)
 
 
 def test_a_run_directory_stands_for_its_best_weights(run, tiny_corpus, tmp_path):

@@ -31,6 +31,8 @@ class Encoded(NamedTuple):
 class Encoder(nn.Module):
     """Log-mel features to hidden states."""
 
+    layers_name: str
+    """The attribute that is the list of layers; what stands before it in the order of attributes runs before it."""
     size: int  # D of `hidden`
     tap_sizes: dict[int, int]  # D behind each layer, by its number from 1
 
@@ -47,3 +49,15 @@ class Encoder(nn.Module):
             seeds: int64 (B,) what each row's dropout is drawn from; needed in training with dropout alone.
         """
         raise NotImplementedError
+
+    def lower_parameters(self, layers: int) -> list[nn.Parameter]:
+        """The weights of so many layers, from the features on, and of what comes before them; of all with 0 layers."""
+        if not layers:
+            return list(self.parameters())
+        lower: list[nn.Parameter] = []
+        for name, child in self.named_children():
+            if name == self.layers_name:
+                assert isinstance(child, nn.ModuleList)
+                return lower + list(child[:layers].parameters())
+            lower += child.parameters()
+        raise AttributeError(f"the encoder has no layers called {self.layers_name}")

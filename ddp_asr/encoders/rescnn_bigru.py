@@ -123,6 +123,8 @@ class BiGRU(nn.Module):
 class ResCNNBiGRU(Encoder):
     """The encoder; its taps lie behind each BiGRU layer."""
 
+    layers_name = "rnn"
+
     def __init__(self, settings: config.RescnnBigru, mel_bands: int) -> None:
         super().__init__()
         self.settings = settings

@@ -15,11 +15,11 @@ from ddp_asr.decoding import make_decoder
 from ddp_asr.model import AcousticModel, count_parameters, make_model
 from ddp_asr.runs.directory import read_status
 from ddp_asr.settings import describe
+from ddp_asr.training.first_weights import take_weights
 from ddp_asr.training.precision import autocast
 from ddp_asr.training.resume import (
     checkpoint_was_saved,
     find_checkpoint,
-    load_weights,
     make_progress,
     read_state,
 )
@@ -70,8 +70,8 @@ def _start_lines(config: Config, corpus: Corpus, model: AcousticModel, resume: s
         return [*lines, f"starts            from step {make_progress(found, state, run).step}: {found}"]
     if not config.train.init_from:
         return [*lines, "starts            at step 0, from random weights"]
-    load_weights(model, config.train.init_from, corpus.tokeniser)
-    return [*lines, f"starts            at step 0, from the weights of {config.train.init_from}"]
+    taken = [f"                  {line}" for line in take_weights(model, config, corpus.tokeniser)]
+    return [*lines, f"starts            at step 0, from the weights of {config.train.init_from}", *taken]
 
 
 def _plan_lines(config: Config, corpus: Corpus, world_size: int) -> list[str]:

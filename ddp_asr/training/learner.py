@@ -46,8 +46,10 @@ class Learner:
     precision: str
     average: WeightAverage | None = None
     scaler: torch.amp.GradScaler = field(init=False)
+    frozen: list[nn.Parameter] = field(init=False)  # in the first `optim.frozen_steps` steps
 
     def __post_init__(self) -> None:
+        self.frozen = self.plain_model.encoder.lower_parameters(self.optim.frozen_layers)
         self.scaler = precision.make_scaler(self.precision, self.world.device)
 
     @property
@@ -87,6 +89,9 @@ class Learner:
         rate = learning_rate(step, total_steps, self.optim)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        if step <= self.optim.frozen_steps:  # AdamW leaves weights without a gradient alone, and their moments
+            for parameter in self.frozen:
+                parameter.grad = None
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         # DDP has divided the sum over the ranks by their number. `_foreach_mul_` (torch 2.11.0) is one kernel for all

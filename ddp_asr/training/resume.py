@@ -3,7 +3,6 @@
 path = find_checkpoint(run, "auto", checkpoint_saved, message)   # rank 0 decides; None: the run begins at step 0
 state = read_state(path, config, corpus.whole)                   # every rank; UserError: it is of another run
 progress = make_progress(path, state, run)
-load_weights(model, config.train.init_from, tokeniser)           # where a run begins at step 0
 """
 
 from collections.abc import Callable, Mapping
@@ -14,12 +13,9 @@ from ddp_asr.config import Config, config_from_dict
 from ddp_asr.data.index import Index
 from ddp_asr.errors import UserError
 from ddp_asr.files import read_json_lines
-from ddp_asr.model import AcousticModel
-from ddp_asr.recognition.recogniser import read_trained
 from ddp_asr.runs import checkpoint
 from ddp_asr.runs.directory import read_lines
 from ddp_asr.settings import differences
-from ddp_asr.text import Tokeniser, tokeniser_from_state
 from ddp_asr.training.loop import Progress
 
 
@@ -151,27 +147,3 @@ def make_progress(path: Path | None, state: dict[str, Any] | None, run: Path) ->
     if not is_of_run(path, run):  # another run's best checkpoint and evaluations are not in this directory
         progress.best, progress.best_step, progress.evaluated_step = None, 0, 0
     return progress
-
-
-def load_weights(model: AcousticModel, init_from: str, tokeniser: Tokeniser) -> None:
-    """Starts from the weights of a run directory or checkpoint: from their moving average if there is one.
-
-    Raises:
-        UserError: there is no such checkpoint, or it is of other symbols or of another model.
-    """
-    try:
-        trained = read_trained(init_from)
-    except UserError as error:
-        raise UserError(f"train.init_from: {error}") from None
-    named = f"train.init_from = {trained.path}"
-    theirs = tokeniser_from_state(trained.tokeniser)
-    if list(theirs.symbols) != list(tokeniser.symbols):
-        raise UserError(
-            f"{named} writes the symbols {theirs.symbols!r} and this run has {tokeniser.symbols!r}: "
-            "set --vocabulary.symbols to the former"
-        )
-    try:
-        model.load_state_dict(trained.weights)
-    except RuntimeError as error:
-        first = str(error).splitlines()[-1].strip()
-        raise UserError(f"{named} is of another model ({first}): take over its encoder settings") from None

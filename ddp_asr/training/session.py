@@ -35,13 +35,14 @@ from ddp_asr.recognition.recogniser import Recogniser
 from ddp_asr.runs import checkpoint, comet, tracking
 from ddp_asr.runs.directory import RunDirectory
 from ddp_asr.training.attempt import Attempt, Reached
+from ddp_asr.training.first_weights import take_weights
 from ddp_asr.training.learner import Learner
 from ddp_asr.training.loop import Evaluation, Hooks, Outcome, Schedule, Trainer
 from ddp_asr.training.optim import WeightAverage, make_optimizer
 from ddp_asr.training.precision import set_matmul_precision
 from ddp_asr.training.recorder import Recorder
 from ddp_asr.training.rehearsal import fix_gradient_buckets, is_out_of_memory, rehearse, sizes_to_try
-from ddp_asr.training.resume import find_checkpoint, is_of_run, load_weights, make_progress, read_state
+from ddp_asr.training.resume import find_checkpoint, is_of_run, make_progress, read_state
 
 
 def run(attempt: Attempt, resume: str, on_step: Callable[[], None]) -> Outcome:
@@ -76,7 +77,7 @@ def run(attempt: Attempt, resume: str, on_step: Callable[[], None]) -> Outcome:
     world.set_phase(progress.step, "making the decoder")
     decoder = world.run_on_all(lambda: make_decoder(config.decoder, corpus.tokeniser, config.frame_s))
     world.set_phase(progress.step, "making the model")
-    learner = world.run_on_all(lambda: make_learner(config, world, corpus, state))
+    learner = world.run_on_all(lambda: make_learner(config, world, corpus, state, attempt.message))
     learner.model = world.wrap(learner.model)
     own = found is not None and is_of_run(found, attempt.path)
     comet_key = state["comet_key"] if state and own else None
@@ -165,14 +166,25 @@ def _finish_tracking(attempt: Attempt) -> None:
         attempt.tracking = tracking.start(attempt.path, attempt.config.tracking.mode)
 
 
-def make_learner(config: Config, world: World, corpus: Corpus, state: dict[str, Any] | None) -> Learner:
-    """The learner of a run, with the weights of a checkpoint, of `train.init_from` or of the seed."""
+def make_learner(
+    config: Config,
+    world: World,
+    corpus: Corpus,
+    state: dict[str, Any] | None,
+    message: Callable[[str], None] = lambda line: None,
+) -> Learner:
+    """The learner of a run, with the weights of a checkpoint, of `train.init_from` or of the seed.
+
+    Args:
+        message: is told what was taken from `train.init_from`.
+    """
     # Weights are drawn on the CPU, so that they are the same wherever the run begins.
     torch.manual_seed(config.train.seed)
     # On a CPU beside the weights their gradients and AdamW's two moments.
     model = make_model(config, corpus.tokeniser.size, copies=4 if world.device.type == "cpu" else 1)
     if state is None and config.train.init_from:
-        load_weights(model, config.train.init_from, corpus.tokeniser)
+        for line in take_weights(model, config, corpus.tokeniser):
+            message(line)
     try:
         learner = _on_device(model, config, world)
         if state is not None:
