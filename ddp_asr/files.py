@@ -33,6 +33,7 @@ from typing import IO, Any
 from ddp_asr.errors import UserError
 
 BLOCK_BYTES = 8 << 20
+MAX_LINE_BYTES = 16 << 20
 
 # Every temporary file of this process carries this name, so that another process can tell them from its own.
 WRITER = secrets.token_hex(8)
@@ -70,18 +71,26 @@ def open_lines(path: str | Path, remedy: str) -> Iterator[Iterable[bytes]]:
         remedy: what to do where it cannot be read.
 
     Raises:
-        UserError: the file cannot be read or was cut, or the block raises a UnicodeDecodeError.
+        UserError: the file cannot be read or was cut, a line has no end, or the block raises a UnicodeDecodeError.
     """
     try:
         with open_input(path) as file:
             compressed = file.peek(2)[:2] == b"\x1f\x8b"
-            yield gzip.GzipFile(fileobj=file) if compressed else file
+            yield _lines(path, gzip.GzipFile(fileobj=file) if compressed else file)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path} is damaged or was cut ({error}): copy the file again") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): {remedy}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error.reason}): convert it, as with iconv") from None
+
+
+def _lines(path: str | Path, file: io.BufferedReader | gzip.GzipFile) -> Iterator[bytes]:
+    """The lines; a kilobyte of gzip may hold a megabyte without one, and a damaged or hostile file any number."""
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        if len(line) > MAX_LINE_BYTES:
+            raise UserError(f"{path} has a line of more than {MAX_LINE_BYTES >> 20} MB: it is no text of lines")
+        yield line
 
 
 def _not_regular(path: str | Path) -> OSError:

@@ -129,6 +129,9 @@ def test_fallback_discounts_are_said(text, tmp_path, capsys):
         ),
         (b"caf\xe9\n", [], "text.txt is not UTF-8 .*: convert it, as with iconv"),
         (gzip.compress(TEXT.encode(), mtime=0)[:-9], [], "text.txt is damaged or was cut"),
+        pytest.param(
+            gzip.compress(bytes(40 << 20), mtime=0), [], "text.txt has a line of more than 16 MB", id="a bomb"
+        ),
         (
             b"a <s> b",
             ["--unit=word", "--vocabulary.symbols= ab<s>"],
