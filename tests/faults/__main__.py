@@ -93,19 +93,26 @@ def _inject(options: argparse.Namespace, episodes: list, records: list[dict], re
     began_s = time.monotonic()
     stage = Stage(options.out / "stage")
     (options.out / "shape.json").write_text(json.dumps({"steps_per_epoch": stage.shape.steps_per_epoch}))
-    lock = threading.Lock()
+    lock, stopping = threading.Lock(), threading.Event()
 
     def run(episode: campaign.Episode) -> None:
-        if options.minutes and time.monotonic() - began_s > 60 * options.minutes:
+        if stopping.is_set() or (options.minutes and time.monotonic() - began_s > 60 * options.minutes):
             return
         found = campaign.run_episode(stage, options.out / f"run-{episode.number}", episode)
+        if stopping.is_set():  # a Ctrl-C reaches the processes of the runs, too
+            return
         with lock, results.open("a") as file:
             for record in found:
                 file.write(json.dumps(record | {"minutes": round((time.monotonic() - began_s) / 60, 1)}) + "\n")
                 _say(record)
 
     with concurrent.futures.ThreadPoolExecutor(options.at_a_time) as pool:
-        list(pool.map(run, left))
+        try:
+            list(pool.map(run, left))
+        except KeyboardInterrupt:
+            stopping.set()
+            print("stopped, once the runs of now have ended; the same command goes on", flush=True)
+            raise SystemExit(130) from None
 
 
 def _say(record: dict) -> None:

@@ -393,7 +393,7 @@ def _run_rank_of_agent(arguments: list[str], patch: Hooks) -> None:
     from ddp_asr.errors import run_entry_point
     from ddp_asr.train import main
 
-    signals: list[str] = []
+    agent, signals = os.getppid(), list[str]()
     request = StopRequest.request
 
     def noting(stop: StopRequest, reason: str) -> None:
@@ -402,6 +402,7 @@ def _run_rank_of_agent(arguments: list[str], patch: Hooks) -> None:
 
     StopRequest.request = noting  # type: ignore[method-assign, assignment]
     code = run_entry_point(partial(main, arguments))
-    # A rank that returns stays until the agent has its result. An agent that stops, or is gone, does not ask for it.
-    if code or signals:
+    # A rank that returns stays until the agent has its result. An agent that stops, or is gone, does not ask for it. A
+    # rank may stop because others have seen that the agent is gone, before it sees it itself.
+    if code or signals or os.getppid() != agent:
         os._exit(code)
