@@ -11,6 +11,8 @@ the logits alone, also where a language model chose the text, and is not calibra
 less than nine in ten are right.
 """
 
+import re
+
 import numpy as np
 
 from ddp_asr.decoding.protocol import Word
@@ -22,16 +24,17 @@ def words_on(path: np.ndarray, log_p: np.ndarray, tokeniser: Tokeniser, frame_s:
     classes, start, end = collapse(path, tokeniser.blank)
     log_p_of = [float(log_p[first:stop].mean(dtype=np.float64)) for first, stop in zip(start, end, strict=True)]
     words: list[Word] = []
-    letters: list[int] = []
-    symbols = [tokeniser.decode(np.array([number])) for number in classes]
-    for place, symbol in enumerate([*symbols, " "]):  # the space at the end closes the last word
-        if not symbol.isspace():
-            letters.append(place)
-        elif letters:
-            text = "".join(symbols[letter] for letter in letters)
-            confidence = float(np.exp(np.mean([log_p_of[letter] for letter in letters])))
-            words.append(Word(text, float(start[letters[0]] * frame_s), float(end[letters[-1]] * frame_s), confidence))
-            letters = []
+    text, places = "", list[int]()  # of the word that is being read, and of its symbols
+    written = [tokeniser.symbols[number] for number in classes]
+    for place, symbol in enumerate([*written, " "]):  # the space at the end closes the last word
+        for number, part in enumerate(re.split(r"\s", symbol)):  # a word piece may begin with a space
+            if number and text:
+                confidence = float(np.exp(np.mean([log_p_of[each] for each in places])))
+                first, last = float(start[places[0]] * frame_s), float(end[places[-1]] * frame_s)
+                words.append(Word(text, first, last, confidence))
+                text, places = "", []
+            if part:
+                text, places = text + part, [*places, place]
     return words
 
 
