@@ -1,7 +1,7 @@
 """The command `ddp-asr COMMAND ...`, also as `python -m ddp_asr COMMAND ...`.
 
 train, evaluate --> torchrun with so many processes, or this process alone --> ddp_asr.train, ddp_asr.evaluate
-shard, transcribe, align, lm, tune, tracking --> the module of that name
+shard, vocabulary, transcribe, align, lm, tune, tracking --> the module of that name
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ COMMANDS = {
     "evaluate": "word and character error rates of a trained model on shards",
     "transcribe": "write down what is said in audio files",
     "align": "find when each word of known texts is said, and transcripts that may be wrong",
+    "vocabulary": "learn word pieces of text or transcripts",
     "lm": "make an n-gram language model of text or transcripts",
     "tune": "find the weights of a decoder with a language model",
     "tracking": "send a run to Comet, or make its offline archive",

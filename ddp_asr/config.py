@@ -89,12 +89,55 @@ class Characters:
     drop: str = setting("", "characters to remove from transcripts first, such as punctuation")
 
     def check(self) -> None:
-        if len(set(self.symbols)) != len(self.symbols):
-            twice = sorted({symbol for symbol in self.symbols if self.symbols.count(symbol) > 1})
+        _check_symbols(self.symbols)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Word pieces: frequent parts of words are classes, learnt by sentencepiece (see text/pieces.py)."""
+
+    kind: str = field(default="pieces", init=False)
+
+    size: int = setting(
+        256, "number of pieces; the blank is one more class", at_least=2, at_most=32_768, also_called="vocab_size"
+    )
+    model: str = setting(
+        "",
+        "file of `ddp-asr vocabulary`; empty: pieces are learnt from the training transcripts when the run begins",
+        also_called="bpe_model spm tokenizer_path",
+    )
+    symbols: str = setting(
+        "' abcdefghijklmnopqrstuvwxyz",
+        "the characters that pieces are made of; each is a piece, too",
+        not_empty=True,
+        also_called="alphabet",
+    )
+    lowercase: bool = setting(True, "lower-case transcripts first")
+    drop: str = setting("", "characters to remove from transcripts first, such as punctuation")
+
+    def check(self) -> None:
+        _check_symbols(self.symbols)
+        reserved = sorted({"\u2581", "\u2585"} & set(self.symbols))
+        if reserved:
             raise UserError(
-                f"vocabulary.symbols must hold each symbol once, and {''.join(twice)!r} is repeated in "
-                f"{self.symbols!r}: remove the repetition"
+                f"vocabulary.symbols has {''.join(reserved)!r}, which sentencepiece uses for itself: take it out, and "
+                "write the space as a space"
             )
+        fewest = len({" ", *self.symbols})
+        if self.size < fewest:
+            raise UserError(
+                f"vocabulary.size = {self.size} is below the {fewest} characters of vocabulary.symbols with the space, "
+                "each of which is a piece: raise the former or shorten the latter"
+            )
+
+
+def _check_symbols(symbols: str) -> None:
+    if len(set(symbols)) != len(symbols):
+        twice = sorted({symbol for symbol in symbols if symbols.count(symbol) > 1})
+        raise UserError(
+            f"vocabulary.symbols must hold each symbol once, and {''.join(twice)!r} is repeated in "
+            f"{symbols!r}: remove the repetition"
+        )
 
 
 @dataclass(frozen=True)
@@ -526,7 +569,7 @@ class Config:
 
     run: Run = section(Run)
     data: Data = section(Data)
-    vocabulary: Characters = section(Characters, shapes_result=True, also_called="tokenizer text")
+    vocabulary: Characters | Pieces = section(Characters, shapes_result=True, also_called="tokenizer text")
     batch: Batch = section(Batch, shapes_result=True)
     features: Features = section(Features, shapes_result=True, also_called="preprocessor frontend")
     augment: Augment = section(Augment, shapes_result=True, also_called="specaug spec_augment")

@@ -14,19 +14,19 @@ import sys
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddp_asr.config import load_config
+from ddp_asr.config import Config, Pieces, load_config
 from ddp_asr.errors import UserError, run_entry_point
 from ddp_asr.files import check_writable, open_lines
 
 if TYPE_CHECKING:
     from ddp_asr.text import Tokeniser
 
-DEFAULT_ORDER = {"char": 6, "word": 3}
+DEFAULT_ORDER = {"char": 6, "piece": 5, "word": 3}
 MAX_ORDER = 20
 RESERVED = ("<s>", "</s>", "<unk>", "<UNK>", "<space>")  # what an ARPA file writes for something else
 BLOCK = 1 << 14  # sentences encoded at once
@@ -38,9 +38,10 @@ examples:
   python -m ddp_asr.lm shards/mine --config configs/mine.yaml --out lm.arpa    of the transcripts in shards
   python -m ddp_asr.lm book.txt --run runs/an4 --vocabulary.drop='.,;:!?"' --out lm.arpa    without punctuation
   python -m ddp_asr.lm book.txt --run runs/an4 --unit word --order 3 --out words.arpa.gz
+  python -m ddp_asr.lm book.txt --run runs/pieces --unit piece --out pieces.arpa.gz     for a run of word pieces
 
 --vocabulary.NAME=VALUE changes a setting of the recogniser's vocabulary: drop (characters that the text is freed of),
-lowercase, symbols.
+lowercase, symbols. A run of word pieces has them in its directory.
 
 The text is held in memory, about 100 bytes a symbol. For billions of symbols use KenLM's lmplz, whose files are
 read, too."""
@@ -53,19 +54,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not sources:
         raise UserError("there is no text: name text files or shard directories, or --run with a run's directory")
     check_writable(options.out)
-    from ddp_asr.text import make_tokeniser
-
-    tokeniser = make_tokeniser(config.vocabulary)
+    tokeniser = _tokeniser(config, options.run)
+    options.unit = options.unit or tokeniser.unit
+    if options.unit not in (tokeniser.unit, "word"):
+        raise UserError(
+            f"--unit {options.unit} does not suit a recogniser that writes {tokeniser.unit}s: leave it out, or name "
+            "another --run"
+        )
+    options.order = options.order or DEFAULT_ORDER[options.unit]
     text = read_text(sources, tokeniser, options.unit)
     make(text, tokeniser, options)
     return 0
+
+
+def _tokeniser(config: Config, run: Path | None) -> Tokeniser:
+    """That of the settings; word pieces are those in the run directory, or are learnt as the run would learn them."""
+    from ddp_asr.data.corpus import new_tokeniser
+    from ddp_asr.text.pieces import FILE
+
+    vocabulary = config.vocabulary
+    if isinstance(vocabulary, Pieces) and run is not None:
+        config = replace(config, vocabulary=replace(vocabulary, model=str(run / FILE)))
+    return new_tokeniser(config)
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """The options, and the settings (`--vocabulary.NAME=VALUE`)."""
     parser = argparse.ArgumentParser(
         prog="python -m ddp_asr.lm",
-        usage="%(prog)s [TEXT|SHARDS ...] --out FILE [--unit char|word] [--order N] [--run RUN | --config FILE] "
+        usage="%(prog)s [TEXT|SHARDS ...] --out FILE [--unit char|piece|word] [--order N] [--run RUN | --config FILE] "
         "[--vocabulary.NAME=VALUE ...]",
         description="Makes an n-gram language model (modified Kneser-Ney) of text, with the symbols of a recogniser.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -76,9 +93,10 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     text = "text files (UTF-8, a sentence a line, .gz or not) and shard directories; none: the run's training shards"
     add("text", nargs="*", metavar="TEXT|SHARDS", help=text)
     add("--out", type=Path, required=True, metavar="FILE", help="the ARPA file to write; a name in .gz compresses it")
-    unit = "a symbol of the model: a character that the recogniser writes, or a word (default: char)"
-    add("--unit", choices=tuple(DEFAULT_ORDER), default="char", help=unit)
-    add("--order", type=int, metavar="N", help=f"longest n-grams, 1 to {MAX_ORDER} (default: 6 with char, 3 with word)")
+    unit = "a symbol of the model: a word, or what the recogniser writes, a character or a word piece (the default)"
+    add("--unit", choices=tuple(DEFAULT_ORDER), help=unit)
+    orders = ", ".join(f"{order} with {unit}" for unit, order in DEFAULT_ORDER.items())
+    add("--order", type=int, metavar="N", help=f"longest n-grams, 1 to {MAX_ORDER} (default: {orders})")
     like = parser.add_mutually_exclusive_group()
     like.add_argument("--run", type=Path, metavar="RUN", help="run directory whose vocabulary settings are taken")
     like.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML, where there is no run yet")
@@ -89,9 +107,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     for setting in settings:
         if "=" not in setting:
             parser.error(f"{setting} has no value: write {setting}=VALUE")
-    if options.order is None:
-        options.order = DEFAULT_ORDER[options.unit]
-    if not 1 <= options.order <= MAX_ORDER:
+    if options.order is not None and not 1 <= options.order <= MAX_ORDER:
         parser.error(f"--order is {options.order}; it must be 1 to {MAX_ORDER}")
     return options, settings
 
@@ -138,23 +154,23 @@ def read_text(sources: Sequence[str], tokeniser: Tokeniser, unit: str) -> Text:
     bar = console.status("reading") if console.is_terminal else None
     with bar or contextlib.nullcontext():
         for source in sources:
-            sentences = _sentences(source)
-            while block := list(islice(sentences, BLOCK)):
+            from_source = sentences(source)
+            while block := list(islice(from_source, BLOCK)):
                 for sentence, foreign in zip(block, tokeniser.count(block).foreign, strict=True):
                     if foreign:
                         text.left_out += 1
                         text.foreign.update(foreign)
                         continue
-                    if unit == "char":
-                        numbers = tokeniser.encode(sentence).tolist()
-                    else:
+                    if unit == "word":
                         numbers = [words[word] for word in tokeniser.normalise(sentence).split()]
+                    else:
+                        numbers = tokeniser.encode(sentence).tolist()
                     if numbers:
                         text.numbers.extend(numbers)
                         text.lengths.append(len(numbers))
                 if bar:
                     bar.update(f"reading {source}: {len(text.lengths):,} sentences")
-    text.symbols += tokeniser.symbols if unit == "char" else words
+    text.symbols += words if unit == "word" else tokeniser.symbols
     _require_usable(text, sources)
     return text
 
@@ -174,7 +190,8 @@ def _require_usable(text: Text, sources: Sequence[str]) -> None:
     raise UserError(f"there is no sentence in {', '.join(sources)}: name a text that is not empty")
 
 
-def _sentences(source: str) -> Iterator[str]:
+def sentences(source: str) -> Iterator[str]:
+    """The transcripts of a shard directory or URL, or the lines of a text file."""
     from ddp_asr.data.index import read_index
     from ddp_asr.data.storage import scheme_of
 
@@ -216,7 +233,7 @@ def make(text: Text, tokeniser: Tokeniser, options: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"--out {options.out} cannot be written: {error.strerror}; name another place") from None
     print(f"{options.out}: {options.out.stat().st_size / 1e6:,.1f} MB")
-    if options.unit == "char":
+    if options.unit != "word":
         print(f"in a search: {model.arcs(tokeniser.symbols).summary}")
 
 

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddp_asr.config import Config, load_config, require_shards
+from ddp_asr.config import Config, Pieces, load_config, require_shards
 from ddp_asr.errors import UserError, run_entry_point
 from ddp_asr.files import Fields, is_text, is_time, read_json, replace_file
 from ddp_asr.runs.directory import read_status
@@ -149,9 +149,12 @@ def resolved(config: Config) -> Config:
         test=[str(Path(path).absolute()) for path in config.data.test],
         cache_dir=str(Path(config.data.cache_dir).absolute()) if config.data.cache_dir else "",
     )
-    init_from = config.train.init_from
+    init_from, vocabulary = config.train.init_from, config.vocabulary
+    if isinstance(vocabulary, Pieces) and vocabulary.model:
+        vocabulary = dataclasses.replace(vocabulary, model=str(Path(vocabulary.model).absolute()))
     return dataclasses.replace(
         config,
+        vocabulary=vocabulary,
         run=dataclasses.replace(config.run, dir=str(Path(config.run.dir).absolute())),
         data=data,
         train=dataclasses.replace(config.train, init_from=str(Path(init_from).absolute()) if init_from else ""),

@@ -499,7 +499,7 @@ def test_a_state_with_another_kind_of_progress_is_refused(tmp_path, progress):
     path = tmp_path / "step-00000003.pt"
     write(path, {"progress": progress, "config": {}, "fingerprint": "", "model": {}, "optimizer": {}}, may_write)
     with pytest.raises(UserError, match=r"is no checkpoint of ddp_asr\.train"):
-        read_state(path, config_from_dict({}, "the test"), None)
+        read_state(path, config_from_dict({}, "the test"))
 
 
 def test_a_pickle_that_leads_the_unpickler_astray_is_damage(tmp_path):

@@ -87,9 +87,10 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [
     ("data.train", ["a"], ["", "[]"]),
     ("vocabulary.symbols", [" ab"], ["", "aba"]),
     ("vocabulary.lowercase", ["on", "off"], []),
+    ("vocabulary.size", ["28", "1024"], ["0", "-1", "27", "32769"]),  # each of the 28 characters is a piece
     ("objective.intermediate_layers", ["1", "2,4", ""], ["0", "2,2", "-1"]),
     ("encoder.kind", ["rescnn_bigru"], ["", "none_such"]),
-    ("vocabulary.kind", ["characters"], ["", "none_such"]),
+    ("vocabulary.kind", ["characters", "pieces"], ["", "none_such"]),
     ("decoder.kind", ["greedy", "beam", "lexicon"], ["", "none_such"]),
     ("decoder.size", ["1", "64"], ["0", "-1"]),
     ("decoder.n_best", ["1", "16"], ["0", "17"]),  # no more than decoder.size
@@ -98,7 +99,7 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [
     ("decoder.lm_weight decoder.hot_word_bonus", ["0", "1.5"], ["-0.1", "nan", "inf"]),
     ("decoder.symbol_bonus decoder.word_bonus", ["-1", "0", "2.5"], ["nan", "inf"]),
     # any text
-    ("run.name run.dir data.cache_dir data.test vocabulary.drop train.init_from", ["x"], []),
+    ("run.name run.dir data.cache_dir data.test vocabulary.drop vocabulary.model train.init_from", ["x"], []),
     ("decoder.lm decoder.lexicon decoder.hot_words", ["x"], []),
     ("tracking.project tracking.workspace tracking.tags", ["x"], []),
 ]
@@ -126,6 +127,9 @@ def test_settings_at_odds_with_each_other_name_both():
         ("--objective.intermediate_weight=0.3", "--objective.intermediate_layers=1,6"): r"layers 1 to 5 .*\[1, 6\]",
         ("--objective.intermediate_weight=0.3", "--objective.intermediate_layers="): r"layers 1 to 5 .*\[\]",
         ("--augment.noise.snr_db_min=50",): "noise.snr_db_min = 50 is above augment.noise.snr_db_max = 40: lower",
+        ("--vocabulary.kind=pieces", "--vocabulary.symbols=aba"): "hold each symbol once, and 'a' is repeated",
+        ("--vocabulary.kind=pieces", "--vocabulary.size=20"): "size = 20 is below the 28 characters of",
+        ("--vocabulary.kind=pieces", "--vocabulary.symbols=ab\u2581"): "symbols has '\u2581', which sentencepiece uses",
         ("--vocabulary.symbols=abca",): "hold each symbol once, and 'a' is repeated in 'abca'",
         (
             "--decoder.kind=beam",

@@ -16,30 +16,53 @@ from hypothesis import strategies as st
 
 from ddp_asr import config
 from ddp_asr.decoding import DECODERS, make_decoder
+from ddp_asr.text import TOKENISERS as KINDS_OF_TOKENISERS
+from ddp_asr.text import Tokeniser, make_tokeniser
 from ddp_asr.text.characters import Characters
 
 SYMBOLS = " ab'"
 BLANK = len(SYMBOLS)
-TOKENISER = Characters(SYMBOLS)
+TOKENISERS: dict[str, Tokeniser] = {
+    "characters": Characters(SYMBOLS),
+    "pieces": make_tokeniser(config.Pieces(size=9, symbols=SYMBOLS), ["ab a bab", "ab ab aab", "bab a b'a"]),
+}
 FRAME_S = 0.5
-KINDS = [kind for kind in DECODERS if kind != "lexicon" or find_spec("flashlight")]
+# Every decoder with every kind of tokeniser; `lexicon` refuses all but characters.
+CASES = [
+    (kind, vocabulary)
+    for kind in DECODERS
+    for vocabulary in (["characters"] if kind == "lexicon" else TOKENISERS)
+    if kind != "lexicon" or find_spec("flashlight")
+]
 paths_of_a_batch = st.lists(st.lists(st.integers(0, BLANK), max_size=12), min_size=1, max_size=4)
+cases_with_paths = st.sampled_from(CASES).flatmap(
+    lambda case: st.tuples(
+        st.just(case),
+        st.lists(st.lists(st.integers(0, TOKENISERS[case[1]].blank), max_size=12), min_size=1, max_size=4),
+    )
+)
+
+
+def test_every_kind_of_tokeniser_has_a_case():
+    assert TOKENISERS.keys() == KINDS_OF_TOKENISERS.keys()
 
 
 @cache
-def decoder_of(kind, frame_s=FRAME_S):
+def decoder_of(kind, vocabulary="characters", frame_s=FRAME_S):
     """With default settings, and for `lexicon` each text of up to two symbols as a word."""
     with tempfile.TemporaryDirectory() as directory:
         lexicon = Path(directory, "lexicon.txt")
         lexicon.write_text("\n".join([*"ab'", *("".join(pair) for pair in product("ab'", repeat=2))]))
         settings = {"kind": kind, **({"lexicon": str(lexicon)} if kind == "lexicon" else {})}
-        return make_decoder(config.config_from_dict({"decoder": settings}, "the test").decoder, TOKENISER, frame_s)
+        return make_decoder(
+            config.config_from_dict({"decoder": settings}, "the test").decoder, TOKENISERS[vocabulary], frame_s
+        )
 
 
-def logits_of(paths: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def logits_of(paths: list[list[int]], blank: int = BLANK) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits whose best path is the given one; past a row's end, garbage that must not be read."""
     frames = torch.tensor([len(path) for path in paths])
-    logits = torch.rand(len(paths), max(int(frames.max()), 1) + 2, BLANK + 1)
+    logits = torch.rand(len(paths), max(int(frames.max()), 1) + 2, blank + 1)
     for row, path in enumerate(paths):
         for frame, symbol in enumerate(path):
             logits[row, frame, symbol] += 2
@@ -49,9 +72,11 @@ def logits_of(paths: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 # ---- every decoder -------------------------------------------------------------------------------------------------
 
 
-@given(st.sampled_from(KINDS), paths_of_a_batch)
-def test_words_are_the_text_and_lie_in_their_order_within_the_row(kind, paths):
-    for hypothesis, path in zip(decoder_of(kind)(*logits_of(paths)), paths, strict=True):
+@given(cases_with_paths)
+def test_words_are_the_text_and_lie_in_their_order_within_the_row(case_with_paths):
+    case, paths = case_with_paths
+    logits, frames = logits_of(paths, TOKENISERS[case[1]].blank)
+    for hypothesis, path in zip(decoder_of(*case)(logits, frames), paths, strict=True):
         assert hypothesis.text == " ".join(word.text for word in hypothesis.words) == " ".join(hypothesis.text.split())
         edges = [edge for word in hypothesis.words for edge in (word.start_s, word.end_s)]
         assert edges == sorted(edges)
@@ -60,12 +85,13 @@ def test_words_are_the_text_and_lie_in_their_order_within_the_row(kind, paths):
         assert hypothesis.score <= 0
 
 
-@given(st.sampled_from(KINDS), paths_of_a_batch)
-def test_a_row_alone_and_in_a_batch_is_the_same(kind, paths):
-    logits, frames = logits_of(paths)
-    together = decoder_of(kind)(logits, frames)
+@given(cases_with_paths)
+def test_a_row_alone_and_in_a_batch_is_the_same(case_with_paths):
+    case, paths = case_with_paths
+    logits, frames = logits_of(paths, TOKENISERS[case[1]].blank)
+    together = decoder_of(*case)(logits, frames)
     for row, length in enumerate(frames.tolist()):
-        (alone,) = decoder_of(kind)(logits[row : row + 1, :length], frames[row : row + 1])
+        (alone,) = decoder_of(*case)(logits[row : row + 1, :length], frames[row : row + 1])
         times = [[(word.text, word.start_s, word.end_s) for word in each.words] for each in (alone, together[row])]
         assert alone.text == together[row].text and times[0] == times[1]
         assert alone.score == pytest.approx(together[row].score, rel=1e-6)
@@ -73,9 +99,10 @@ def test_a_row_alone_and_in_a_batch_is_the_same(kind, paths):
         assert confidences[0] == pytest.approx(confidences[1], rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_frames_are_no_words(kind):
-    for hypothesis in decoder_of(kind)(torch.zeros(2, 0, BLANK + 1), torch.tensor([0, 0])):
+@pytest.mark.parametrize(("kind", "vocabulary"), CASES)
+def test_no_frames_are_no_words(kind, vocabulary):
+    logits = torch.zeros(2, 0, TOKENISERS[vocabulary].size)
+    for hypothesis in decoder_of(kind, vocabulary)(logits, torch.tensor([0, 0])):
         assert (hypothesis.text, hypothesis.words, hypothesis.score) == ("", [], 0.0)
 
 

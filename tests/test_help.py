@@ -12,7 +12,18 @@ ENTRY_POINTS = [
     "ddp_asr",
     *(
         f"ddp_asr.{name}"
-        for name in ("shard", "train", "evaluate", "transcribe", "align", "lm", "tune", "tracking", "bandwidth")
+        for name in (
+            "shard",
+            "train",
+            "evaluate",
+            "transcribe",
+            "align",
+            "vocabulary",
+            "lm",
+            "tune",
+            "tracking",
+            "bandwidth",
+        )
     ),
     *(f"launch.{name}" for name in ("submit", "doctor", "sweep", "status", "job", "node")),
     *(f"benchmarks.{name}" for name in ("plan", "loader", "step", "scaling", "gpu")),

@@ -37,7 +37,7 @@ NEVER["training.loop"] = UNKNOWN_TO_THE_LOOP | {
 # Not even through what they import: launchers use these on login nodes that have no torch, and `plan` is arithmetic.
 WITHOUT_TORCH = [
     *("errors", "settings", "config", "draws", "data.plan", "data.index", "data.storage", "data.targets"),
-    *("data.corpus", "text.characters", "text.score", "features"),
+    *("data.corpus", "text.characters", "text.pieces", "text.score", "features"),
     *("runs.lease", "runs.directory", "ranks.watchdog"),
 ]
 TORCH = {"torch", "torchaudio", "webdataset"}  # webdataset imports torch
@@ -46,6 +46,7 @@ ONLY_IN = {
     "comet_ml": {"runs.comet"},
     "webdataset": {"data.writer"},
     "flashlight": {"decoding.lexicon"},
+    "sentencepiece": {"text.pieces"},
 }
 # where a package is imported by another name, or comes with another one (Triton with a torch for CUDA)
 DISTRIBUTIONS = {"yaml": "pyyaml", "triton": "torch", "flashlight": "flashlight-text"}
@@ -145,7 +146,8 @@ def test_what_runs_where_there_is_no_torch(package, module):
 def test_every_imported_package_is_declared():
     setup = configparser.ConfigParser()
     setup.read(REPOSITORY / "setup.cfg", encoding="utf-8")
-    lines = setup["options"]["install_requires"] + setup["options.extras_require"]["lexicon"]  # an extra of ddp_asr
+    extras = setup["options.extras_require"]
+    lines = setup["options"]["install_requires"] + extras["lexicon"] + extras["pieces"]  # the extras of ddp_asr
     declared = {re.match(r"[\w-]*", line).group() for line in lines.split("\n")}
     used = {
         name.split(".")[0]

@@ -171,7 +171,7 @@ def test_no_text_is_one_sentence(tmp_path):
         ),
         (["--vocabulary.drop", "x"], "--vocabulary.drop has no value: write --vocabulary.drop=VALUE"),
         (["--run=a", "--config=b"], "not allowed with argument"),
-        (["--unit=piece"], "invalid choice"),
+        (["--unit=bits"], "invalid choice"),
     ],
 )
 def test_a_wrong_option_is_refused(text, tmp_path, capsys, options, expected):

@@ -18,9 +18,15 @@ EXAMPLES = {
         config.Characters(),
         config.Characters(symbols="' zyxwvutsrqponmlkjihgfedcba", drop=".-"),
         config.Characters(symbols="abcdefghijklmnopqrstuvwxyzé 'ABCDEFGHIJKLMNOPQRSTUVWXYZ", lowercase=False),
-    ]
+    ],
+    "pieces": [
+        config.Pieces(size=28),  # no more than the characters
+        config.Pieces(size=48, drop=".-"),
+        config.Pieces(size=64, symbols="zyxwvutsrqponmlkjihgfedcbaé 'ABCDEFGHIJKLMNOPQRSTUVWXYZ", lowercase=False),
+    ],
 }
-EVERY = [make_tokeniser(settings) for examples in EXAMPLES.values() for settings in examples]
+TRANSCRIPTS = ["a cab aa b", "abc abc cab", "ab 'ab' ac 19", "xyz za zzz abab cabab"]
+EVERY = [make_tokeniser(settings, TRANSCRIPTS) for examples in EXAMPLES.values() for settings in examples]
 every = pytest.mark.parametrize("tokeniser", EVERY, ids=lambda tokeniser: type(tokeniser).__name__)
 
 WRITABLE = st.text("' abcxyz", max_size=40)
@@ -82,11 +88,20 @@ def test_its_state_is_plain_and_gives_the_same_tokeniser(tokeniser, text):
 
 
 def test_an_unknown_kind_is_refused_with_those_there_are():
-    with pytest.raises(UserError, match=r"tokeniser is of kind 'runes', .* has only: characters; use the version"):
+    with pytest.raises(
+        UserError, match=r"tokeniser is of kind 'runes', .* has only: characters, pieces; use the version"
+    ):
         tokeniser_from_state({"kind": "runes"})
 
 
-@pytest.mark.parametrize("state", [{}, {"kind": []}, [], {"kind": "characters"}, {"kind": "characters", "symbols": 3}])
+OTHER_STATES = [{"kind": "pieces", "model": model} for model in (3, "", "é", "AAAA", "a")]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [{}, {"kind": []}, [], {"kind": "characters"}, {"kind": "characters", "symbols": 3}, {"kind": "pieces"}]
+    + [{**state, "symbols": " ab", "lowercase": True, "drop": ""} for state in OTHER_STATES],
+)
 def test_a_state_that_is_none_is_refused(state):
     with pytest.raises(UserError, match=r"the checkpoint's tokeniser .*version"):
         tokeniser_from_state(state)

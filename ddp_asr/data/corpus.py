@@ -4,6 +4,7 @@ Arithmetic on the index: no audio is read and torch is not needed, so `--dry-run
 seconds.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,14 +35,26 @@ class Corpus:
         return self.index.hours
 
 
-def read_corpus(settings: config.Config) -> Corpus:
+def new_tokeniser(settings: config.Config) -> Tokeniser:
+    """The tokeniser of a run that begins; where its kind is learnt, of the transcripts of `data.train`."""
+
+    def transcripts() -> Iterator[str]:
+        yield from read_index(settings.data.train).texts.to_pylist()
+
+    return make_tokeniser(settings.vocabulary, transcripts())
+
+
+def read_corpus(settings: config.Config, tokeniser: Tokeniser | None = None) -> Corpus:
     """Reads the index of `data.train`, leaves out what cannot be trained and plans the epochs.
+
+    Args:
+        tokeniser: that of the run, without which it is a new one.
 
     Raises:
         UserError: missing shards, or too few usable utterances for `batch.micro_batches`.
     """
     whole = read_index(settings.data.train)
-    tokeniser = make_tokeniser(settings.vocabulary)
+    tokeniser = tokeniser or new_tokeniser(settings)
     targets = fit_targets(
         whole,
         tokeniser,

@@ -136,6 +136,11 @@ def read_word_model(settings: config.Lexicon, tokeniser: Tokeniser) -> WordModel
             language model is none of these words.
     """
     flashlight = _flashlight()
+    if tokeniser.unit != "char":
+        raise UserError(
+            "decoder.kind = lexicon needs a vocabulary of characters, in which a space ends each word; this run has "
+            "word pieces: set decoder.kind to beam, with a language model of python -m ddp_asr.lm --unit piece"
+        )
     if " " not in tokeniser.symbols:
         raise UserError("decoder.kind = lexicon needs the space among vocabulary.symbols, and this run has none")
     space = list(tokeniser.symbols).index(" ")

@@ -34,6 +34,7 @@ from ddp_asr.files import open_lines, writing_aside
 
 UNKNOWN, START, END = "<unk>", "<s>", "</s>"
 SPACE = "<space>"  # how an ARPA file writes " ", because spaces part its symbols
+PIECE_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # and that of a word piece, as all programs that use sentencepiece write it
 _LN_10 = math.log(10)
 _NAMES_SHOWN = 5
 
@@ -193,7 +194,7 @@ def write_arpa(model: NGramModel, path: Path) -> None:
 def _write(model: NGramModel, file: IO[bytes] | gzip.GzipFile) -> None:
     counts = "".join(f"ngram {length}={len(ngrams)}\n" for length, ngrams in enumerate(model.orders, 1))
     file.write(f"\\data\\\n{counts}".encode())
-    texts = [symbol.replace(" ", SPACE) for symbol in model.symbols]
+    texts = [SPACE if symbol == " " else symbol.replace(" ", PIECE_SPACE) for symbol in model.symbols]
     written = [""]  # the n-grams one shorter
     for length, ngrams in enumerate(model.orders, 1):
         parts = zip(ngrams.prefix.tolist(), ngrams.symbol.tolist(), strict=True)
@@ -329,7 +330,8 @@ class _Reader:
 
     def _symbols(self, numbers: Iterable[bytes]) -> tuple[str, ...]:
         try:
-            return tuple(text.decode().replace(SPACE, " ").replace("<UNK>", UNKNOWN) for text in numbers)
+            spaces = (text.decode().replace(SPACE, " ").replace(PIECE_SPACE, " ") for text in numbers)
+            return tuple(text.replace("<UNK>", UNKNOWN) for text in spaces)
         except UnicodeDecodeError:
             raise UserError(f"{self.path} has symbols that are not UTF-8: convert the file, as with iconv") from None
 

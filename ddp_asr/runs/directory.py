@@ -5,6 +5,7 @@
         metrics.jsonl      a train line a step, a test line an evaluation, an epoch line an epoch (fields below)
         samples.jsonl      references and hypotheses of each evaluation
         left_out.jsonl     utterances that the plan leaves out, with the reason
+        pieces.model       the vocabulary of word pieces, if the run has one, for other programs of sentencepiece
         environment.json   versions, hardware and git commit of the newest attempt; its fused micro-batches, by rank
         status.json        how the run stands, for launchers
         spectrogram.png, curves.png, checkpoints/, best.pt, lease.json, comet.json ...
@@ -138,14 +139,14 @@ class RunDirectory:
             with _naming_the_file(self.path / name):
                 sync(file)
 
-    def write(self, name: str, text: str) -> None:
+    def write(self, name: str, content: str | bytes) -> None:
         """Replaces a whole file at once; removes what a killed attempt has left of such a write."""
         abandoned = left_behind(self.path, name)
         self._lease.check()
         with _naming_the_file(self.path / name):
             for file in abandoned:
                 file.unlink(missing_ok=True)
-            replace_file(self.path / name, text, before_rename=self._lease.check)
+            replace_file(self.path / name, content, before_rename=self._lease.check)
 
     def produce(self, name: str, make: Callable[[], object]) -> None:
         """Runs `make`, which writes and replaces the file `name` itself."""

@@ -1,6 +1,6 @@
 """Text: tokenisers (text to classes and back, one module a kind) and the scoring of hypotheses.
 
-    tokeniser = make_tokeniser(config.vocabulary)        # of the kind that the settings name
+    tokeniser = make_tokeniser(config.vocabulary, texts) # of the kind that the settings name, perhaps learnt of texts
     checkpoint["tokeniser"] = tokeniser.state()
     tokeniser_from_state(checkpoint["tokeniser"])        # the same tokeniser
 
@@ -8,7 +8,7 @@ A new kind is a module with a class that keeps the promises in protocol.py, its 
 and a line in `TOKENISERS`; the tests run over all that are registered.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ddp_asr.errors import UserError
@@ -23,15 +23,26 @@ def _characters() -> type[Tokeniser]:
     return Characters
 
 
+def _pieces() -> type[Tokeniser]:
+    from ddp_asr.text.pieces import Pieces
+
+    return Pieces
+
+
 # kind in the settings -> its class, imported when it is asked for, because a kind may need a package of its own
 TOKENISERS: dict[str, Callable[[], type[Tokeniser]]] = {
     "characters": _characters,
+    "pieces": _pieces,
 }
 
 
-def make_tokeniser(settings: Any) -> Tokeniser:
-    """The tokeniser that `settings.kind` names."""
-    return TOKENISERS[settings.kind]().from_settings(settings)
+def make_tokeniser(settings: Any, transcripts: Iterable[str] = ()) -> Tokeniser:
+    """The tokeniser that `settings.kind` names; `transcripts` are read only where that kind is learnt of them.
+
+    Raises:
+        UserError: its package is missing, its file cannot be read, or it cannot be learnt of these transcripts.
+    """
+    return TOKENISERS[settings.kind]().from_settings(settings, transcripts)
 
 
 def tokeniser_from_state(state: dict[str, Any]) -> Tokeniser:
@@ -48,7 +59,7 @@ def tokeniser_from_state(state: dict[str, Any]) -> Tokeniser:
         )
     try:
         return TOKENISERS[kind]().from_state(state)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"the checkpoint's tokeniser of kind {kind!r} lacks a part, or has one of another type ({error}): use the "
             "version of ddp_asr that wrote the checkpoint"

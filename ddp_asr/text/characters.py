@@ -13,7 +13,7 @@ space to one space. So symbols and punctuation of any language are settings.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,8 @@ _CODE_POINT_BITS = 21  # Unicode ends at 0x10FFFF
 
 class Characters:
     """Symbols of one code point each, in class order; the blank is the last class."""
+
+    unit = "char"
 
     def __init__(self, symbols: str, lowercase: bool = True, drop: str = "") -> None:
         symbols = unicodedata.normalize("NFC", symbols)
@@ -48,7 +50,7 @@ class Characters:
         self._class_of[_code_points(symbols)] = np.arange(len(symbols))
 
     @classmethod
-    def from_settings(cls, settings: config.Characters) -> Characters:
+    def from_settings(cls, settings: config.Characters, transcripts: Iterable[str] = ()) -> Characters:
         return cls(settings.symbols, settings.lowercase, settings.drop)
 
     @classmethod
@@ -57,6 +59,9 @@ class Characters:
 
     def state(self) -> dict[str, Any]:
         return {"kind": "characters", "symbols": self.symbols, "lowercase": self.lowercase, "drop": self.drop}
+
+    def files(self) -> Mapping[str, bytes]:
+        return {}
 
     def normalise(self, text: str) -> str:
         if not text.isascii():

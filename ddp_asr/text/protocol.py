@@ -10,7 +10,7 @@ text encoded alone, the state gives the same tokeniser, and characters it cannot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,6 +33,8 @@ class Tokeniser(Protocol):
     """V: the number of classes, the blank included."""
     blank: int
     """V - 1."""
+    unit: str
+    """What a class writes: "char" or "piece"; language models of other units are refused."""
 
     @property
     def symbols(self) -> Sequence[str]:
@@ -40,8 +42,8 @@ class Tokeniser(Protocol):
         ...
 
     @classmethod
-    def from_settings(cls, settings: Any) -> Tokeniser:
-        """Of the kind's own settings, the section `vocabulary`."""
+    def from_settings(cls, settings: Any, transcripts: Iterable[str]) -> Tokeniser:
+        """Of the kind's own settings, the section `vocabulary`, and for a kind that is learnt of transcripts."""
         ...
 
     @classmethod
@@ -49,6 +51,10 @@ class Tokeniser(Protocol):
 
     def state(self) -> dict[str, Any]:
         """All that makes this tokeniser, as plain containers, with its kind under `kind`."""
+        ...
+
+    def files(self) -> Mapping[str, bytes]:
+        """Files by name that a run directory holds for other programs."""
         ...
 
     def normalise(self, text: str) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ddp_asr import SAMPLE_RATE_HZ
-from ddp_asr.config import Config
+from ddp_asr.config import Config, Pieces
 from ddp_asr.data.corpus import Corpus, read_corpus
 from ddp_asr.data.index import read_index
 from ddp_asr.data.plan import micro_batches_of_rank, speed_samples
@@ -15,6 +15,7 @@ from ddp_asr.decoding import make_decoder
 from ddp_asr.model import AcousticModel, count_parameters, make_model
 from ddp_asr.runs.directory import read_status
 from ddp_asr.settings import describe
+from ddp_asr.text import tokeniser_from_state
 from ddp_asr.training.first_weights import take_weights
 from ddp_asr.training.precision import autocast
 from ddp_asr.training.resume import (
@@ -22,6 +23,7 @@ from ddp_asr.training.resume import (
     find_checkpoint,
     make_progress,
     read_state,
+    require_same_corpus,
 )
 
 _FLOAT_BYTES = 4
@@ -32,11 +34,23 @@ _WORLD_SIZES = (2, 4, 8, 16, 32)
 def report(config: Config, world_size: int, resume: str = "auto") -> str:
     """The report as text; raises the UserErrors that the run itself would raise before its first step."""
     micro_batches_of_rank(config.batch.micro_batches, 0, world_size)
-    corpus = read_corpus(config)
+    run, warnings = Path(config.run.dir) / config.run.name, list[str]()
+    saved = checkpoint_was_saved(run, read_status(run) or {})
+    found = find_checkpoint(run, resume, saved, lambda text: warnings.append(f"warning           {text}"))
+    state = read_state(found, config)
+    corpus = read_corpus(config, tokeniser_from_state(state["tokeniser"]) if state else None)
+    require_same_corpus(found, state, config, corpus.whole)
     make_decoder(config.decoder, corpus.tokeniser, config.frame_s)
     model = make_model(config, corpus.tokeniser.size)
+    if state is not None:
+        starts = f"from step {make_progress(found, state, run).step}: {found}"
+    elif config.train.init_from:
+        taken = [f"                  {line}" for line in take_weights(model, config, corpus.tokeniser)]
+        starts = "\n".join([f"at step 0, from the weights of {config.train.init_from}", *taken])
+    else:
+        starts = "at step 0, from random weights"
     sections = [
-        _run_lines(config, corpus, count_parameters(model)) + _start_lines(config, corpus, model, resume),
+        [*_run_lines(config, corpus, count_parameters(model)), *warnings, f"starts            {starts}"],
         _plan_lines(config, corpus, world_size),
         _memory_lines(config, corpus, model, world_size),
         _left_out_lines(corpus),
@@ -51,27 +65,21 @@ def _run_lines(config: Config, corpus: Corpus, parameters: int) -> list[str]:
     return [
         f"run               {Path(config.run.dir) / config.run.name}",
         f"model             {parameters:,} parameters, {corpus.tokeniser.size} classes",
+        f"vocabulary        {_vocabulary(config, corpus)}",
         f"training data     {len(corpus.index):,} utterances, {corpus.hours:.2f} h",
         f"test data         {tested}",
     ]
 
 
-def _start_lines(config: Config, corpus: Corpus, model: AcousticModel, resume: str) -> list[str]:
-    """What the run would go on from, after the checks that it would make."""
-    run, lines = Path(config.run.dir) / config.run.name, []
-
-    def note(text: str) -> None:
-        lines.append(f"warning           {text}")
-
-    saved = checkpoint_was_saved(run, read_status(run) or {})
-    found = find_checkpoint(run, resume, saved, note)
-    state = read_state(found, config, corpus.whole)
-    if state is not None:
-        return [*lines, f"starts            from step {make_progress(found, state, run).step}: {found}"]
-    if not config.train.init_from:
-        return [*lines, "starts            at step 0, from random weights"]
-    taken = [f"                  {line}" for line in take_weights(model, config, corpus.tokeniser)]
-    return [*lines, f"starts            at step 0, from the weights of {config.train.init_from}", *taken]
+def _vocabulary(config: Config, corpus: Corpus) -> str:
+    tokeniser = corpus.tokeniser
+    a_second = corpus.target_lengths.sum() / (corpus.hours * 3600)
+    text = f"{len(tokeniser.symbols)} {tokeniser.unit}s, {a_second:.1f} of them a second, beside the blank"
+    if tokeniser.unit == "char":
+        return text
+    model = config.vocabulary.model if isinstance(config.vocabulary, Pieces) else ""
+    shown = ", ".join(repr(symbol) for symbol in sorted(tokeniser.symbols, key=len)[-3:])
+    return f"{text}; {f'of {model}' if model else 'learnt from the transcripts'}, such as {shown}"
 
 
 def _plan_lines(config: Config, corpus: Corpus, world_size: int) -> list[str]:

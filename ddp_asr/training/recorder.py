@@ -82,6 +82,8 @@ class Recorder:
         files.write("environment.json", json.dumps(environment(attempt.world), indent=1) + "\n")
         left_out = list(self._corpus.targets.left_out(self._corpus.whole))
         files.write("left_out.jsonl", json_lines({"key": key, "reason": reason} for key, reason in left_out))
+        for name, content in self._corpus.tokeniser.files().items():
+            files.write(name, content)
         draw_spectrogram(files, self._corpus, self._learner, attempt)
         attempt.status("running", f"attempt began at step {progress.step}", retry=True)
         for line in read_lines(self._path / "metrics.jsonl"):

@@ -1,7 +1,8 @@
 """What an attempt goes on from, and what must match; this module only reads.
 
 path = find_checkpoint(run, "auto", checkpoint_saved, message)   # rank 0 decides; None: the run begins at step 0
-state = read_state(path, config, corpus.whole)                   # every rank; UserError: it is of another run
+state = read_state(path, config)                                 # every rank; UserError: it is of another run
+require_same_corpus(path, state, config, corpus.whole)           # the same
 progress = make_progress(path, state, run)
 """
 
@@ -9,13 +10,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ddp_asr.config import Config, config_from_dict
+from ddp_asr.config import Config, Pieces, config_from_dict
 from ddp_asr.data.index import Index
 from ddp_asr.errors import UserError
 from ddp_asr.files import read_json_lines
 from ddp_asr.runs import checkpoint
 from ddp_asr.runs.directory import read_lines
 from ddp_asr.settings import differences
+from ddp_asr.text import Tokeniser, make_tokeniser, tokeniser_from_state
 from ddp_asr.training.loop import Progress
 
 
@@ -86,28 +88,48 @@ def _find_without_checkpoints(run: Path, resume: str, checkpoint_saved: bool | N
     )
 
 
-def read_state(path: Path | None, config: Config, corpus: Index) -> dict[str, Any] | None:
-    """The state in `path`, which must be of a run with these settings on this training corpus, all rows of it."""
+def read_state(path: Path | None, config: Config) -> dict[str, Any] | None:
+    """The state in `path`, which must be of a run with these settings and the vocabulary that they name."""
     if path is None:
         return None
     state = checkpoint.read(path)
-    is_whole = {"progress", "config", "fingerprint", "model", "optimizer"} <= state.keys()
+    is_whole = {"progress", "config", "fingerprint", "model", "optimizer", "tokeniser"} <= state.keys()
     if not (is_whole and isinstance(state["config"], dict) and _is_progress(state["progress"])):
         raise UserError(f"{path} is no checkpoint of ddp_asr.train: choose one under runs/NAME/checkpoints")
     theirs = config_from_dict(state["config"], f"the checkpoint {path}")
     for name, ours, other in differences(config, theirs):
         if (name, ours) == ("train.precision", "auto"):  # a dry run, which may be on another machine than the run
             continue
+        if name == "vocabulary.model":  # its content is compared below, and not its path
+            continue
         raise UserError(
             f"{path} was trained with {name} = {other!r} and this run has {ours!r}: set --{name}={_shown(other)} "
             f"to go on, or {_begin_anew(name, path)}"
         )
-    if state["fingerprint"] != corpus.fingerprint():
+    _require_same_tokeniser(path, tokeniser_from_state(state["tokeniser"]), config)
+    return state
+
+
+def _require_same_tokeniser(path: Path, theirs: Tokeniser, config: Config) -> None:
+    """Raises a UserError unless the tokeniser of a checkpoint is the one that the settings name."""
+    vocabulary = config.vocabulary
+    if isinstance(vocabulary, Pieces) and not Path(vocabulary.model).is_file():
+        return  # they were learnt, or their file is gone: the checkpoint has them, and nothing to be compared with
+    if make_tokeniser(vocabulary).state() != theirs.state():
+        named = f"vocabulary.model = {vocabulary.model}" if isinstance(vocabulary, Pieces) else "its settings"
+        raise UserError(
+            f"{path} was trained with another vocabulary than that of {named}: leave vocabulary.model as it was, or "
+            "choose another --run.name to begin anew"
+        )
+
+
+def require_same_corpus(path: Path | None, state: dict[str, Any] | None, config: Config, corpus: Index) -> None:
+    """Raises a UserError unless the state is of a run on this training corpus, all rows of it."""
+    if state is not None and state["fingerprint"] != corpus.fingerprint():
         raise UserError(
             f"{path} was trained on other utterances than those in {', '.join(config.data.train)}: name the "
             "shards it was trained on in data.train, or choose another --run.name to begin anew"
         )
-    return state
 
 
 def _is_progress(record: Any) -> bool:

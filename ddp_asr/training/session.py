@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ddp_asr.config import Config
-from ddp_asr.data.corpus import Corpus, read_corpus
+from ddp_asr.data.corpus import Corpus, new_tokeniser, read_corpus
 from ddp_asr.data.index import Index, read_index
 from ddp_asr.data.loader import MicroBatch, eval_loader, on_device, train_loader
 from ddp_asr.data.plan import micro_batches_of_rank
@@ -34,6 +34,7 @@ from ddp_asr.recognition.evaluation import gather, recognise
 from ddp_asr.recognition.recogniser import Recogniser
 from ddp_asr.runs import checkpoint, comet, tracking
 from ddp_asr.runs.directory import RunDirectory
+from ddp_asr.text import Tokeniser, tokeniser_from_state
 from ddp_asr.training.attempt import Attempt, Reached
 from ddp_asr.training.first_weights import take_weights
 from ddp_asr.training.learner import Learner
@@ -42,7 +43,7 @@ from ddp_asr.training.optim import WeightAverage, make_optimizer
 from ddp_asr.training.precision import set_matmul_precision
 from ddp_asr.training.recorder import Recorder
 from ddp_asr.training.rehearsal import fix_gradient_buckets, is_out_of_memory, rehearse, sizes_to_try
-from ddp_asr.training.resume import find_checkpoint, is_of_run, make_progress, read_state
+from ddp_asr.training.resume import find_checkpoint, is_of_run, make_progress, read_state, require_same_corpus
 
 
 def run(attempt: Attempt, resume: str, on_step: Callable[[], None]) -> Outcome:
@@ -59,10 +60,14 @@ def run(attempt: Attempt, resume: str, on_step: Callable[[], None]) -> Outcome:
             attempt.path, resume, reached.checkpoint_saved, attempt.message, requeued=attempt.files.requeued
         )
     )
-    world.set_phase(0, "reading the corpus")
-    corpus, test = world.run_on_all(lambda: _read_data(config, world))
     world.set_phase(0, "reading the checkpoint")
-    state = world.run_on_all(lambda: read_state(found, config, corpus.whole))
+    state = world.run_on_all(lambda: read_state(found, config))
+    world.set_phase(0, "making the tokeniser")
+    # A run that goes on has that of its checkpoint. Another is made once for all ranks, because it may be learnt.
+    written = state["tokeniser"] if state else world.run_on_rank_zero(lambda: new_tokeniser(config).state())
+    world.set_phase(0, "reading the corpus")
+    corpus, test = world.run_on_all(lambda: _read_data(config, world, tokeniser_from_state(written)))
+    world.run_on_all(lambda: require_same_corpus(found, state, config, corpus.whole))
     schedule = make_schedule(config, corpus.plan.steps_per_epoch)
     progress = make_progress(found, state, attempt.path)
     attempt.reached = Reached(
@@ -134,9 +139,9 @@ def _rehearse(attempt: Attempt, corpus: Corpus, learner: Learner, recorder: Reco
     return rehearsed.fuse
 
 
-def _read_data(config: Config, world: World) -> tuple[Corpus, Index | None]:
+def _read_data(config: Config, world: World, tokeniser: Tokeniser) -> tuple[Corpus, Index | None]:
     data = config.data
-    corpus = read_corpus(config)
+    corpus = read_corpus(config, tokeniser)
     test = read_index(data.test) if data.test else None
     if data.cache_dir:
         world.set_phase(0, "copying shards")

@@ -32,7 +32,7 @@ from ddp_asr.text import make_tokeniser, tokeniser_from_state
 from ddp_asr.text.score import count_each
 from ddp_asr.training.learner import Learner
 from ddp_asr.training.optim import WeightAverage, make_optimizer
-from ddp_asr.training.resume import make_progress, read_state
+from ddp_asr.training.resume import make_progress, read_state, require_same_corpus
 from tests.fuzz.mutate import VALUES, Tree, mutate_bytes, mutate_text, mutate_value
 from tests.fuzz.target import Target, Wrong
 from tests.fuzz.targets.shards import SETTINGS, make_shards
@@ -117,8 +117,9 @@ class State(Target):
         build_recogniser(read_trained(run), CPU)
         found = checkpoint.newest_good(run, on_damage=lambda *_: None)
         assert found is not None
-        state = read_state(found.path, self.config, self.index)
+        state = read_state(found.path, self.config)
         assert state is not None
+        require_same_corpus(found.path, state, self.config, self.index)
         make_progress(found.path, state, run)
         self._learner().load(state)
 
