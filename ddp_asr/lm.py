@@ -57,9 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokeniser = _tokeniser(config, options.run)
     options.unit = options.unit or tokeniser.unit
     if options.unit not in (tokeniser.unit, "word"):
+        from ddp_asr.text import UNITS
+
         raise UserError(
-            f"--unit {options.unit} does not suit a recogniser that writes {tokeniser.unit}s: leave it out, or name "
-            "another --run"
+            f"--unit {options.unit} does not suit a recogniser that writes {UNITS[tokeniser.unit]}: leave it out, or "
+            "name another --run"
         )
     options.order = options.order or DEFAULT_ORDER[options.unit]
     text = read_text(sources, tokeniser, options.unit)

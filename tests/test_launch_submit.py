@@ -76,6 +76,8 @@ def test_paths_no_longer_depend_on_where_the_job_runs(monkeypatch, tmp_path):
     assert (found.data.cache_dir, found.train.init_from) == (str(tmp_path / "c"), str(tmp_path / "d.pt"))
     assert found.run.dir == str(tmp_path / "runs") and found.run.name == "default"
     assert submit.resolved(load_config(None)).data.cache_dir == ""
+    pieces = submit.resolved(load_config(None, ["--vocabulary.kind=pieces", "--vocabulary.model=bpe.model"]))
+    assert pieces.vocabulary.model == str(tmp_path / "bpe.model")
 
 
 def test_no_two_submissions_share_a_folder(tmp_path):

@@ -111,9 +111,17 @@ def test_a_run_takes_the_pieces_of_a_file_and_the_weights_of_a_run_that_has_them
     assert (tmp_path / "run" / "pieces.model").read_bytes() == (run / "pieces.model").read_bytes()
 
 
+@pytest.mark.parametrize("options", [(), ("--vocabulary.kind=pieces", "--vocabulary.size=8")])
+def test_weights_of_other_pieces_are_taken_symbol_by_symbol(run, tiny_corpus, tmp_path, options):
+    arguments = tiny_corpus.arguments(tmp_path, "run", f"--train.init_from={run}", "--dry-run", *options)
+    said = tiny.train(arguments)
+    symbols = 8 if options else 4
+    assert f"{symbols} of {symbols} symbols; not taken are '" in said
+
+
 def test_a_dry_run_learns_them_and_says_so(tiny_corpus, tmp_path):
     said = tiny.train(tiny_corpus.arguments(tmp_path, "run", *PIECES, "--dry-run"))
-    assert "10 classes\n" in said and f"vocabulary        {SIZE} pieces, " in said
+    assert "10 classes\n" in said and f"vocabulary        {SIZE} word pieces, " in said
     assert "learnt from the transcripts, such as '" in said and not (tmp_path / "run").exists()
 
 

@@ -241,7 +241,7 @@ def test_a_language_model_is_of_the_runs_pieces(lm, tmp_path, capsys):
     assert {" ab", " a", "ab"} <= set(model.symbols) - {"<s>", "</s>", "<unk>"} <= set(tokeniser_of().symbols)
     from ddp_asr import cli
 
-    for unit, said in (("char", "--unit char does not suit a recogniser that writes pieces"), ("word", None)):
+    for unit, said in (("char", "--unit char does not suit a recogniser that writes word pieces"), ("word", None)):
         command = ["lm", str(tmp_path / "text.txt"), "--run", str(tmp_path), f"--unit={unit}", "--out", str(lm)]
         if said is None:
             assert cli.main(command) == 0 and "--unit word" in capsys.readouterr().out

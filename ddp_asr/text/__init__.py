@@ -14,7 +14,9 @@ from typing import Any
 from ddp_asr.errors import UserError
 from ddp_asr.text.protocol import TextCounts, Tokeniser
 
-__all__ = ["TOKENISERS", "TextCounts", "Tokeniser", "make_tokeniser", "tokeniser_from_state"]
+__all__ = ["TOKENISERS", "UNITS", "TextCounts", "Tokeniser", "make_tokeniser", "tokeniser_from_state"]
+
+UNITS = {"char": "characters", "piece": "word pieces"}  # `Tokeniser.unit` in words
 
 
 def _characters() -> type[Tokeniser]:

@@ -165,8 +165,8 @@ def learn(transcripts: Iterable[str], size: int, symbols: str, lowercase: bool =
         most = re.search(r"too high .* value <= (\d+)", str(error))
         reason = f"they give at most {int(most[1]) - 1}" if most else _first_line(error)
         raise UserError(
-            f"vocabulary.size = {size} pieces cannot be learnt of {len(words):,} different words ({reason}): lower "
-            "--vocabulary.size, or add transcripts"
+            f"vocabulary.size = {size} pieces cannot be learnt of {len(words):,} different words ({reason}): lower it, "
+            "or add transcripts"
         ) from None
     return model.getvalue()
 

@@ -15,7 +15,7 @@ from ddp_asr.decoding import make_decoder
 from ddp_asr.model import AcousticModel, count_parameters, make_model
 from ddp_asr.runs.directory import read_status
 from ddp_asr.settings import describe
-from ddp_asr.text import tokeniser_from_state
+from ddp_asr.text import UNITS, tokeniser_from_state
 from ddp_asr.training.first_weights import take_weights
 from ddp_asr.training.precision import autocast
 from ddp_asr.training.resume import (
@@ -74,7 +74,7 @@ def _run_lines(config: Config, corpus: Corpus, parameters: int) -> list[str]:
 def _vocabulary(config: Config, corpus: Corpus) -> str:
     tokeniser = corpus.tokeniser
     a_second = corpus.target_lengths.sum() / (corpus.hours * 3600)
-    text = f"{len(tokeniser.symbols)} {tokeniser.unit}s, {a_second:.1f} of them a second, beside the blank"
+    text = f"{len(tokeniser.symbols)} {UNITS[tokeniser.unit]}, {a_second:.1f} of them a second, beside the blank"
     if tokeniser.unit == "char":
         return text
     model = config.vocabulary.model if isinstance(config.vocabulary, Pieces) else ""

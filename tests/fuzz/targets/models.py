@@ -322,7 +322,11 @@ class Tokeniser(Target):
     def seeds(self) -> list[Tree]:
         state = {"kind": "characters", "symbols": "' abcdefghijklmnopqrstuvwxyz", "lowercase": True, "drop": ".,"}
         text = "It's ﬁne, Übung macht den Meister. \u0130stanbul e\u0301\n"
-        return [{"state.json": json.dumps(state).encode(), "line.txt": text.encode()}]
+        pieces = make_tokeniser(config.Pieces(size=9, symbols=" ab'"), ["ab a bab", "ab ab aab", "bab a b'a"]).state()
+        return [
+            {"state.json": json.dumps(of_kind).encode(), "line.txt": line.encode()}
+            for of_kind, line in ((state, text), (pieces, "ab bab\ta'b  a9\n"))
+        ]
 
     def mutate(self, tree: Tree, random: Random) -> Tree:
         tree = super().mutate(tree, random)
