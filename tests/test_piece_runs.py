@@ -30,7 +30,7 @@ def not_learning() -> None:
     def refuse(*arguments: object) -> bytes:
         raise AssertionError("pieces were learnt again")
 
-    pieces.learn = refuse
+    pieces.learn = refuse  # type: ignore[assignment]
 
 
 def only_the_first_rank_learns() -> None:

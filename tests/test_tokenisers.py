@@ -13,7 +13,7 @@ from ddp_asr.errors import UserError
 from ddp_asr.text import TOKENISERS, make_tokeniser, tokeniser_from_state
 
 # Tokenisers of each kind that write at least the lower-case letters, the apostrophe and the space, and no digit.
-EXAMPLES = {
+EXAMPLES: dict[str, list[config.Characters | config.Pieces]] = {
     "characters": [
         config.Characters(),
         config.Characters(symbols="' zyxwvutsrqponmlkjihgfedcba", drop=".-"),
