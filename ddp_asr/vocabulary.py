@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from ddp_asr.config import Pieces, load_config
 from ddp_asr.errors import UserError, run_entry_point
 from ddp_asr.files import check_writable, replace_file
-from ddp_asr.lm import sentences
+from ddp_asr.lm import BLOCK, sentences
 
 if TYPE_CHECKING:
     from ddp_asr.text import Tokeniser
@@ -79,23 +79,31 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def report(tokeniser: Tokeniser, texts: Sequence[str]) -> list[str]:
-    """Lines for a user: what was read, some pieces, how sentences are divided, pieces a word."""
-    counts = tokeniser.count(texts)
-    usable = [text for text, foreign in zip(texts, counts.foreign, strict=True) if not foreign and text.strip()]
-    pieces = int(tokeniser.count(usable).length.sum())
-    normalised = [tokeniser.normalise(text) for text in usable]
-    words, characters = sum(len(text.split()) for text in normalised), sum(map(len, normalised))
-    foreign = sorted({character for text in counts.foreign for character in text})
-    left_out = sum(map(bool, counts.foreign))
-    lines = [f"{len(usable):,} sentences, {words:,} words"]
+    """Lines for a user: what was read, some pieces, pieces a word, how sentences are divided."""
+    usable = words = characters = pieces = left_out = 0
+    foreign: set[str] = set()
+    shown: dict[str, None] = {}
+    for start in range(0, len(texts), BLOCK):
+        block = texts[start : start + BLOCK]
+        counts = tokeniser.count(block)
+        for text, length, outside in zip(map(tokeniser.normalise, block), counts.length, counts.foreign, strict=True):
+            left_out += bool(outside)
+            foreign.update(outside)
+            if text and not outside:
+                usable, words, characters = usable + 1, words + len(text.split()), characters + len(text)
+                pieces += int(length)
+                if len(shown) < SENTENCES_SHOWN:
+                    shown[text] = None
+    lines = [f"{usable:,} sentences, {words:,} words"]
     if left_out:
-        lines.append(f"left out: {left_out:,} sentences with characters that no piece has: {''.join(foreign)[:40]!r}")
-    shown = " ".join(_shown(symbol) for symbol in tokeniser.symbols[:PIECES_SHOWN])
+        named = "".join(sorted(foreign))[:40]
+        lines.append(f"left out: {left_out:,} sentences with characters that no piece has: {named!r}")
+    first = " ".join(_shown(symbol) for symbol in tokeniser.symbols[:PIECES_SHOWN])
     lines += [
-        f"{len(tokeniser.symbols)} pieces, the first: {shown}",
-        f"pieces a word: {pieces / max(words, 1):.2f}; characters a piece: {characters / max(pieces, 1):.2f}",
+        f"{len(tokeniser.symbols)} pieces, the first: {first}",
+        f"pieces a word: {pieces / words:.2f}; characters a piece: {characters / pieces:.2f}",
     ]
-    for text in list(dict.fromkeys(filter(None, normalised)))[:SENTENCES_SHOWN]:
+    for text in shown:
         lines.append("  " + " ".join(_shown(tokeniser.symbols[number]) for number in tokeniser.encode(text))[:110])
     return lines
 
