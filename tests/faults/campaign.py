@@ -8,7 +8,6 @@ be repeated alone. Half of the runs keep their number of processes and are compa
 each attempt, through all pairs of WORLD_SIZES in turn.
 """
 
-import contextlib
 import itertools
 import random
 import shutil
@@ -18,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests import tiny_training as tiny
+from ddp_asr.runs.directory import read_status
 from tests.faults.kinds import KINDS, Fault, Happened
 from tests.faults.scene import WORLD_SIZES, Hang, Scene, Stage
 
@@ -105,6 +104,7 @@ def run_episode(stage: Stage, directory: Path, episode: Episode) -> list[dict]:
 
 def _happen(scene: Scene, planned: Planned) -> dict:
     saved_step, first, began_s = scene.saved_step(), len(scene.started), time.monotonic()
+    former = read_status(scene.run)
     fault = Fault(scene, planned.processes, random.Random(f"{planned.kind} {planned.seed}"), saved_step)
     lost: list[str] = []
     try:
@@ -119,10 +119,10 @@ def _happen(scene: Scene, planned: Planned) -> dict:
     lost += happened.problems
     if not happened.traceback_allowed:
         lost += [f"a traceback: {text}" for text in map(_traceback, scene.started[first:]) if text]
-    with contextlib.suppress(FileNotFoundError):  # killed before it wrote one
-        status = tiny.status(scene.run)
-        if status["state"] == "failed" and not status["retry"] and not KINDS[planned.kind].person:
-            lost.append(f"no launcher would go on: {status['reason']}")
+    status = read_status(scene.run) or {}
+    gives_up = status.get("state") == "failed" and not status["retry"]
+    if status != (former or {}) and gives_up and not KINDS[planned.kind].person:
+        lost.append(f"no launcher would go on: {status['reason']}")
     if not lost:
         lost += scene.losses(complete=False)
     return {
