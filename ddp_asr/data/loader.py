@@ -22,7 +22,6 @@ Any other error of a thread is raised where its batch would have been handed out
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import deque
@@ -33,12 +32,12 @@ from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 
 import numpy as np
-import soundfile
 import torch
 from torch import Tensor
 
 from ddp_asr import SAMPLE_RATE_HZ, draws
 from ddp_asr.config import Config
+from ddp_asr.data import flac
 from ddp_asr.data.index import Index
 from ddp_asr.data.plan import Plan, micro_batches_of_rank, speed_samples
 from ddp_asr.data.speed import change_speed
@@ -225,8 +224,8 @@ class Recordings:
             waveform = waveforms[i, : samples[i]]
             try:
                 self._decode(row, float(speed[i]), waveform)
-            except (OSError, soundfile.SoundFileError, _Mismatch) as error:
-                bad.append((self.index.key(row), _reason(error)))
+            except flac.ERRORS as error:
+                bad.append((self.index.key(row), flac.reason(error)))
                 continue
             good.append(i)
             if speed[i] != 1.0:
@@ -244,16 +243,12 @@ class Recordings:
 
     def _decode(self, row: int, speed: float, out: np.ndarray) -> None:
         """Fills `out`, which has the length after the change of speed."""
-        flac = self._shards.read(int(self.index.shard[row]), int(self.index.offset[row]), int(self.index.bytes[row]))
+        recording = self._shards.read(
+            int(self.index.shard[row]), int(self.index.offset[row]), int(self.index.bytes[row])
+        )
         samples = int(self.index.samples[row])
-        with _open_flac(flac) as recording:
-            found = (recording.samplerate, recording.channels, recording.frames)
-            if found != (SAMPLE_RATE_HZ, 1, samples):
-                raise _Mismatch(f"(rate, channels, samples) is {found}, not {(SAMPLE_RATE_HZ, 1, samples)}")
-            waveform = out if speed == 1.0 else np.empty(samples, np.int16)
-            decoded = len(recording.read(out=waveform))
-        if decoded != samples:  # older versions of libsndfile end early where newer ones raise
-            raise _Mismatch(f"{decoded} of {samples} samples decode")
+        waveform = out if speed == 1.0 else np.empty(samples, np.int16)
+        flac.decode(recording, samples, waveform)
         if speed != 1.0:
             change_speed(waveform, speed, out)
 
@@ -309,32 +304,6 @@ class Recordings:
     def _dropout_seeds(self, epoch: int, key_hash: np.ndarray) -> Tensor:
         drawn = draws.hashes(self.config.train.seed, epoch, key_hash, "dropout", self.config.objective.views)
         return torch.from_numpy(drawn.view(np.int64))
-
-
-def _open_flac(flac: bytes) -> soundfile.SoundFile:
-    """The recording in `flac`, as a file in memory that libsndfile reads by itself.
-
-    `SoundFile(io.BytesIO(flac))` would call back into Python for every few kilobytes, and each time wait until the main
-    thread releases Python's lock: beside a busy main thread that decodes several times slower.
-    """
-    descriptor = os.memfd_create("flac", os.MFD_CLOEXEC)
-    try:
-        os.pwrite(descriptor, flac, 0)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return soundfile.SoundFile(descriptor)  # closes the descriptor, also where it raises
-
-
-class _Mismatch(Exception):
-    """A recording that decodes, to something else than the index says."""
-
-
-def _reason(error: Exception) -> str:
-    """One line, without the name that soundfile gives the file."""
-    if isinstance(error, soundfile.LibsndfileError):  # which often has no text, for a broken frame for instance
-        return " ".join(f"does not decode: {error.error_string or 'damaged'}".split())
-    return str(error)
 
 
 # threads
