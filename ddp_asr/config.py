@@ -15,6 +15,7 @@ compared by a fingerprint of its utterances and not by its paths, so `data` does
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,6 +75,9 @@ class Data:
         also_called="eval_batch_size",
     )
     max_bad_samples: int = setting(10, "the run stops after more utterances than this fail to decode", at_least=0)
+    noise: list[str] = setting(
+        [], "shard directories of noises, for augment.background", also_called="musan noise_dir noise_manifest"
+    )
 
 
 @dataclass(frozen=True)
@@ -232,11 +236,26 @@ class Noise:
     snr_db_max: float = setting(40.0, "signal-to-noise ratio of the faintest noise, in dB", at_least=-200, at_most=200)
 
     def check(self) -> None:
-        if self.snr_db_min > self.snr_db_max:
-            raise UserError(
-                f"augment.noise.snr_db_min = {self.snr_db_min:g} is above augment.noise.snr_db_max = "
-                f"{self.snr_db_max:g}: lower the former or raise the latter"
-            )
+        _check_range("augment.noise.snr_db", self.snr_db_min, self.snr_db_max)
+
+
+def _check_range(name: str, lowest: float, highest: float) -> None:
+    if lowest > highest:
+        raise UserError(
+            f"{name}_min = {lowest:g} is above {name}_max = {highest:g}: lower the former or raise the latter"
+        )
+
+
+@dataclass(frozen=True)
+class Background:
+    """Recorded noise added to waveforms, from the shards in data.noise (see features/noise.py)."""
+
+    share: float = setting(0.0, "fraction of utterances that get recorded noise", at_least=0, at_most=1)
+    snr_db_min: float = setting(10.0, "signal-to-noise ratio of the loudest noise, in dB", at_least=-200, at_most=200)
+    snr_db_max: float = setting(30.0, "signal-to-noise ratio of the faintest noise, in dB", at_least=-200, at_most=200)
+
+    def check(self) -> None:
+        _check_range("augment.background.snr_db", self.snr_db_min, self.snr_db_max)
 
 
 @dataclass(frozen=True)
@@ -253,6 +272,7 @@ class Augment:
         [1.0], "speed factors, one is drawn for each utterance and epoch", not_empty=True, at_least=0.1, at_most=10
     )
     noise: Noise = section(Noise)
+    background: Background = section(Background)
 
 
 @dataclass(frozen=True)
@@ -586,7 +606,20 @@ class Config:
         """Seconds from one frame of the logits to the next."""
         return self.features.hop_ms / 1000 * self.encoder.time_reduction
 
+    @property
+    def clips(self) -> dict[str, list[str]]:
+        """Shard directories of the recordings that augmentations mix in, by the section of `augment` that does."""
+        uses = {"background": (self.augment.background.share, self.data.noise)}
+        return {name: directories for name, (share, directories) in uses.items() if share}
+
     def check(self) -> None:
+        for name, directories in self.clips.items():
+            if not directories:
+                setting_name = {"background": "data.noise"}[name]
+                raise UserError(
+                    f"augment.{name}.share is above 0 and {setting_name} names no recordings: name shard directories "
+                    f"in {setting_name} (ddp-asr shard makes them), or set augment.{name}.share to 0"
+                )
         features, augment, objective = self.features, self.augment, self.objective
         if features.mel_bands % self.encoder.band_reduction:
             raise UserError(
@@ -651,7 +684,8 @@ def load_decoder(path: Path) -> DecoderSettings:
 
 def require_shards(config: Config) -> None:
     """Raises a UserError that names the commands which make the shards that are not there."""
-    missing = [Path(path) for path in (*config.data.train, *config.data.test) if not Path(path).is_dir()]
+    named = (*config.data.train, *config.data.test, *itertools.chain(*config.clips.values()))
+    missing = [Path(path) for path in named if not Path(path).is_dir()]
     if missing:
         commands = "\n".join(f"  python -m ddp_asr.shard {path.name} --out {path}" for path in missing)
         names = ", ".join(map(str, missing))

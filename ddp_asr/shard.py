@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddp_asr.data.sources import FORMATS, OPENSLR_URL, SourceOptions, open_source
+from ddp_asr.data.sources import FORMATS, SourceOptions, open_source
 from ddp_asr.errors import UserError, run_entry_point
 
 EXAMPLES = """examples:
@@ -20,6 +20,8 @@ EXAMPLES = """examples:
   python -m ddp_asr.shard dev-clean.tar.gz --out shards/dev-clean          read as a stream, never unpacked
   python -m ddp_asr.shard LibriSpeech/dev-clean --out shards/dev-clean     a split on disk
   python -m ddp_asr.shard mine.jsonl --out shards/mine --max-seconds 35    a manifest as NeMo's
+  python -m ddp_asr.shard musan-noise --out shards/musan-noise             noises, for augment.background
+  python -m ddp_asr.shard street --no-text --out shards/street             a directory of audio without transcripts
   python -m ddp_asr.shard --verify --out shards/mine                       check every byte
 
 After an interruption or a kill, run the same command again: it continues where it ended."""
@@ -39,11 +41,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--shard-mb", type=float, default=256.0, help="maximum size of a shard in 10^6 bytes (256)")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of threads (one per core)")
     add("--max-seconds", type=float, help="drop longer utterances (3600, and never more)")
+    no_text = "the source is audio without transcripts, such as noises; else what has none is dropped"
+    add("--no-text", action="store_true", help=no_text)
     add("--strict", action="store_true", help="exit with an error if any utterance cannot be used")
     verify = "compare checksums and decode every utterance, after sharding or, without SOURCE, alone"
     add("--verify", action="store_true", help=verify)
     add("--cache", type=Path, default=Path("data"), metavar="DIR", help="directory for OpenSLR's archives (data)")
-    add("--openslr-url", default=OPENSLR_URL, metavar="URL", help=f"mirror to download from ({OPENSLR_URL})")
+    mirror = "directory to download archives from, in place of OpenSLR's, such as a mirror's .../resources/12"
+    add("--openslr-url", default="", metavar="URL", help=mirror)
     options = parser.parse_args(argv)
     if not options.source and not options.verify:
         parser.error("SOURCE is missing; only --verify works without it, on the shards in --out")
@@ -71,7 +76,7 @@ def make(options: argparse.Namespace) -> None:
 
     from ddp_asr.data.writer import Output, write_shards
 
-    source = open_source(options.source, SourceOptions(options.cache, options.openslr_url))
+    source = open_source(options.source, SourceOptions(options.cache, options.openslr_url, options.no_text))
     complete = (options.out / "dataset.json").exists()
     console = Console(stderr=True)
     columns = (TextColumn("sharding"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())

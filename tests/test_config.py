@@ -80,6 +80,9 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [
     ("objective.short_context_s", [""], ["0,1", "1,0.5", "-1,1", "1", "1,2,3", "nan,1", "0.4,1.2"]),  # needs two views
     ("augment.noise.snr_db_min", ["-5", "40"], ["40.1", "-inf"]),
     ("augment.noise.snr_db_max", ["15", "90"], ["14.9", "inf"]),
+    ("augment.background.share", ["0"], ["-0.1", "1.1", "nan", "0.5"]),  # needs data.noise
+    ("augment.background.snr_db_min", ["-5", "30"], ["30.1", "-inf"]),
+    ("augment.background.snr_db_max", ["10", "90"], ["9.9", "inf"]),
     ("train.precision", ["auto", "bf16", "fp16", "tf32", "fp32"], ["FP32", "float32", ""]),
     ("optim.frozen_layers", ["0", "5"], ["-1", "6"]),  # the encoder has 5
     ("optim.anneal", ["linear", "cosine"], ["cos", ""]),
@@ -99,7 +102,8 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [
     ("decoder.lm_weight decoder.hot_word_bonus", ["0", "1.5"], ["-0.1", "nan", "inf"]),
     ("decoder.symbol_bonus decoder.word_bonus", ["-1", "0", "2.5"], ["nan", "inf"]),
     # any text
-    ("run.name run.dir data.cache_dir data.test vocabulary.drop vocabulary.model train.init_from", ["x"], []),
+    ("run.name run.dir data.cache_dir data.test data.noise", ["x"], []),
+    ("vocabulary.drop vocabulary.model train.init_from", ["x"], []),
     ("decoder.lm decoder.lexicon decoder.hot_words", ["x"], []),
     ("tracking.project tracking.workspace tracking.tags", ["x"], []),
 ]
@@ -126,6 +130,8 @@ def test_settings_at_odds_with_each_other_name_both():
         ("--objective.short_context_s=0.4,1.2",): "objective.consistency_weight = 0 makes only one view",
         ("--objective.intermediate_weight=0.3", "--objective.intermediate_layers=1,6"): r"layers 1 to 5 .*\[1, 6\]",
         ("--objective.intermediate_weight=0.3", "--objective.intermediate_layers="): r"layers 1 to 5 .*\[\]",
+        ("--augment.background.share=0.5",): "augment.background.share is above 0 and data.noise names no recordings",
+        ("--augment.background.snr_db_min=50",): "background.snr_db_min = 50 is above augment.background.snr_db_max",
         ("--augment.noise.snr_db_min=50",): "noise.snr_db_min = 50 is above augment.noise.snr_db_max = 40: lower",
         ("--vocabulary.kind=pieces", "--vocabulary.symbols=aba"): "hold each symbol once, and 'a' is repeated",
         ("--vocabulary.kind=pieces", "--vocabulary.size=20"): "size = 20 is below the 28 characters of",

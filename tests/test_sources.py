@@ -8,6 +8,7 @@ import os
 import tarfile
 import tempfile
 import unicodedata
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -85,12 +86,22 @@ def lay_out_openslr(root, speech, monkeypatch):
     return "dev-clean"
 
 
+def lay_out_recordings(root, speech, monkeypatch):
+    for key, (_, waveform) in speech.items():
+        if waveform is not None:
+            (root / "noises").mkdir(parents=True, exist_ok=True)
+            (root / "noises" / f"{key}.wav").write_bytes(tiny_speech.encode(waveform, format="WAV"))
+    return root / "noises"
+
+
 LAY_OUT = {
     "librispeech": lay_out_librispeech,
     "archive": lay_out_archive,
     "manifest": lay_out_manifest,
     "openslr": lay_out_openslr,
+    "recordings": lay_out_recordings,
 }
+WITHOUT_TEXT = {"recordings"}
 
 
 @pytest.fixture(params=FORMATS)
@@ -99,8 +110,10 @@ def lay_out(request, tmp_path, monkeypatch):
 
     def make(speech=SPEECH, directory="here"):
         name = LAY_OUT[request.param](tmp_path / directory, speech, monkeypatch)
-        return open_source(str(name), SourceOptions(cache=tmp_path / directory))
+        options = SourceOptions(cache=tmp_path / directory, no_text=request.param in WITHOUT_TEXT)
+        return open_source(str(name), options)
 
+    make.has_text = request.param not in WITHOUT_TEXT
     return make
 
 
@@ -109,15 +122,20 @@ def test_every_format_has_its_test():
 
 
 def test_a_source_gives_the_same_speech_in_every_format(lay_out):
+    speech = SPEECH
+    if not lay_out.has_text:
+        speech = {key: (None, waveform) for key, (_, waveform) in SPEECH.items() if waveform is not None}
     source = lay_out()
     total, utterances = source.open()
     found = {u.key: (u, pack(u)) for u in utterances}
-    assert set(found) == set(SPEECH)
-    assert total == len(SPEECH)
-    for key, (text, waveform) in SPEECH.items():
+    assert set(found) == set(speech)
+    assert total == len(speech)
+    for key, (text, waveform) in speech.items():
         utterance, packed = found[key]
-        assert utterance.source and utterance.speaker == key[0]
-        if waveform is None or text is None:
+        assert utterance.source and utterance.speaker == (key[0] if lay_out.has_text else "")
+        if not lay_out.has_text:
+            assert not utterance.has_text
+        elif waveform is None or text is None:
             assert packed.reason == (MISSING_AUDIO if waveform is None else MISSING_TRANSCRIPT)
             continue
         assert (utterance.text, packed.reason) == (text, "")
@@ -137,7 +155,7 @@ def test_the_identity_of_a_source_is_its_content(lay_out):
     key = next(iter(SPEECH))
     text, waveform = SPEECH[key]
     changes = {
-        "text": SPEECH | {key: ("ANOTHER", waveform)},
+        **({"text": SPEECH | {key: ("ANOTHER", waveform)}} if lay_out.has_text else {}),
         "audio": SPEECH | {key: (text, waveform[:-160])},
         "utterance": SPEECH | {"9-9-0000": ("NEW", waveform)},
     }
@@ -273,7 +291,99 @@ def test_an_unknown_source_is_told_what_is_known(tmp_path, name, seen):
 
 
 def test_the_message_names_every_split():
-    assert all(split in FORMATS["openslr"] for split in openslr.LIBRISPEECH_MD5)
+    assert all(split in FORMATS["openslr"] for split in (*openslr.LIBRISPEECH_MD5, *openslr.RECORDINGS))
+
+
+# ---- audio without transcripts --------------------------------------------------------------------------------------
+
+
+def audio_of(source):
+    """(key, path shown) -> content, of a source without transcripts; none of its recordings is dropped."""
+    total, utterances = source.open()
+    found = {(u.key, u.source): audio_bytes(u) for u in utterances}
+    assert len(found) == total
+    return found
+
+
+NOISES = [
+    ("a/hum.wav", b"1"),
+    ("a/b/street.flac", b"22"),
+    ("read me.txt", b"x"),
+    ("a/._hum.wav", b"y"),
+    ("z.WAV", b"3"),
+]
+
+
+def zipped(path, members, method=zipfile.ZIP_DEFLATED):
+    with zipfile.ZipFile(path, "w", method) as file:
+        for name, content in members:
+            file.writestr(name, content)
+    return path
+
+
+def test_recordings_are_the_same_in_a_directory_a_tar_and_a_zip(tmp_path):
+    without_text = SourceOptions(no_text=True)
+    places = [unpack(tmp_path / "noises", NOISES), tar_gz(tmp_path / "noises.tar.gz", NOISES)]
+    places += [zipped(tmp_path / "noises.zip", NOISES)]
+    found = [audio_of(open_source(str(place), without_text)) for place in places]
+    assert found[0] == {("a_hum", "a/hum.wav"): b"1", ("a_b_street", "a/b/street.flac"): b"22", ("z", "z.WAV"): b"3"}
+    assert found[0] == found[1] == found[2]
+
+
+def test_audio_without_transcripts_is_not_taken_unasked(tmp_path):
+    for place in (unpack(tmp_path / "noises", NOISES), zipped(tmp_path / "noises.zip", NOISES)):
+        with pytest.raises(UserError, match=r"is in no known format; a source is .* with --no-text, a directory"):
+            listed(place)
+    assert all(u.has_text and u.text is None for u in listed(tar_gz(tmp_path / "noises.tar.gz", NOISES)))
+
+
+@pytest.mark.parametrize("name", ["dev-clean", "mine.jsonl", "nothing"])
+def test_what_has_transcripts_or_no_audio_is_refused_with_no_text(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    tiny_speech.manifest(tmp_path / "mine.jsonl", [{"audio_filepath": "a.wav", "text": "A"}])
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(UserError, match=f"no such source: {name} is "):
+        open_source(name, SourceOptions(no_text=True))
+
+
+def test_noises_and_rooms_come_by_name_from_their_folder_of_the_archive(tmp_path, monkeypatch):
+    """Fetched once: the second folder is of the archive in the cache."""
+    folders = {name: recordings.folder for name, recordings in openslr.RECORDINGS.items()}
+    members = [(f"{folder}x/{name}.wav", name.encode()) for name, folder in folders.items()]
+    members += [("RIRS_NOISES/real_rirs_isotropic_noises/other.wav", b"other"), ("musan/README", b"read me")]
+    for archive, pack_it in (("musan.tar.gz", tar_gz), ("rirs_noises.zip", zipped)):
+        content = pack_it(tmp_path / archive, members).read_bytes()
+        mine = [name for name, recordings in openslr.RECORDINGS.items() if recordings.archive == archive]
+        md5 = hashlib.md5(content).hexdigest()
+        for name in mine:
+            monkeypatch.setitem(openslr.RECORDINGS, name, openslr.RECORDINGS[name]._replace(md5=md5))
+        with serving(content) as server:
+            options = SourceOptions(tmp_path / "cache", server.url)
+            for name in mine:
+                source = open_source(name, options)
+                assert list(audio_of(source).values()) == [name.encode()]
+                assert source.identity["kind"] == "recordings"
+            assert server.asked == [None]
+    digests = {open_source(name, SourceOptions()).identity["digest"] for name in folders}
+    assert len(digests) == len(folders)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "encrypted", "no zip"])
+def test_a_damaged_zip_is_refused_in_one_sentence(tmp_path, damage):
+    path = zipped(tmp_path / "noises.zip", [("a.wav", tiny_speech.noise(1).tobytes())], zipfile.ZIP_STORED)
+    content = bytearray(path.read_bytes())
+    content[100] ^= damage == "flipped"
+    content[content.index(b"PK\1\2") + 8] |= damage == "encrypted"
+    path.write_bytes({"cut": content[:-30], "no zip": b"<html>"}.get(damage, content))
+    with pytest.raises(UserError, match=r"noises\.zip is damaged or cut short"):
+        list(open_source(str(path), SourceOptions(no_text=True)).open()[1])
+
+
+def test_a_member_of_a_zip_that_memory_may_not_hold_is_dropped_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("ddp_asr.data.sources.recordings.MAX_ARCHIVED_BYTES", 800)
+    path = zipped(tmp_path / "noises.zip", [("a.wav", b"a" * 800), ("b.wav", b"b" * 801)])
+    found = {u.key: (u.reason, u.data) for u in open_source(str(path), SourceOptions(no_text=True)).open()[1]}
+    assert found == {"a": ("", b"a" * 800), "b": (IMPLAUSIBLE, None)}
 
 
 def test_a_file_or_directory_comes_before_a_split_of_the_same_name(tmp_path, monkeypatch):

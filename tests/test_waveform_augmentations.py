@@ -2,21 +2,48 @@
 
 import numpy as np
 import pytest
+import torch
+import torchaudio
 
-from ddp_asr.config import Augment, Noise
+from ddp_asr.config import Augment, Background, Noise
 from ddp_asr.draws import Draw
 from ddp_asr.features import registered, waveform_augmentations
 
 # Settings that turn each one on, for `share` of the utterances.
-EXAMPLES = {"noise": lambda share: Augment(noise=Noise(share=share, snr_db_min=10.0, snr_db_max=20.0))}
+EXAMPLES = {
+    "background": lambda share: Augment(background=Background(share=share, snr_db_min=10.0, snr_db_max=20.0)),
+    "noise": lambda share: Augment(noise=Noise(share=share, snr_db_min=10.0, snr_db_max=20.0)),
+}
+KINDS = {kind.purpose: kind for kind in registered()}
 every = pytest.mark.parametrize("kind", registered(), ids=lambda kind: kind.__name__)
 
 SPEECH = (np.random.default_rng(0).normal(size=3_000) * np.linspace(0, 3_000, 3_000)).astype(np.int16)
 HASHES = np.random.default_rng(1).integers(0, 2**64, 2_000, np.uint64).tolist()
 
 
-def make(kind, share=1.0):
-    (op,) = waveform_augmentations(EXAMPLES[kind.purpose](share))
+class Kept:
+    """Recordings in memory, in place of those in shards; `heard` are the stretches that were read."""
+
+    def __init__(self, *recordings):
+        self.recordings = [np.asarray(recording, np.int16) for recording in recordings]
+        self.samples = np.array([len(recording) for recording in self.recordings])
+        self.heard = []
+
+    def read(self, number, first, samples):
+        assert first >= 0 and 0 < samples <= self.samples[number] - first
+        self.heard.append((number, first, samples))
+        return self.recordings[number][first : first + samples]
+
+
+def hum(samples, seed):
+    return np.cumsum(np.random.default_rng(seed).normal(size=samples)) * 20
+
+
+CLIPS = {"background": Kept(hum(500, 2), hum(9_000, 3), hum(3_000, 4))}
+
+
+def make(kind, share=1.0, clips=CLIPS):
+    (op,) = waveform_augmentations(EXAMPLES[kind.purpose](share), clips)
     assert isinstance(op, kind)
     return op
 
@@ -57,13 +84,15 @@ def test_it_is_a_function_of_seed_epoch_and_key(kind):
 @every
 @pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
 def test_it_changes_the_share_of_utterances_that_is_set(kind, share):
+    """Of 2,000 utterances: 0.04 are at least 3.5 standard deviations."""
     op, short = make(kind, share), SPEECH[-50:]
     changed = sum((applied(op, short, key_hash=key_hash) != short).any() for key_hash in HASHES)
     assert changed / len(HASHES) == pytest.approx(share, abs=0.04)
 
 
-def test_noise_is_as_loud_as_the_settings_say():
-    op, ratios_db = make(registered()[0]), []
+@pytest.mark.parametrize("kind", [KINDS["noise"], KINDS["background"]], ids=lambda kind: kind.__name__)
+def test_noise_is_as_loud_as_the_settings_say(kind):
+    op, ratios_db = make(kind), []
     for key_hash in HASHES[:500]:
         noise = applied(op, key_hash=key_hash).astype(float) - SPEECH
         ratios_db.append(10 * np.log10(np.mean(SPEECH.astype(float) ** 2) / np.mean(noise**2)))
@@ -73,7 +102,7 @@ def test_noise_is_as_loud_as_the_settings_say():
 
 def test_noise_is_white_and_another_stretch_for_each_utterance():
     """Also under an utterance that is longer than the noise on record (65 s)."""
-    op = make(registered()[0])
+    op = make(KINDS["noise"])
     for samples in (100_000, 1_200_000):
         loud = (np.random.default_rng(2).normal(size=samples) * 1_000).astype(np.int16)
         one, other = (applied(op, loud, key_hash=key_hash).astype(float) - loud for key_hash in (1, 2))
@@ -89,5 +118,60 @@ def test_noise_never_wraps_around():
 
 def test_a_run_goes_on_under_a_later_version():
     """Samples written down once: other ones would change every run that is resumed."""
-    noisy = applied(make(registered()[0]))
+    noisy = applied(make(KINDS["noise"]))
     assert noisy[-6:].tolist() == [-3215, -4717, 2992, -4144, -6006, -2167] and noisy.sum() == -181606
+
+
+# ---- recorded noise --------------------------------------------------------------------------------------------------
+
+
+def background(*recordings, snr_db=5.0):
+    settings = Augment(background=Background(share=1.0, snr_db_min=snr_db, snr_db_max=snr_db))
+    clips = Kept(*recordings)
+    return waveform_augmentations(settings, {"background": clips})[0], clips
+
+
+def test_recorded_noise_is_that_of_torchaudio():
+    """`add_noise` takes the same ratio of mean squares; rounding to int16 is all that differs."""
+    op, clips = background(hum(9_000, 3), hum(3_000, 4))
+    for key_hash in range(20):
+        mixed = applied(op, key_hash=key_hash)
+        number, first, samples = clips.heard.pop()
+        speech, noise = (
+            torch.from_numpy(part.astype(float)) for part in (SPEECH, clips.recordings[number][first : first + samples])
+        )
+        expected = torchaudio.functional.add_noise(speech, noise, torch.tensor(5.0, dtype=torch.float64)).numpy()
+        assert np.abs(mixed - expected).max() <= 0.51
+
+
+def test_every_recording_and_every_place_of_it_is_heard():
+    op, clips = background(hum(3_100, 3), hum(3_000, 4), hum(40_000, 5))
+    for key_hash in HASHES:
+        applied(op, key_hash=key_hash)
+    numbers, firsts = (
+        np.array(clips.heard)[:, 0],
+        [{f for n, f, _ in clips.heard if n == number} for number in range(3)],
+    )
+    assert np.bincount(numbers).min() > 590  # of 2,000: five standard deviations below a third are 562
+    assert firsts[1] == {0} and {0, 100} <= firsts[0] and max(firsts[0]) == 100
+    assert min(firsts[2]) < 500 and max(firsts[2]) > 36_500 and max(firsts[2]) <= 37_000
+
+
+def test_a_noise_shorter_than_the_utterance_is_repeated_from_a_drawn_place():
+    short = hum(700, 3)
+    op, clips = background(short)
+    added = applied(op).astype(float) - SPEECH
+    assert clips.heard == [(0, 0, 700)]
+    assert np.abs(added[:700] - added[700:1400]).max() <= 1.0 and np.abs(added[:200] - added[2800:]).max() <= 1.0
+    starts = {int(np.argmax(applied(op, key_hash=key).astype(float) - SPEECH)) % 700 for key in range(20)}
+    assert len(starts) > 5
+
+
+@pytest.mark.parametrize("snr_db", [-200.0, 5.0, 200.0])
+def test_silence_stays_and_silent_noise_adds_nothing(snr_db):
+    """Silence has no power to compare with; no warning, which would be an error here."""
+    silence = np.zeros(3_000, np.int16)
+    op, _ = background(hum(9_000, 3), snr_db=snr_db)
+    assert not applied(op, silence).any()
+    op, _ = background(silence, snr_db=snr_db)
+    assert (applied(op) == SPEECH).all()

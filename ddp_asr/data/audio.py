@@ -67,9 +67,9 @@ def pack(utterance: Utterance, max_seconds: float | None = None) -> Packed:
     """The utterance's audio as it goes into a shard; longer ones than `max_seconds` or MAX_UTTERANCE_S are not used."""
     if utterance.reason:
         return Packed(reason=utterance.reason, detail=utterance.detail)
-    if utterance.text is None:
+    if utterance.has_text and utterance.text is None:
         return Packed(reason=MISSING_TRANSCRIPT)
-    if not utterance.text.strip():
+    if utterance.has_text and not (utterance.text or "").strip():
         return Packed(reason=EMPTY_TRANSCRIPT)
     try:
         return _pack(utterance, min(max_seconds or MAX_UTTERANCE_S, MAX_UTTERANCE_S))

@@ -4,13 +4,14 @@ Arithmetic on the index: no audio is read and torch is not needed, so `--dry-run
 seconds.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ddp_asr import config
+from ddp_asr.data.clips import read_clips
 from ddp_asr.data.index import Index, read_index
 from ddp_asr.data.plan import Plan
 from ddp_asr.data.targets import Targets, explain_left_out, fit_targets
@@ -28,6 +29,7 @@ class Corpus:
     target_lengths: NDArray[np.int32]  # aligned with `index`
     tokeniser: Tokeniser
     plan: Plan  # its rows count within `index`
+    clips: Mapping[str, Index]  # what augmentations mix in, see `Config.clips`
 
     @property
     def hours(self) -> float:
@@ -51,7 +53,7 @@ def read_corpus(settings: config.Config, tokeniser: Tokeniser | None = None) -> 
         tokeniser: that of the run, without which it is a new one.
 
     Raises:
-        UserError: missing shards, or too few usable utterances for `batch.micro_batches`.
+        UserError: missing shards, those of augmentations too, or too few usable utterances for `batch.micro_batches`.
     """
     whole = read_index(settings.data.train)
     tokeniser = tokeniser or new_tokeniser(settings)
@@ -75,4 +77,4 @@ def read_corpus(settings: config.Config, tokeniser: Tokeniser | None = None) -> 
     except UserError as error:  # most often too few utterances, so say where the others went
         left_out = "".join(f"; {line.strip()}" for line in explain_left_out(targets))
         raise UserError(f"{error}{left_out}") from None
-    return Corpus(whole, targets, index, targets.length[rows], tokeniser, plan)
+    return Corpus(whole, targets, index, targets.length[rows], tokeniser, plan, read_clips(settings))

@@ -17,7 +17,7 @@ from ddp_asr import SAMPLE_RATE_HZ
 ERRORS = (OSError, soundfile.SoundFileError)  # of a recording that can no longer be read or decoded
 
 
-class Mismatch(soundfile.SoundFileError):  # type: ignore[misc]  # soundfile has no types
+class Mismatch(soundfile.SoundFileError):
     """A recording that decodes, to something else than the index says."""
 
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -38,12 +38,13 @@ from torch import Tensor
 from ddp_asr import SAMPLE_RATE_HZ, draws
 from ddp_asr.config import Config
 from ddp_asr.data import flac
+from ddp_asr.data.clips import open_clips
 from ddp_asr.data.index import Index
 from ddp_asr.data.plan import Plan, micro_batches_of_rank, speed_samples
 from ddp_asr.data.speed import change_speed
 from ddp_asr.data.storage import Shards
 from ddp_asr.draws import Draw
-from ddp_asr.features import masks, speed_name, turned_on, waveform_augmentations
+from ddp_asr.features import NO_CLIPS, masks, speed_name, turned_on, waveform_augmentations
 from ddp_asr.text import Tokeniser
 
 Batches = Generator["MicroBatch", None, None]  # closing it ends its threads
@@ -124,16 +125,18 @@ def train_loader(
     start: tuple[int, int] = (0, 0),
     fuse: int = 1,
     epochs: int | None = None,
+    clips: Mapping[str, Index] = NO_CLIPS,
     pin_memory: bool | None = None,
 ) -> Batches:
     """A rank's micro-batches in the order (epoch, step, k), from `start` = (epoch, step) to the end of the last epoch.
 
     `index` holds exactly the rows the plan was made from. `fuse` neighbouring micro-batches of a step are one batch;
-    the last batch of a rank's part of a step may stand for fewer. Closing the iterator ends its threads.
+    the last batch of a rank's part of a step may stand for fewer. `clips` is `Corpus.clips`. Closing the iterator ends
+    its threads.
     """
     if len(index) != len(plan):
         raise ValueError(f"an index of {len(index)} rows does not belong to a plan of {len(plan)}")
-    recordings = Recordings(index, tokeniser, config, training=True)
+    recordings = Recordings(index, tokeniser, config, training=True, clips=clips)
     last = config.train.epochs if epochs is None else epochs
     work = _train_work(plan, micro_batches_of_rank(plan.micro_batches, rank, world_size), start, fuse, last)
     return _load(recordings, work, config.data.threads, config.data.prefetch // fuse, pin_memory)
@@ -209,17 +212,26 @@ def _eval_batches(index: Index, max_seconds: float) -> list[np.ndarray]:
 class Recordings:
     """Makes the micro-batch of a Work, from any number of threads at once."""
 
-    def __init__(self, index: Index, tokeniser: Tokeniser, config: Config, *, training: bool) -> None:
+    def __init__(
+        self,
+        index: Index,
+        tokeniser: Tokeniser,
+        config: Config,
+        *,
+        training: bool,
+        clips: Mapping[str, Index] = NO_CLIPS,
+    ) -> None:
         self.index, self.tokeniser, self.config, self.training = index, tokeniser, config, training
         self._shards = Shards(index.shards)
-        self._augmentations = waveform_augmentations(config.augment) if training else []
+        self._augmentations = waveform_augmentations(config.augment, open_clips(clips)) if training else []
+        self._turned_on = turned_on(config.augment, self._augmentations) if training else []
 
     def micro_batch(self, work: Work) -> MicroBatch:
         speed = np.ones(len(work.rows)) if work.speed is None else work.speed
         samples = speed_samples(self.index.samples[work.rows], speed)
         waveforms = np.zeros((len(work.rows), int(samples.max())), np.int16)
         good, bad = [], []
-        fired = dict.fromkeys(turned_on(self.config.augment), 0) if self.training else {}
+        fired = dict.fromkeys(self._turned_on, 0)
         for i, row in enumerate(work.rows.tolist()):
             waveform = waveforms[i, : samples[i]]
             try:

@@ -39,7 +39,7 @@ def report(config: Config, world_size: int, resume: str = "auto") -> str:
     found = find_checkpoint(run, resume, saved, lambda text: warnings.append(f"warning           {text}"))
     state = read_state(found, config)
     corpus = read_corpus(config, tokeniser_from_state(state["tokeniser"]) if state else None)
-    require_same_corpus(found, state, config, corpus.whole)
+    require_same_corpus(found, state, config, corpus.whole, corpus.clips)
     make_decoder(config.decoder, corpus.tokeniser, config.frame_s)
     model = make_model(config, corpus.tokeniser.size)
     if state is not None:

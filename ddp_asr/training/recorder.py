@@ -59,6 +59,7 @@ class Recorder:
         self._config, self._path = attempt.config, attempt.path
         self._corpus, self._learner, self._schedule = corpus, learner, schedule
         self._fingerprint = corpus.whole.fingerprint()
+        self._clips = {name: index.fingerprint() for name, index in corpus.clips.items()}
         self._on_step = on_step
         self._writer = checkpoint.BackgroundWriter(files.check)
         self._display = Display(schedule.total_steps, schedule.epochs, schedule.steps_per_epoch)
@@ -134,6 +135,7 @@ class Recorder:
             "config": asdict(self._config),
             "tokeniser": self._corpus.tokeniser.state(),
             "fingerprint": self._fingerprint,
+            "clips": self._clips,
             "comet_key": comet.experiment_key(self._path),
             "versions": {
                 "ddp_asr": __version__,
@@ -202,7 +204,7 @@ def draw_spectrogram(files: RunDirectory, corpus: Corpus, learner: Learner, atte
         return
     config = attempt.config
     rows = corpus.plan.epoch(0).rows[:1]
-    recordings = Recordings(corpus.index, corpus.tokeniser, config, training=True)
+    recordings = Recordings(corpus.index, corpus.tokeniser, config, training=True, clips=corpus.clips)
     batch = recordings.micro_batch(Work(epoch=0, step=0, micro_batch=0, rows=rows)).to(attempt.world.device)
     before, _ = learner.log_mel(batch.waveforms, batch.samples)
     after = augment.apply(before, batch.masks, config.objective.views)[0] if batch.masks else before

@@ -2,7 +2,7 @@
 
 path = find_checkpoint(run, "auto", checkpoint_saved, message)   # rank 0 decides; None: the run begins at step 0
 state = read_state(path, config)                                 # every rank; UserError: it is of another run
-require_same_corpus(path, state, config, corpus.whole)           # the same
+require_same_corpus(path, state, config, corpus.whole, corpus.clips)  # the same
 progress = make_progress(path, state, run)
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 from ddp_asr.config import Config, Pieces, config_from_dict
 from ddp_asr.data.index import Index
 from ddp_asr.errors import UserError
+from ddp_asr.features import NO_CLIPS
 from ddp_asr.files import read_json_lines
 from ddp_asr.runs import checkpoint
 from ddp_asr.runs.directory import read_lines
@@ -123,13 +124,33 @@ def _require_same_tokeniser(path: Path, theirs: Tokeniser, config: Config) -> No
         )
 
 
-def require_same_corpus(path: Path | None, state: dict[str, Any] | None, config: Config, corpus: Index) -> None:
-    """Raises a UserError unless the state is of a run on this training corpus, all rows of it."""
-    if state is not None and state["fingerprint"] != corpus.fingerprint():
+def require_same_corpus(
+    path: Path | None,
+    state: dict[str, Any] | None,
+    config: Config,
+    corpus: Index,
+    clips: Mapping[str, Index] = NO_CLIPS,
+) -> None:
+    """Raises a UserError unless the state is of a run on this training corpus, all rows of it.
+
+    Args:
+        clips: the recordings that augmentations mix in, see `Corpus.clips`; they must be the same, too.
+    """
+    if state is None:
+        return
+    if state["fingerprint"] != corpus.fingerprint():
         raise UserError(
             f"{path} was trained on other utterances than those in {', '.join(config.data.train)}: name the "
             "shards it was trained on in data.train, or choose another --run.name to begin anew"
         )
+    known = state.get("clips")  # a checkpoint from before there were any has none
+    for name, index in clips.items():
+        if not isinstance(known, dict) or known.get(name) != index.fingerprint():
+            raise UserError(
+                f"{path} was trained with other recordings for augment.{name} than those in "
+                f"{', '.join(config.clips[name])}: name the shards it was trained with, or choose another --run.name "
+                "to begin anew"
+            )
 
 
 def _is_progress(record: Any) -> bool:

@@ -67,7 +67,7 @@ def run(attempt: Attempt, resume: str, on_step: Callable[[], None]) -> Outcome:
     written = state["tokeniser"] if state else world.run_on_rank_zero(lambda: new_tokeniser(config).state())
     world.set_phase(0, "reading the corpus")
     corpus, test = world.run_on_all(lambda: _read_data(config, world, tokeniser_from_state(written)))
-    world.run_on_all(lambda: require_same_corpus(found, state, config, corpus.whole))
+    world.run_on_all(lambda: require_same_corpus(found, state, config, corpus.whole, corpus.clips))
     schedule = make_schedule(config, corpus.plan.steps_per_epoch)
     progress = make_progress(found, state, attempt.path)
     attempt.reached = Reached(
@@ -114,6 +114,7 @@ def _train(
         world_size=world.world_size,
         start=divmod(progress.step, corpus.plan.steps_per_epoch),
         fuse=fuse,
+        clips=corpus.clips,
     )
     hooks = _hooks(attempt, corpus, test, learner, decoder, recorder)
     trainer = Trainer(world, learner, schedule, hooks, attempt.stop)
@@ -145,7 +146,8 @@ def _read_data(config: Config, world: World, tokeniser: Tokeniser) -> tuple[Corp
     test = read_index(data.test) if data.test else None
     if data.cache_dir:
         world.set_phase(0, "copying shards")
-        corpus = replace(corpus, index=cache_shards(corpus.index, Path(data.cache_dir)))
+        clips = {name: cache_shards(index, Path(data.cache_dir)) for name, index in corpus.clips.items()}
+        corpus = replace(corpus, index=cache_shards(corpus.index, Path(data.cache_dir)), clips=clips)
         test = cache_shards(test, Path(data.cache_dir)) if test is not None else None
     return corpus, test
 

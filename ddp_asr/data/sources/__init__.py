@@ -30,7 +30,9 @@ FORMATS = {  # module -> what it reads; tried in this order
     "archive": "a LibriSpeech archive from OpenSLR (.tar.gz)",
     "manifest": "a JSONL manifest as NeMo's, named *.jsonl or *.json (audio_filepath, text)",
     "openslr": "the name of a LibriSpeech split (dev-clean, dev-other, test-clean, test-other, train-clean-100, "
-    "train-clean-360, train-other-500)",
+    "train-clean-360, train-other-500) or of noises or room responses (musan-noise, musan-music, musan-speech, "
+    "pointsource-noises, simulated-rirs)",
+    "recordings": "with --no-text, a directory or an archive (.tar.gz, .zip) of audio files",
 }
 
 MISSING_TRANSCRIPT = "missing transcript"
@@ -53,7 +55,6 @@ REASONS = (
 )
 
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".w64", ".caf")
-OPENSLR_URL = "https://www.openslr.org/resources/12"
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Utterance:
     data: bytes | None = None  # the audio file's content, where it comes from an archive
     offset_s: float | None = None  # where the utterance starts in the file; None: at the start of the file
     duration_s: float | None = None  # counted from there; None: to the end of the file
+    has_text: bool = True  # False: a noise or a room response, of which no transcript is missed
     reason: str = ""  # one of REASONS
     detail: str = ""
 
@@ -85,7 +87,8 @@ class SourceOptions:
     """Options of the command line that some formats read."""
 
     cache: Path = Path("data")  # where downloaded archives are kept
-    openslr_url: str = OPENSLR_URL
+    openslr_url: str = ""  # directory of the archives; "": that of OpenSLR
+    no_text: bool = False  # the source is audio without transcripts
 
 
 def open_source(name: str, options: SourceOptions) -> Source:

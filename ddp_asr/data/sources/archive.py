@@ -13,11 +13,14 @@ import contextlib
 import gzip
 import hashlib
 import io
+import lzma
 import os
+import struct
 import tarfile
+import zipfile
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -27,35 +30,44 @@ from ddp_asr.data.sources import IMPLAUSIBLE, MISSING_AUDIO, Source, SourceOptio
 from ddp_asr.data.sources.librispeech import is_transcript, list_librispeech
 from ddp_asr.errors import UserError
 
+TAR_SUFFIXES = (".tar.gz", ".tgz")
 EDGE_BYTES = 1 << 20
 MAX_TEXT_BYTES = 64 << 20  # of a transcript, or of the names and attributes in a header
 MAX_LINKS = 40  # followed one after the other, as on Linux
 
 
 def try_open(name: str, options: SourceOptions) -> Source | None:
-    """A file that ends in .tar.gz. Its digest covers its size and both ends, since reading all of it takes minutes."""
+    """A file that ends in .tar.gz."""
     archive = Path(name)
-    if not archive.is_file() or not name.endswith((".tar.gz", ".tgz")):
+    if options.no_text or not archive.is_file() or not name.endswith(TAR_SUFFIXES):
         return None
+    return Source(identity_of("archive", archive), lambda: read_archive(archive))
+
+
+def identity_of(kind: str, archive: Path) -> dict[str, str]:
+    """The digest covers an archive's size and both ends, since reading all of it takes minutes."""
     size = archive.stat().st_size
     with archive.open("rb") as file:
         edges = file.read(EDGE_BYTES)
         file.seek(max(0, size - EDGE_BYTES))
         edges += file.read()
     digest = hashlib.sha256(f"{size} ".encode() + edges).hexdigest()
-    identity = {"kind": "archive", "name": valid_text(archive.name), "digest": digest}
-    return Source(identity, lambda: read_archive(archive))
+    return {"kind": kind, "name": valid_text(archive.name), "digest": digest}
 
 
-def read_archive(archive: Path) -> tuple[int, Iterator[Utterance]]:
+Listing = Callable[[Iterable[str], dict[str, bytes]], list[tuple[str, Utterance]]]
+
+
+def read_archive(archive: Path, listing: Listing = list_librispeech) -> tuple[int, Iterator[Utterance]]:
     """How many utterances there are, and they in the order of the archive's audio, then those without audio.
 
-    Of several members with the same path the last counts, as when the archive is unpacked.
+    Of several members with the same path the last counts, as when the archive is unpacked. `listing` makes the
+    utterances of the paths of all audio files and the contents of all transcripts.
     """
     files: dict[str, int] = {}  # path -> number of its last member
     links: dict[str, str] = {}  # path -> path that it leads to
     texts: dict[str, bytes] = {}
-    with _damage_reported(archive):
+    with damage_reported(archive):
         for number, (path, target, file) in enumerate(_members(archive)):
             files.pop(path, None)
             links.pop(path, None)
@@ -72,7 +84,7 @@ def read_archive(archive: Path) -> tuple[int, Iterator[Utterance]]:
                 if file is not None and path in unread and files[path] == number:
                     texts[path] = _text(path, file)
     audio = {path: files[file] for path, file in found.items() if file is not None and is_audio(os.path.basename(path))}
-    listed = list_librispeech(audio, {path: texts[file] for path, file in transcripts.items()})
+    listed = listing(audio, {path: texts[file] for path, file in transcripts.items()})
     return len(listed), _with_audio(archive, listed, audio)
 
 
@@ -81,7 +93,7 @@ def _with_audio(archive: Path, listed: list[tuple[str, Utterance]], audio: dict[
     for path, utterance in listed:
         if utterance.reason != MISSING_AUDIO:
             by_member[audio[path]].append(utterance)
-    with _damage_reported(archive):
+    with damage_reported(archive):
         for number, (_, _, file) in enumerate(_members(archive)):
             data, size = None, file.seek(0, io.SEEK_END) if file is not None else 0
             for utterance in by_member[number]:
@@ -162,11 +174,14 @@ class _Header(tarfile.TarInfo):
 
 
 @contextlib.contextmanager
-def _damage_reported(archive: Path) -> Iterator[None]:
+def damage_reported(archive: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, EOFError, zlib.error, tarfile.TarError, ValueError, OverflowError) as error:
-        # The last two from tarfile: for attributes in a header that are no numbers, or too large ones.
+    except (
+        *(OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile),
+        *(ValueError, OverflowError),  # from tarfile, for attributes in a header that are no numbers, or too large ones
+        *(RuntimeError, lzma.LZMAError, struct.error),  # from zipfile, the first for a password or an unknown method
+    ) as error:
         raise UserError(
             f"{archive} is damaged or cut short ({error}); download it again, or unpack it and shard the directory"
         ) from None

@@ -24,10 +24,12 @@ from ddp_asr.data.sources import (
 
 def try_open(name: str, options: SourceOptions) -> Source | None:
     """A directory with a `.trans.txt` in it or below."""
+    if options.no_text:
+        return None
     root = Path(name)
     audio: list[str] = []
     transcripts: dict[str, bytes] = {}
-    for path in _files(root):
+    for path in files_below(root):
         if is_audio(path.name):
             audio.append(str(path.relative_to(root)))
         elif is_transcript(path.name):
@@ -39,7 +41,7 @@ def try_open(name: str, options: SourceOptions) -> Source | None:
     return listed_source("directory", root.resolve().name, utterances)
 
 
-def _files(root: Path) -> Iterator[Path]:
+def files_below(root: Path) -> Iterator[Path]:
     """Every file below `root`, links followed; of several paths to a directory one is listed, one without a link first.
 
     So a link to a directory above itself ends, and no file is a duplicate of itself. A link that leads nowhere is no

@@ -19,7 +19,7 @@ from ddp_asr.errors import UserError
 def try_open(name: str, options: SourceOptions) -> Source | None:
     """A file named *.jsonl or *.json."""
     manifest = Path(name)
-    if not manifest.is_file() or manifest.suffix not in (".jsonl", ".json"):
+    if options.no_text or not manifest.is_file() or manifest.suffix not in (".jsonl", ".json"):
         return None
     try:
         lines = manifest.read_bytes().decode("utf-8-sig").split("\n")  # Windows writes a byte order mark

@@ -1,4 +1,4 @@
-"""LibriSpeech splits by name, such as train-clean-100: the archive is downloaded from OpenSLR, then read as a stream.
+"""Splits of LibriSpeech, noises and room responses by name: the archive is downloaded from OpenSLR, then read.
 
 `fetch` puts the archive into the cache, continues an interrupted download, and compares the published checksum.
 """
@@ -13,10 +13,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from ddp_asr.data.sources import Source, SourceOptions, Utterance
 from ddp_asr.data.sources.archive import read_archive
+from ddp_asr.data.sources.recordings import read_recordings
 from ddp_asr.errors import UserError
 
 LIBRISPEECH_MD5 = {  # published beside the archives, in md5sum.txt
@@ -29,18 +30,51 @@ LIBRISPEECH_MD5 = {  # published beside the archives, in md5sum.txt
     "train-other-500": "d1a0fd59409feb2c614ce4d30c387708",
 }
 
+
+class Recordings(NamedTuple):
+    """A folder of an archive of audio without transcripts."""
+
+    url: str  # of the directory at OpenSLR
+    archive: str
+    md5: str
+    folder: str
+
+
+_MUSAN = "https://www.openslr.org/resources/17", "musan.tar.gz", "0c472d4fc0c5141eca47ad1ffeb2a7df"
+_RIRS = "https://www.openslr.org/resources/28", "rirs_noises.zip", "e6f48e257286e05de56413b4779d8ffb"
+RECORDINGS = {
+    "musan-noise": Recordings(*_MUSAN, "musan/noise/"),
+    "musan-music": Recordings(*_MUSAN, "musan/music/"),
+    "musan-speech": Recordings(*_MUSAN, "musan/speech/"),
+    "pointsource-noises": Recordings(*_RIRS, "RIRS_NOISES/pointsource_noises/"),
+    "simulated-rirs": Recordings(*_RIRS, "RIRS_NOISES/simulated_rirs/"),
+}
+
+LIBRISPEECH_URL = "https://www.openslr.org/resources/12"
 BLOCK_BYTES = 1 << 20
 RETRY_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0)
 
 
 def try_open(name: str, options: SourceOptions) -> Source | None:
-    """The name of a split, if there is no file or directory of this name; downloaded when the source is opened."""
-    if name not in LIBRISPEECH_MD5 or Path(name).exists():
+    """A name from the tables, if there is no file or directory of it; downloaded when the source is opened."""
+    if Path(name).exists():
+        return None
+    if name in RECORDINGS:
+        recordings = RECORDINGS[name]
+        digest = hashlib.sha256(f"{recordings.md5} {recordings.folder}".encode()).hexdigest()
+
+        def open_recordings() -> tuple[int, Iterator[Utterance]]:
+            url = f"{(options.openslr_url or recordings.url).rstrip('/')}/{recordings.archive}"
+            return read_recordings(fetch(url, options.cache, recordings.md5), recordings.folder)
+
+        return Source({"kind": "recordings", "name": name, "digest": digest}, open_recordings)
+    if name not in LIBRISPEECH_MD5 or options.no_text:
         return None
     md5 = LIBRISPEECH_MD5[name]
 
     def open_split() -> tuple[int, Iterator[Utterance]]:
-        return read_archive(fetch(f"{options.openslr_url.rstrip('/')}/{name}.tar.gz", options.cache, md5))
+        url = f"{(options.openslr_url or LIBRISPEECH_URL).rstrip('/')}/{name}.tar.gz"
+        return read_archive(fetch(url, options.cache, md5))
 
     return Source({"kind": "split", "name": name, "digest": md5}, open_split)
 
