@@ -78,6 +78,9 @@ class Data:
     noise: list[str] = setting(
         [], "shard directories of noises, for augment.background", also_called="musan noise_dir noise_manifest"
     )
+    rooms: list[str] = setting(
+        [], "shard directories of the impulse responses of rooms, for augment.room", also_called="rirs rir_dir"
+    )
 
 
 @dataclass(frozen=True)
@@ -259,6 +262,25 @@ class Background:
 
 
 @dataclass(frozen=True)
+class Room:
+    """Reverberation, by the impulse responses in data.rooms (see features/room.py)."""
+
+    share: float = setting(0.0, "fraction of utterances that are reverberated", at_least=0, at_most=1)
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A change of volume (see features/volume.py)."""
+
+    share: float = setting(0.0, "fraction of utterances whose volume is changed", at_least=0, at_most=1)
+    db_min: float = setting(-20.0, "change of volume at least, in dB", at_least=-90, at_most=90)
+    db_max: float = setting(10.0, "change of volume at most, in dB", at_least=-90, at_most=90)
+
+    def check(self) -> None:
+        _check_range("augment.volume.db", self.db_min, self.db_max)
+
+
+@dataclass(frozen=True)
 class Augment:
     """Augmentation of training utterances, seeded by utterance and epoch (see features/masks.py and data/loader.py)."""
 
@@ -273,6 +295,8 @@ class Augment:
     )
     noise: Noise = section(Noise)
     background: Background = section(Background)
+    room: Room = section(Room)
+    volume: Volume = section(Volume)
 
 
 @dataclass(frozen=True)
@@ -609,13 +633,14 @@ class Config:
     @property
     def clips(self) -> dict[str, list[str]]:
         """Shard directories of the recordings that augmentations mix in, by the section of `augment` that does."""
-        uses = {"background": (self.augment.background.share, self.data.noise)}
+        background, room = self.augment.background, self.augment.room
+        uses = {"background": (background.share, self.data.noise), "room": (room.share, self.data.rooms)}
         return {name: directories for name, (share, directories) in uses.items() if share}
 
     def check(self) -> None:
         for name, directories in self.clips.items():
             if not directories:
-                setting_name = {"background": "data.noise"}[name]
+                setting_name = {"background": "data.noise", "room": "data.rooms"}[name]
                 raise UserError(
                     f"augment.{name}.share is above 0 and {setting_name} names no recordings: name shard directories "
                     f"in {setting_name} (ddp-asr shard makes them), or set augment.{name}.share to 0"

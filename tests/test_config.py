@@ -59,7 +59,11 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [
         ["0", "1"],
         ["-1"],
     ),
-    ("augment.time_mask_share augment.noise.share optim.warmup_share", ["0", "0.5", "1"], ["-0.1", "1.1", "nan"]),
+    (
+        "augment.time_mask_share augment.noise.share augment.volume.share optim.warmup_share",
+        ["0", "0.5", "1"],
+        ["-0.1", "1.1", "nan"],
+    ),
     (
         "encoder.dropout objective.intermediate_weight optim.ema_decay optim.beta1 optim.beta2",
         ["0", "0.5"],
@@ -81,6 +85,9 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [
     ("augment.noise.snr_db_min", ["-5", "40"], ["40.1", "-inf"]),
     ("augment.noise.snr_db_max", ["15", "90"], ["14.9", "inf"]),
     ("augment.background.share", ["0"], ["-0.1", "1.1", "nan", "0.5"]),  # needs data.noise
+    ("augment.room.share", ["0"], ["-0.1", "1.1", "nan", "0.5"]),  # needs data.rooms
+    ("augment.volume.db_min", ["-5", "10"], ["10.1", "-91"]),
+    ("augment.volume.db_max", ["-20", "90"], ["-20.1", "91"]),
     ("augment.background.snr_db_min", ["-5", "30"], ["30.1", "-inf"]),
     ("augment.background.snr_db_max", ["10", "90"], ["9.9", "inf"]),
     ("train.precision", ["auto", "bf16", "fp16", "tf32", "fp32"], ["FP32", "float32", ""]),
@@ -102,7 +109,7 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [
     ("decoder.lm_weight decoder.hot_word_bonus", ["0", "1.5"], ["-0.1", "nan", "inf"]),
     ("decoder.symbol_bonus decoder.word_bonus", ["-1", "0", "2.5"], ["nan", "inf"]),
     # any text
-    ("run.name run.dir data.cache_dir data.test data.noise", ["x"], []),
+    ("run.name run.dir data.cache_dir data.test data.noise data.rooms", ["x"], []),
     ("vocabulary.drop vocabulary.model train.init_from", ["x"], []),
     ("decoder.lm decoder.lexicon decoder.hot_words", ["x"], []),
     ("tracking.project tracking.workspace tracking.tags", ["x"], []),
@@ -131,6 +138,8 @@ def test_settings_at_odds_with_each_other_name_both():
         ("--objective.intermediate_weight=0.3", "--objective.intermediate_layers=1,6"): r"layers 1 to 5 .*\[1, 6\]",
         ("--objective.intermediate_weight=0.3", "--objective.intermediate_layers="): r"layers 1 to 5 .*\[\]",
         ("--augment.background.share=0.5",): "augment.background.share is above 0 and data.noise names no recordings",
+        ("--augment.room.share=1",): "augment.room.share is above 0 and data.rooms names no recordings: name shard",
+        ("--augment.volume.db_min=11",): "augment.volume.db_min = 11 is above augment.volume.db_max = 10: lower",
         ("--augment.background.snr_db_min=50",): "background.snr_db_min = 50 is above augment.background.snr_db_max",
         ("--augment.noise.snr_db_min=50",): "noise.snr_db_min = 50 is above augment.noise.snr_db_max = 40: lower",
         ("--vocabulary.kind=pieces", "--vocabulary.symbols=aba"): "hold each symbol once, and 'a' is repeated",

@@ -5,14 +5,17 @@ import pytest
 import torch
 import torchaudio
 
-from ddp_asr.config import Augment, Background, Noise
+from ddp_asr.config import Augment, Background, Noise, Room, Volume
 from ddp_asr.draws import Draw
 from ddp_asr.features import registered, waveform_augmentations
+from ddp_asr.features.room import convolve
 
 # Settings that turn each one on, for `share` of the utterances.
 EXAMPLES = {
+    "room": lambda share: Augment(room=Room(share=share)),
     "background": lambda share: Augment(background=Background(share=share, snr_db_min=10.0, snr_db_max=20.0)),
     "noise": lambda share: Augment(noise=Noise(share=share, snr_db_min=10.0, snr_db_max=20.0)),
+    "volume": lambda share: Augment(volume=Volume(share=share, db_min=-20.0, db_max=-1.0)),
 }
 KINDS = {kind.purpose: kind for kind in registered()}
 every = pytest.mark.parametrize("kind", registered(), ids=lambda kind: kind.__name__)
@@ -39,7 +42,20 @@ def hum(samples, seed):
     return np.cumsum(np.random.default_rng(seed).normal(size=samples)) * 20
 
 
-CLIPS = {"background": Kept(hum(500, 2), hum(9_000, 3), hum(3_000, 4))}
+def response(samples, seed, peak=0, decay=0.3):
+    """Noise that dies away from its peak on, louder than all of it; `decay` in natural logarithms for 100 samples."""
+    random = np.random.default_rng(seed)
+    found = random.normal(size=samples) * 5_000 * np.exp(-decay * np.arange(samples) / 100)
+    found = np.clip(found, -12_000, 12_000)
+    found[:peak] *= 0.01
+    found[peak] = -30_000
+    return found
+
+
+CLIPS = {
+    "background": Kept(hum(500, 2), hum(9_000, 3), hum(3_000, 4)),
+    "room": Kept(*(response(800 + 30 * seed, seed, peak=10 * seed) for seed in range(60))),
+}
 
 
 def make(kind, share=1.0, clips=CLIPS):
@@ -175,3 +191,64 @@ def test_silence_stays_and_silent_noise_adds_nothing(snr_db):
     assert not applied(op, silence).any()
     op, _ = background(silence, snr_db=snr_db)
     assert (applied(op) == SPEECH).all()
+
+
+# ---- rooms -----------------------------------------------------------------------------------------------------------
+
+
+def room(recording):
+    return waveform_augmentations(Augment(room=Room(share=1.0)), {"room": Kept(recording)})[0]
+
+
+def reverberated(waveform, recording):
+    """By the formula: a convolution in float64, cut from the peak of the response on, as loud as before."""
+    recording = np.asarray(recording, np.int16).astype(float)
+    peak = int(np.abs(recording).argmax())
+    whole = np.convolve(waveform.astype(float), recording)[peak : peak + len(waveform)]
+    return whole * np.sqrt(np.mean(waveform.astype(float) ** 2) / np.mean(whole**2))
+
+
+@pytest.mark.parametrize("samples", [3_000, 40_000, 70_001])
+@pytest.mark.parametrize("length, peak", [(1, 0), (2, 1), (900, 0), (5_000, 37), (16_000, 900), (40_000, 39_999)])
+def test_a_room_is_the_convolution_from_the_peak_of_its_response_on(samples, length, peak):
+    """Responses longer than the utterance, and a peak beyond its end, too."""
+    waveform = hum(samples, 5).clip(-8_000, 8_000).astype(np.int16)
+    recording = response(length, 6, peak=peak)
+    assert np.abs(applied(room(recording), waveform) - reverberated(waveform, recording)).max() < 0.6
+
+
+def test_the_convolution_is_that_of_torchaudio():
+    waveform, recording = SPEECH.astype(np.float32), np.asarray(response(1_000, 7, peak=50), np.float32)
+    expected = torchaudio.functional.fftconvolve(torch.from_numpy(waveform).double(), torch.from_numpy(recording))
+    found = convolve(waveform, recording, delay=50)
+    assert np.abs(found - expected[50 : 50 + len(waveform)].numpy()).max() < 1e-5 * np.abs(found).max()
+
+
+def test_a_room_leaves_a_click_where_it_was_and_the_loudness_as_it_was():
+    clicks = np.zeros(6_000, np.int16)
+    clicks[[1_000, 4_000]] = 20_000
+    heard = applied(room(response(2_000, 8, peak=300, decay=5.0)), clicks).astype(float)
+    assert set(np.argsort(-np.abs(heard))[:2].tolist()) == {1_000, 4_000}
+    loudness = [np.sqrt(np.mean(waveform.astype(float) ** 2)) for waveform in (clicks, heard)]
+    assert loudness[0] == pytest.approx(loudness[1], rel=1e-3)
+
+
+def test_an_echo_of_nothing_is_nothing():
+    """A click alone is a room without walls, a silent response is no room, and silence stays silence."""
+    click, silence = np.zeros(500, np.int16), np.zeros(500, np.int16)
+    click[200] = -32_768
+    assert np.abs(applied(room(click)).astype(int) + SPEECH).max() <= 1  # upside down
+    assert (applied(room(silence)) == SPEECH).all()
+    assert not applied(room(response(900, 1)), silence).any()
+
+
+# ---- volume ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_volume_changes_by_a_drawn_number_of_decibels():
+    loud = np.full(100, 10_000, np.int16)
+    (op,) = waveform_augmentations(Augment(volume=Volume(share=1.0, db_min=-12.0, db_max=6.0)))
+    gains_db = [20 * np.log10(applied(op, loud, key_hash=key_hash)[0] / 10_000) for key_hash in HASHES[:500]]
+    assert -12.01 < min(gains_db) < -11.7 and 5.7 < max(gains_db) < 6.01
+    assert np.histogram(gains_db, 5, (-12.01, 6.01))[0].min() > 60
+    assert applied(op, np.full(100, -30_000, np.int16), key_hash=HASHES[int(np.argmax(gains_db))]).min() == -32_768

@@ -119,6 +119,22 @@ def make_corpus(directory: Path) -> TinyCorpus:
     return TinyCorpus(directory)
 
 
+def mixing(directory: Path) -> list[str]:
+    """Options that turn on every augmentation of waveforms, with recordings that are made in the directory."""
+    for name, recordings, seconds in (("noise", 5, 0.7), ("rooms", 4, 0.1)):
+        (directory / name).mkdir(parents=True)
+        for number in range(recordings):
+            waveform = noises(seconds * (1 + number / 4), seed=1_000 + number).astype(float)
+            if name == "rooms":
+                waveform *= np.exp(-np.arange(len(waveform)) / 400)
+            soundfile.write(directory / name / f"{number}.flac", waveform.astype(np.int16), 16_000)
+        shard(directory / name, directory / "shards" / name, "--no-text")
+    return [
+        *(f"--data.{name}={directory / 'shards' / name}" for name in ("noise", "rooms")),
+        *(f"--augment.{name}.share=0.5" for name in ("room", "background", "volume")),
+    ]
+
+
 # ---- processes -----------------------------------------------------------------------------------------------------
 
 _processes = multiprocessing.get_context("forkserver")

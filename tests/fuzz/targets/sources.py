@@ -9,6 +9,7 @@ import io
 import json
 import tarfile
 import warnings
+import zipfile
 from pathlib import Path
 from random import Random
 
@@ -301,6 +302,27 @@ def _with_tar_checksums(tar: bytes, random: Random) -> bytes:
             block = blocks[place][:148] + b" " * 8 + blocks[place][156:]
             blocks[place] = block[:148] + b"%06o\0 " % sum(block) + block[156:]
     return b"".join(blocks)
+
+
+class Zip(Target):
+    """Archives of audio without transcripts: a .zip"""
+
+    name = "zip"
+    share = 40
+    mutated = ("noises.zip",)
+
+    def seeds(self) -> list[Tree]:
+        file = io.BytesIO()
+        with zipfile.ZipFile(file, "w") as members:
+            for name, kind in (("a/hum.wav", "wav"), ("a/b/street.flac", "flac"), ("read me.txt", "au")):
+                method = zipfile.ZIP_STORED if kind == "flac" else zipfile.ZIP_DEFLATED
+                members.writestr(zipfile.ZipInfo(name), encoded(kind, 0.1), method)
+        return [{"noises.zip": file.getvalue()}]
+
+    def read(self, directory: Path) -> None:
+        source = open_source(str(directory / "noises.zip"), SourceOptions(no_text=True))
+        for utterance in read_all(source):
+            pack(utterance, max_seconds=60)
 
 
 class Audio(Target):
