@@ -38,13 +38,13 @@ from torch import Tensor
 from ddp_asr import SAMPLE_RATE_HZ, draws
 from ddp_asr.config import Config
 from ddp_asr.data import flac
-from ddp_asr.data.clips import open_clips
+from ddp_asr.data.clips import open_clips, read_clips
 from ddp_asr.data.index import Index
 from ddp_asr.data.plan import Plan, micro_batches_of_rank, speed_samples
 from ddp_asr.data.speed import change_speed
 from ddp_asr.data.storage import Shards
 from ddp_asr.draws import Draw
-from ddp_asr.features import NO_CLIPS, masks, speed_name, turned_on, waveform_augmentations
+from ddp_asr.features import WaveformAugmentation, masks, speed_name, turned_on, waveform_augmentations
 from ddp_asr.text import Tokeniser
 
 Batches = Generator["MicroBatch", None, None]  # closing it ends its threads
@@ -125,14 +125,14 @@ def train_loader(
     start: tuple[int, int] = (0, 0),
     fuse: int = 1,
     epochs: int | None = None,
-    clips: Mapping[str, Index] = NO_CLIPS,
+    clips: Mapping[str, Index] | None = None,
     pin_memory: bool | None = None,
 ) -> Batches:
     """A rank's micro-batches in the order (epoch, step, k), from `start` = (epoch, step) to the end of the last epoch.
 
     `index` holds exactly the rows the plan was made from. `fuse` neighbouring micro-batches of a step are one batch;
-    the last batch of a rank's part of a step may stand for fewer. `clips` is `Corpus.clips`. Closing the iterator ends
-    its threads.
+    the last batch of a rank's part of a step may stand for fewer. `clips` is `Corpus.clips`, and read
+    here without it. Closing the iterator ends its threads.
     """
     if len(index) != len(plan):
         raise ValueError(f"an index of {len(index)} rows does not belong to a plan of {len(plan)}")
@@ -219,12 +219,16 @@ class Recordings:
         config: Config,
         *,
         training: bool,
-        clips: Mapping[str, Index] = NO_CLIPS,
+        clips: Mapping[str, Index] | None = None,
     ) -> None:
         self.index, self.tokeniser, self.config, self.training = index, tokeniser, config, training
         self._shards = Shards(index.shards)
-        self._augmentations = waveform_augmentations(config.augment, open_clips(clips)) if training else []
-        self._turned_on = turned_on(config.augment, self._augmentations) if training else []
+        self._augmentations: list[WaveformAugmentation] = []
+        self._turned_on: list[str] = []
+        if training:
+            opened = open_clips(read_clips(config) if clips is None else clips)
+            self._augmentations = waveform_augmentations(config.augment, opened)
+            self._turned_on = turned_on(config.augment, self._augmentations)
 
     def micro_batch(self, work: Work) -> MicroBatch:
         speed = np.ones(len(work.rows)) if work.speed is None else work.speed

@@ -49,7 +49,7 @@ class Room:
         peak = int(np.abs(response.astype(np.int32)).argmax())  # -32768 has no absolute value in int16
         first = max(0, peak - len(waveform) + 1)  # what is further away than the utterance is long reaches no sample
         response = response[first : peak + len(waveform)]
-        reverberated = convolve(waveform.astype(np.float32), response.astype(np.float32) / 32768, peak - first)
+        reverberated = convolve(waveform.astype(np.float32), response * np.float32(1 / 32768), peak - first)
         loudness, dry_loudness = _loudness(reverberated), _loudness(waveform)
         if not loudness:  # silence, or a response without a sound
             return waveform
