@@ -1,7 +1,7 @@
 """The command `ddp-asr COMMAND ...`, also as `python -m ddp_asr COMMAND ...`.
 
 train, evaluate --> torchrun with so many processes, or this process alone --> ddp_asr.train, ddp_asr.evaluate
-shard, vocabulary, transcribe, align, lm, tune, tracking --> the module of that name
+shard, vocabulary, transcribe, align, lm, tune, average, tracking --> the module of that name
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ COMMANDS = {
     "vocabulary": "learn word pieces of text or transcripts",
     "lm": "make an n-gram language model of text or transcripts",
     "tune": "find the weights of a decoder with a language model",
+    "average": "average the weights of several checkpoints of a run",
     "tracking": "send a run to Comet, or make its offline archive",
 }
 

@@ -21,6 +21,7 @@ ENTRY_POINTS = [
             "vocabulary",
             "lm",
             "tune",
+            "average",
             "tracking",
             "bandwidth",
         )

@@ -55,7 +55,8 @@ class Trained:
     epoch: int
     config: dict[str, Any]
     tokeniser: dict[str, Any]  # its state
-    weights: dict[str, Tensor]
+    weights: dict[str, Tensor]  # their moving average where the training kept one
+    plain_weights: dict[str, Tensor]  # the same dict where it kept none
 
 
 def read_trained(checkpoint: str | Path) -> Trained:
@@ -93,15 +94,15 @@ def _read_run(run_directory: Path) -> Trained:
 
 def _trained(path: Path, state: dict[str, Any]) -> Trained:
     try:
-        weights = dict(state["model"])
-        if state["averages"] is not None:
-            weights.update(state["averages"])  # what training evaluated, too
-        if not all(isinstance(name, str) and isinstance(weight, Tensor) for name, weight in weights.items()):
+        plain = dict(state["model"])
+        weights = plain if state["averages"] is None else {**plain, **state["averages"]}  # what training evaluated, too
+        both = (*plain.items(), *weights.items())
+        if not all(isinstance(name, str) and isinstance(weight, Tensor) for name, weight in both):
             raise TypeError("its model holds more than tensors by name")
         step, epoch, config, tokeniser = (state[name] for name in ("step", "epoch", "config", "tokeniser"))
         if not (isinstance(config, dict) and isinstance(tokeniser, dict)):
             raise TypeError("its config and tokeniser are not dicts")
-        return Trained(str(path), int(step), int(epoch), config, tokeniser, weights)
+        return Trained(str(path), int(step), int(epoch), config, tokeniser, weights, plain)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{path} is no checkpoint of a training run ({error!r}): name one that python -m ddp_asr.train wrote"

@@ -112,6 +112,17 @@ def write(path: Path, state: dict[str, Any], may_write: Callable[[], None]) -> N
         raise _unwritable(path, error) from error
 
 
+def write_alone(path: Path, state: dict[str, Any]) -> None:
+    """Writes a checkpoint that belongs to no running training; touches no temporary file of one.
+
+    Raises:
+        OSError: the disk is full or the directory unwritable.
+    """
+    check_plain(state)
+    with writing_aside(path) as file:
+        _save(state, _Watched(file))
+
+
 def _save(state: dict[str, Any], file: _Watched) -> None:
     try:
         torch.save(state, file)  # type: ignore[arg-type]  # torch needs `write` and `flush` only
