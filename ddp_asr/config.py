@@ -262,6 +262,14 @@ class Background:
 
 
 @dataclass(frozen=True)
+class Pitch:
+    """A change of pitch that keeps the tempo (see features/pitch.py)."""
+
+    share: float = setting(0.0, "fraction of utterances whose pitch is changed", at_least=0, at_most=1)
+    semitones: float = setting(2.0, "change of pitch at most, up or down, in semitones", at_least=0.25, at_most=12)
+
+
+@dataclass(frozen=True)
 class Room:
     """Reverberation, by the impulse responses in data.rooms (see features/room.py)."""
 
@@ -295,6 +303,7 @@ class Augment:
     )
     noise: Noise = section(Noise)
     background: Background = section(Background)
+    pitch: Pitch = section(Pitch)
     room: Room = section(Room)
     volume: Volume = section(Volume)
 

@@ -70,7 +70,7 @@ def test_the_mean_is_that_of_the_checkpoints_that_were_asked_for(run, tmp_path, 
     for name, weight in state["model"].items():
         assert weight.dtype == torch.float32 and np.abs(weight.numpy() - expected[name]).max() <= 1e-7
     assert (state["step"], state["averages"]) == (steps[-1], None)
-    assert (state["averaged"]["steps"] == steps and state["averaged"]["weights"] == which) or "ema"
+    assert state["averaged"]["steps"] == steps and state["averaged"]["weights"] == (which or "ema")
     assert f"mean of {len(steps)} checkpoint(s), {which or 'ema'} weights of steps {', '.join(map(str, steps))}" in (
         capsys.readouterr().out
     )

@@ -14,7 +14,7 @@ from ddp_asr.shard import main
 from tests import tiny_speech
 from tests import tiny_training as tiny
 
-PURPOSES = ["room", "background", "noise", "volume"]
+PURPOSES = ["pitch", "room", "background", "noise", "volume"]
 
 
 def settings(*noise, rooms=()):

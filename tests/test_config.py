@@ -60,7 +60,7 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [
         ["-1"],
     ),
     (
-        "augment.time_mask_share augment.noise.share augment.volume.share optim.warmup_share",
+        "augment.time_mask_share augment.noise.share augment.pitch.share augment.volume.share optim.warmup_share",
         ["0", "0.5", "1"],
         ["-0.1", "1.1", "nan"],
     ),
@@ -86,6 +86,7 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [
     ("augment.noise.snr_db_max", ["15", "90"], ["14.9", "inf"]),
     ("augment.background.share", ["0"], ["-0.1", "1.1", "nan", "0.5"]),  # needs data.noise
     ("augment.room.share", ["0"], ["-0.1", "1.1", "nan", "0.5"]),  # needs data.rooms
+    ("augment.pitch.semitones", ["0.25", "12"], ["0.2", "-1", "12.5", "nan"]),
     ("augment.volume.db_min", ["-5", "10"], ["10.1", "-91"]),
     ("augment.volume.db_max", ["-20", "90"], ["-20.1", "91"]),
     ("augment.background.snr_db_min", ["-5", "30"], ["30.1", "-inf"]),

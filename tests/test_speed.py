@@ -5,7 +5,7 @@ import pytest
 import soxr
 
 from ddp_asr.data.plan import speed_samples
-from ddp_asr.data.speed import change_speed
+from ddp_asr.features.speed import change_speed
 
 RATE_HZ, SAMPLES = 16_000, 130_000
 SPEEDS = [0.85, 0.9, 0.95, 1.05, 1.1, 1.15]

@@ -5,13 +5,15 @@ import pytest
 import torch
 import torchaudio
 
-from ddp_asr.config import Augment, Background, Noise, Room, Volume
+from ddp_asr.config import Augment, Background, Noise, Pitch, Room, Volume
 from ddp_asr.draws import Draw
 from ddp_asr.features import registered, waveform_augmentations
+from ddp_asr.features.pitch import shift, stretch
 from ddp_asr.features.room import convolve
 
 # Settings that turn each one on, for `share` of the utterances.
 EXAMPLES = {
+    "pitch": lambda share: Augment(pitch=Pitch(share=share)),
     "room": lambda share: Augment(room=Room(share=share)),
     "background": lambda share: Augment(background=Background(share=share, snr_db_min=10.0, snr_db_max=20.0)),
     "noise": lambda share: Augment(noise=Noise(share=share, snr_db_min=10.0, snr_db_max=20.0)),
@@ -252,3 +254,51 @@ def test_the_volume_changes_by_a_drawn_number_of_decibels():
     assert -12.01 < min(gains_db) < -11.7 and 5.7 < max(gains_db) < 6.01
     assert np.histogram(gains_db, 5, (-12.01, 6.01))[0].min() > 60
     assert applied(op, np.full(100, -30_000, np.int16), key_hash=HASHES[int(np.argmax(gains_db))]).min() == -32_768
+
+
+# ---- pitch -----------------------------------------------------------------------------------------------------------
+
+SEMITONES = [-12, -2, -0.25, 0.25, 1, 2, 12]
+
+
+def tone(hz, samples=16_000):
+    return (8_000 * np.sin(2 * np.pi * hz / 16_000 * np.arange(samples))).astype(np.int16)
+
+
+def loudest_hz(waveform):
+    windowed = waveform * np.hanning(len(waveform))
+    return float(np.abs(np.fft.rfft(windowed, 1 << 18)).argmax() * 16_000 / (1 << 18))
+
+
+@pytest.mark.parametrize("semitones", SEMITONES)
+@pytest.mark.parametrize("hz", [220.0, 1_000.0])
+def test_every_frequency_is_multiplied_and_as_loud_as_before(hz, semitones):
+    factor = 2 ** (semitones / 12)
+    shifted = shift(tone(hz), factor)
+    assert loudest_hz(shifted) == pytest.approx(hz * factor, rel=5e-3)  # a semitone is 6 %
+    middle = shifted[2_000:-2_000].astype(float)
+    assert np.sqrt(np.mean(middle**2)) == pytest.approx(8_000 / np.sqrt(2), rel=0.03)
+
+
+@pytest.mark.parametrize("semitones", SEMITONES)
+def test_a_change_of_pitch_keeps_times_and_loudness(semitones):
+    """Of three tones with silence between them, each stays in its place, to 4 ms, and as loud as it was."""
+    waveform, spans = np.zeros(16_000, np.int16), ((0, 3_000), (6_000, 9_000), (13_000, 16_000))
+    for first, last in spans:
+        waveform[first:last] = tone(700, last - first)
+    energy = shift(waveform, 2 ** (semitones / 12)).astype(float) ** 2
+    for first, last in spans:
+        around = np.arange(max(0, first - 1_500), min(16_000, last + 1_500))
+        centre = (energy[around] * around).sum() / energy[around].sum()
+        assert centre == pytest.approx((first + last) / 2, abs=64 if abs(semitones) <= 2 else 256)
+        assert energy[first + 400 : last - 400].mean() == pytest.approx(8_000**2 / 2, rel=0.1)
+    assert energy[3_500:5_500].max() < 100 and energy[9_500:12_500].max() < 100
+
+
+def test_nothing_is_stretched_to_itself():
+    waveform = SPEECH.astype(np.float32)
+    assert np.abs(stretch(waveform, len(waveform), 1.0) - waveform).max() < 0.01
+
+
+def test_a_change_of_pitch_of_silence_is_silence():
+    assert not shift(np.zeros(3_000, np.int16), 1.1).any()

@@ -131,7 +131,7 @@ def mixing(directory: Path) -> list[str]:
         shard(directory / name, directory / "shards" / name, "--no-text")
     return [
         *(f"--data.{name}={directory / 'shards' / name}" for name in ("noise", "rooms")),
-        *(f"--augment.{name}.share=0.5" for name in ("room", "background", "volume")),
+        *(f"--augment.{name}.share=0.5" for name in ("pitch", "room", "background", "volume")),
     ]
 
 

@@ -41,10 +41,10 @@ from ddp_asr.data import flac
 from ddp_asr.data.clips import open_clips, read_clips
 from ddp_asr.data.index import Index
 from ddp_asr.data.plan import Plan, micro_batches_of_rank, speed_samples
-from ddp_asr.data.speed import change_speed
 from ddp_asr.data.storage import Shards
 from ddp_asr.draws import Draw
 from ddp_asr.features import WaveformAugmentation, masks, speed_name, turned_on, waveform_augmentations
+from ddp_asr.features.speed import change_speed
 from ddp_asr.text import Tokeniser
 
 Batches = Generator["MicroBatch", None, None]  # closing it ends its threads

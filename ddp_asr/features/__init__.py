@@ -61,11 +61,12 @@ NO_CLIPS: Mapping[str, Any] = MappingProxyType({})
 def registered() -> tuple[type[WaveformAugmentation], ...]:
     """All of them, in the order in which they run."""
     from ddp_asr.features.noise import Background, WhiteNoise
+    from ddp_asr.features.pitch import Pitch
     from ddp_asr.features.room import Room
     from ddp_asr.features.volume import Volume
 
     # As sound goes: a voice in a room, noise beside it, and what the microphone and its gain add.
-    return (Room, Background, WhiteNoise, Volume)
+    return (Pitch, Room, Background, WhiteNoise, Volume)
 
 
 def turned_on(settings: config.Augment, waveform_augmentations: Iterable[WaveformAugmentation]) -> list[str]:

@@ -34,7 +34,7 @@ class _Kernel(NamedTuple):
     weights: NDArray[np.float32]  # (hop + 2 reach, outputs)
 
 
-def change_speed(waveform: NDArray[np.int16], speed: float, out: NDArray[np.int16]) -> None:
+def change_speed(waveform: NDArray[np.int16], speed: float, out: NDArray[np.int16] | NDArray[np.float32]) -> None:
     """Fills `out`, whose length the plan decides; what lies beyond the waveform is silence."""
     hop, outputs, reach, weights = _kernel(speed)
     window = len(weights)
