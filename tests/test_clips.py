@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shutil
 
 import pytest
 import soundfile
@@ -11,6 +13,7 @@ from ddp_asr.data.clips import open_clips, read_clips
 from ddp_asr.data.index import read_index
 from ddp_asr.errors import UserError
 from ddp_asr.shard import main
+from ddp_asr.train import main as train_main
 from tests import tiny_speech
 from tests import tiny_training as tiny
 
@@ -74,6 +77,16 @@ def test_a_recording_that_no_longer_decodes_is_named(noises, tmp_path):
     assert len(clips.read(0, 0, 100)) == 100
     with pytest.raises(UserError, match=r"the recording a_cafe-1 in .*\.tar, .* cannot be read \(does not dec"):
         clips.read(1, 0, 24_000)
+
+
+def test_a_dry_run_says_what_is_mixed_in_and_what_is_missing(tiny_corpus, tmp_path, capsys):
+    mixed = tiny.mixing(tmp_path)
+    assert train_main([*tiny_corpus.arguments(tmp_path, "run", *mixed), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"\nbackground +5 recordings, 0.00 h, for 50% of the utterances\nroom +4 recordings, ", said)
+    shutil.rmtree(tmp_path / "shards" / "noise")
+    with pytest.raises(UserError, match=r"there are no shards at .*noise; make them with"):
+        train_main([*tiny_corpus.arguments(tmp_path, "run", *mixed), "--dry-run"])
 
 
 # ---- whole trainings -------------------------------------------------------------------------------------------------

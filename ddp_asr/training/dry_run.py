@@ -68,6 +68,11 @@ def _run_lines(config: Config, corpus: Corpus, parameters: int) -> list[str]:
         f"vocabulary        {_vocabulary(config, corpus)}",
         f"training data     {len(corpus.index):,} utterances, {corpus.hours:.2f} h",
         f"test data         {tested}",
+        *(
+            f"{name:18}{len(index):,} recordings, {index.hours:.2f} h, for {getattr(config.augment, name).share:.0%} "
+            "of the utterances"
+            for name, index in corpus.clips.items()
+        ),
     ]
 
 
