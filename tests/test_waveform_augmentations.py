@@ -302,3 +302,9 @@ def test_nothing_is_stretched_to_itself():
 
 def test_a_change_of_pitch_of_silence_is_silence():
     assert not shift(np.zeros(3_000, np.int16), 1.1).any()
+
+
+def test_the_ends_of_the_range_of_volume_are_silence_and_full_scale():
+    ends = [Augment(volume=Volume(share=1.0, db_min=db, db_max=db)) for db in (-90.0, 90.0)]
+    faint, loud = (applied(waveform_augmentations(each)[0]) for each in ends)
+    assert not faint.any() and {-32_768, 32_767} <= set(loud.tolist())
