@@ -718,10 +718,11 @@ def load_decoder(path: Path) -> DecoderSettings:
 
 def require_shards(config: Config) -> None:
     """Raises a UserError that names the commands which make the shards that are not there."""
-    named = (*config.data.train, *config.data.test, *itertools.chain(*config.clips.values()))
-    missing = [Path(path) for path in named if not Path(path).is_dir()]
+    named = dict.fromkeys((*config.data.train, *config.data.test), "")
+    named |= dict.fromkeys(itertools.chain(*config.clips.values()), " --no-text")
+    missing = {Path(path): option for path, option in named.items() if not Path(path).is_dir()}
     if missing:
-        commands = "\n".join(f"  python -m ddp_asr.shard {path.name} --out {path}" for path in missing)
+        commands = "\n".join(f"  python -m ddp_asr.shard {path.name} --out {path}{missing[path]}" for path in missing)
         names = ", ".join(map(str, missing))
         raise UserError(
             f"there are no shards at {names}; make them with (the source is a LibriSpeech split, directory, .tar.gz "
