@@ -5,11 +5,11 @@ import pytest
 from tests.conftest import REPOSITORY
 
 BOUNDS = {
-    "ddp_asr": 15_990,
+    "ddp_asr": 16_390,
     "launch": 2_900,
     "synthetic_speech": 330,
-    "benchmarks": 3_200,
-    "tests": 26_700,
+    "benchmarks": 3_280,
+    "tests": 27_150,
 }
 
 
