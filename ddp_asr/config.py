@@ -352,6 +352,72 @@ class RescnnBigru:
 
 
 @dataclass(frozen=True)
+class Conformer:
+    """Self-attention and convolution in each of its blocks (see encoders/conformer.py)."""
+
+    kind: str = field(default="conformer", init=False)
+
+    conv_channels: int = setting(64, "channels of every strided convolution", at_least=1, at_most=65_536)
+    time_strides: list[int] = setting(
+        [2, 2],
+        "time stride of each strided convolution, which also halves the mel bands",
+        not_empty=True,
+        at_least=1,
+        at_most=100,
+    )
+    blocks: int = setting(16, "Conformer blocks", at_least=1, at_most=100, also_called="num_layers n_layers num_blocks")
+    size: int = setting(
+        256, "D, the size of the hidden states", at_least=1, at_most=65_536, also_called="d_model hidden_size"
+    )
+    heads: int = setting(
+        4, "attention heads", at_least=1, at_most=1024, also_called="n_heads num_heads attention_heads nhead"
+    )
+    feed_forward_factor: int = setting(
+        4, "inner size of the feed-forward layers / size", at_least=1, at_most=16, also_called="ff_expansion_factor"
+    )
+    kernel: int = setting(
+        31,
+        "frames that the convolution of a block covers, an odd number",
+        at_least=1,
+        at_most=1001,
+        also_called="conv_kernel conv_kernel_size cnn_module_kernel kernel_size",
+    )
+    dropout: float = setting(0.1, "dropout of every layer; attention weights have none", at_least=0, below=1)
+
+    @property
+    def layers(self) -> int:
+        """The layers that `objective.intermediate_layers` counts."""
+        return self.blocks
+
+    @property
+    def time_reduction(self) -> int:
+        """Frames of the features for one frame of the logits."""
+        return math.prod(self.time_strides)
+
+    @property
+    def band_reduction(self) -> int:
+        """What the number of mel bands must be divisible by."""
+        return int(2 ** len(self.time_strides))
+
+    def output_frames(self, frames: Any) -> Any:
+        """T' of T: what the strided convolutions leave. For ints, numpy arrays and tensors alike."""
+        for stride in self.time_strides:
+            frames = (frames + stride - 1) // stride
+        return frames
+
+    def check(self) -> None:
+        # Rotary positions turn pairs of numbers, and a GPU's fused attention takes heads of 8, 16, 24 ... numbers only:
+        # for others PyTorch stores the weights of all pairs of frames.
+        if self.size % (8 * self.heads):
+            raise UserError(
+                f"encoder.size = {self.size} must be divisible by {8 * self.heads}, 8 for each of encoder.heads = "
+                f"{self.heads}: choose other numbers"
+            )
+        if self.kernel % 2 == 0:
+            raise UserError(f"encoder.kernel = {self.kernel} must be odd, so that a frame is in its middle: add 1")
+
+
+@dataclass(frozen=True)
 class Objective:
     """The training loss of an utterance (see objective.py)."""
 
@@ -626,7 +692,7 @@ class Config:
     batch: Batch = section(Batch, shapes_result=True)
     features: Features = section(Features, shapes_result=True, also_called="preprocessor frontend")
     augment: Augment = section(Augment, shapes_result=True, also_called="specaug spec_augment")
-    encoder: RescnnBigru = section(RescnnBigru, shapes_result=True, also_called="model")
+    encoder: RescnnBigru | Conformer = section(RescnnBigru, shapes_result=True, also_called="model")
     objective: Objective = section(Objective, shapes_result=True, also_called="loss")
     decoder: DecoderSettings = section(Greedy, also_called="decoding")
     optim: Optim = section(Optim, shapes_result=True, also_called="optimizer")

@@ -46,8 +46,8 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [
         ["0", "-1", "inf", "nan"],
     ),
     (
-        "batch.micro_batches batch.buckets encoder.conv_channels encoder.rnn_layers encoder.rnn_size train.epochs "
-        "train.keep_last data.prefetch",
+        "batch.micro_batches batch.buckets encoder.conv_channels encoder.rnn_layers encoder.rnn_size encoder.blocks "
+        "encoder.feed_forward_factor train.epochs train.keep_last data.prefetch",
         ["1"],
         ["0", "-1"],
     ),
@@ -72,6 +72,9 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [
     ("distributed.backend", ["auto", "nccl", "gloo"], ["mpi", ""]),
     ("augment.speeds", ["1", "0.5,2"], ["", "0", "1,-1", "inf", "nan"]),
     ("encoder.time_strides", ["1", "2,2"], ["", "0", "2,-1"]),
+    ("encoder.size", ["32", "512"], ["0", "-32", "144"]),  # 8 for each of four heads
+    ("encoder.heads", ["1", "8"], ["0", "-1", "3"]),
+    ("encoder.kernel", ["1", "31"], ["0", "-3", "30"]),  # odd
     ("features.mel_bands", ["16", "80"], ["0", "-2", "127", "14"]),  # odd; no more than the widest mask
     (
         "features.n_fft",
@@ -100,7 +103,7 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [
     ("vocabulary.lowercase", ["on", "off"], []),
     ("vocabulary.size", ["28", "1024"], ["0", "-1", "27", "32769"]),  # each of the 28 characters is a piece
     ("objective.intermediate_layers", ["1", "2,4", ""], ["0", "2,2", "-1"]),
-    ("encoder.kind", ["rescnn_bigru"], ["", "none_such"]),
+    ("encoder.kind", ["rescnn_bigru", "conformer"], ["", "none_such"]),
     ("vocabulary.kind", ["characters", "pieces"], ["", "none_such"]),
     ("decoder.kind", ["greedy", "beam", "lexicon"], ["", "none_such"]),
     ("decoder.size", ["1", "64"], ["0", "-1"]),
@@ -152,6 +155,10 @@ def test_settings_at_odds_with_each_other_name_both():
             "--decoder.size=4",
             "--decoder.n_best=5",
         ): "n_best = 5 is above decoder.size = 4: lower",
+        (
+            "--encoder.kind=conformer",
+            "--encoder.size=144",
+        ): "encoder.size = 144 must be divisible by 32, 8 for each of encoder.heads = 4: choose",
         ("--features.n_fft=256",): "n_fft = 256 is shorter than features.window_ms = 25, 400 samples",
     }
     for overrides, said in cases.items():

@@ -43,6 +43,11 @@ def test_the_settings_foretell_the_frames_that_come_out(case, frames):
     }
 
 
+def mixed(hidden):
+    """A number of hidden states (..., D); their sum, and that of their squares, is a constant behind a LayerNorm."""
+    return (hidden * torch.arange(1, hidden.shape[-1] + 1).sin()).sum()
+
+
 def check_padding(encoder, features, dtype, tolerance):
     """An utterance alone and beside 31 longer ones; every length leaves another remainder over hop and strides."""
     encoder, log_mel = encoder.to(dtype), LogMel(features).to(dtype)
@@ -97,7 +102,7 @@ def test_a_row_depends_on_all_of_itself_and_on_no_other_row(kind, number):
     features, frames = random_features([30, 30, 30])
     features.requires_grad_()
     hidden = encoder(features, frames).hidden
-    (gradient,) = torch.autograd.grad(hidden[1, hidden.shape[1] // 2].sum(), features)
+    (gradient,) = torch.autograd.grad(mixed(hidden[1, hidden.shape[1] // 2]), features)
     depends = gradient.abs().sum(2) > 0  # (B, T): which frames a hidden state in the middle of row 1 depends on
     assert depends[1, :28].all()  # of 30: a stride may leave the very last ones out
     assert not depends[0].any() and not depends[2].any()
@@ -115,7 +120,7 @@ def test_context_is_a_number_for_each_row(kind):
         torch.testing.assert_close(restricted[row, : left[row]], unrestricted[row, : left[row]])
     middle = 40 // settings_of(kind).encoder.time_reduction  # the hidden state around frame 40
     for row in range(4):
-        (gradient,) = torch.autograd.grad(restricted[row, middle].sum(), features, retain_graph=True)
+        (gradient,) = torch.autograd.grad(mixed(restricted[row, middle]), features, retain_graph=True)
         depends = gradient[row].abs().sum(1) > 0  # (T,): which frames that hidden state depends on
         assert depends[:70].all() if row in (0, 2) else depends[40] and not depends[:5].any() and not depends[75:].any()
         assert not depends[frames[row] :].any()
@@ -129,9 +134,21 @@ def test_context_is_a_number_for_each_row(kind):
 def test_every_parameter_learns(kind, number):
     encoder = encoder_of(kind, number)
     features, frames = random_features([40, 33], torch.float32)
-    encoder(features, frames).hidden.square().sum().backward()
+    mixed(encoder(features, frames).hidden).backward()
     assert [name for name, parameter in encoder.named_parameters() if parameter.grad is None] == []
     assert [name for name, parameter in encoder.named_parameters() if not parameter.grad.abs().sum() > 0] == []
+
+
+@kinds
+def test_lower_parameters_are_those_that_a_lower_layer_depends_on(kind):
+    encoder = encoder_of(kind)
+    for layer in (1, 2):
+        encoder.zero_grad()
+        mixed(encoder(*random_features([40, 33], torch.float32)).taps[layer]).backward()
+        needed = [name for name, parameter in encoder.named_parameters() if parameter.grad is not None]
+        lower = {id(parameter) for parameter in encoder.lower_parameters(layer)}
+        assert needed == [name for name, parameter in encoder.named_parameters() if id(parameter) in lower]
+    assert len(encoder.lower_parameters(0)) == len(list(encoder.parameters()))
 
 
 @kinds

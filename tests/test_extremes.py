@@ -75,7 +75,7 @@ def in_time():
 
 
 def load(corpus, runs, name, text):
-    path, *settings = corpus.arguments(runs)[1:]
+    path, *settings = corpus.arguments(runs, kind=KIND_OF[name].get("encoder.kind"))[1:]
     given = {**KIND_OF[name], name: text}
     return load_config(Path(path), [*settings, *(f"--{key}={value}" for key, value in given.items())])
 

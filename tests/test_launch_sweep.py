@@ -292,7 +292,7 @@ def test_each_trial_has_a_checked_config_and_a_directory(write, tmp_path):
         ("settings: {encoder.dropout: [0, 1]}", [], "trial dropout=1: encoder.dropout must be at least 0 and below 1"),
         ("settings: {encoder.dropout: [0, 0.0]}", [], "trials dropout=0 and dropout=0.0 have the same settings"),
         (GRID, ["--encoder.dropout=0.3"], "--encoder.dropout is varied by the sweep: change it in .*search.yaml"),
-        (GRID, ["--encoder.droput=0.3"], "unknown setting 'encoder.droput' in the command line; .*'encoder.dropout'"),
+        (GRID, ["--encoder.droput=0.3"], "unknown setting 'encoder.droput' in the command line.*'encoder.dropout'"),
     ],
 )
 def test_wrong_trials_are_refused_before_anything_is_submitted(write, text, overrides, said):

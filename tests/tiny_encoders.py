@@ -15,6 +15,16 @@ SETTINGS: dict[str, list[dict]] = {
         {"conv_channels": 3, "time_strides": strides, "residual_blocks": 2, "rnn_layers": 2, "rnn_size": 8}
         for strides in ([2], [1], [2, 1], [2, 2], [3, 2])
     ],
+    "conformer": [
+        {**sizes, "conv_channels": 3, "time_strides": strides, "blocks": 2, "feed_forward_factor": 2}
+        for sizes, strides in (
+            ({"size": 16, "heads": 2, "kernel": 5}, [2]),
+            ({"size": 8, "heads": 1, "kernel": 1}, [1]),
+            ({"size": 8, "heads": 1, "kernel": 15}, [2, 2]),
+            ({"size": 8, "heads": 1, "kernel": 3}, [2, 2, 2]),
+            ({"size": 16, "heads": 1, "kernel": 7}, [3, 2]),
+        )
+    ],
 }
 CASES = [
     (kind, number) for kind in ENCODERS for number in range(len(SETTINGS[kind]))

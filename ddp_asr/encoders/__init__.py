@@ -8,6 +8,7 @@ A new kind is a module with a class that keeps the promises in protocol.py, its 
 
 from typing import Any
 
+from ddp_asr.encoders.conformer import Conformer
 from ddp_asr.encoders.dropout import number_sites
 from ddp_asr.encoders.protocol import Encoded, Encoder
 from ddp_asr.encoders.rescnn_bigru import ResCNNBiGRU
@@ -17,6 +18,7 @@ __all__ = ["ENCODERS", "Encoded", "Encoder", "make_encoder"]
 # kind in the settings -> class, made from (its settings, mel bands)
 ENCODERS: dict[str, Any] = {
     "rescnn_bigru": ResCNNBiGRU,
+    "conformer": Conformer,
 }
 
 
