@@ -550,7 +550,7 @@ def _check_n_best(n_best: int, size: int) -> None:
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW with a one-cycle learning rate (see training/optim.py)."""
+    """AdamW and its learning rate (see training/optim.py)."""
 
     learning_rate: float = setting(5e-4, "maximum of the learning rate", above=0, also_called="lr max_lr")
     weight_decay: float = setting(
@@ -558,6 +558,13 @@ class Optim:
     )
     beta1: float = setting(0.9, "AdamW's decay of the first moment", at_least=0, below=1)
     beta2: float = setting(0.999, "AdamW's decay of the second moment", at_least=0, below=1)
+    schedule: str = setting(
+        "one_cycle",
+        "how the learning rate falls after its rise: one_cycle, until the last step; inverse_sqrt, with the square "
+        "root of the step",
+        choices=("one_cycle", "inverse_sqrt"),
+        also_called="scheduler lr_scheduler lr_schedule",
+    )
     warmup_share: float = setting(
         0.3,
         "fraction of the steps in which the learning rate rises",
@@ -565,11 +572,13 @@ class Optim:
         at_most=1,
         also_called="warmup warmup_steps",
     )
-    start_divisor: float = setting(25.0, "the first learning rate is learning_rate / start_divisor", above=0)
-    end_divisor: float = setting(1e4, "the last learning rate is learning_rate / start_divisor / end_divisor", above=0)
-    anneal: str = setting(
-        "linear", "shape of the learning rate's rise and fall", choices=("linear", "cosine"), also_called="scheduler"
+    start_divisor: float = setting(
+        25.0, "the first learning rate of one_cycle is learning_rate / start_divisor", above=0
     )
+    end_divisor: float = setting(
+        1e4, "the last learning rate of one_cycle is learning_rate / start_divisor / end_divisor", above=0
+    )
+    anneal: str = setting("linear", "shape of one_cycle's rise and fall", choices=("linear", "cosine"))
     clip_norm: float = setting(
         5.0,
         "maximum gradient norm; larger gradients are scaled down to it",
@@ -595,6 +604,21 @@ class Optim:
         at_least=0,
         below=1,
     )
+
+    def check(self) -> None:
+        if self.schedule != "inverse_sqrt":
+            return
+        for name in ("start_divisor", "end_divisor", "anneal"):
+            if getattr(self, name) != getattr(type(self), name):
+                raise UserError(
+                    f"optim.{name} = {getattr(self, name)} has no meaning where optim.schedule = inverse_sqrt: "
+                    "remove it, or choose one_cycle"
+                )
+        if not self.warmup_share:
+            raise UserError(
+                "optim.warmup_share must be above 0 where optim.schedule = inverse_sqrt, because the learning rate "
+                "falls as sqrt(steps of the rise / step), not 0.0"
+            )
 
 
 @dataclass(frozen=True)

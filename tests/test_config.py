@@ -97,6 +97,7 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [
     ("train.precision", ["auto", "bf16", "fp16", "tf32", "fp32"], ["FP32", "float32", ""]),
     ("optim.frozen_layers", ["0", "5"], ["-1", "6"]),  # the encoder has 5
     ("optim.anneal", ["linear", "cosine"], ["cos", ""]),
+    ("optim.schedule", ["one_cycle", "inverse_sqrt"], ["noam", ""]),
     ("tracking.mode", ["auto", "online", "offline", "off"], ["on", ""]),
     ("data.train", ["a"], ["", "[]"]),
     ("vocabulary.symbols", [" ab"], ["", "aba"]),
@@ -159,6 +160,16 @@ def test_settings_at_odds_with_each_other_name_both():
             "--encoder.kind=conformer",
             "--encoder.size=144",
         ): "encoder.size = 144 must be divisible by 32, 8 for each of encoder.heads = 4: choose",
+        (
+            "--optim.schedule=inverse_sqrt",
+            "--optim.start_divisor=10",
+        ): "start_divisor = 10.0 has no meaning where optim.schedule = inverse_sqrt",
+        ("--optim.schedule=inverse_sqrt", "--optim.end_divisor=10"): "optim.end_divisor = 10.0 has no meaning",
+        ("--optim.schedule=inverse_sqrt", "--optim.anneal=cosine"): "optim.anneal = cosine has no meaning",
+        (
+            "--optim.schedule=inverse_sqrt",
+            "--optim.warmup_share=0",
+        ): "warmup_share must be above 0 where optim.schedule",
         ("--features.n_fft=256",): "n_fft = 256 is shorter than features.window_ms = 25, 400 samples",
     }
     for overrides, said in cases.items():
@@ -177,6 +188,7 @@ def test_settings_at_odds_with_each_other_name_both():
         ("data.workers", "data.threads"),
         ("train.num_workers", "data.threads"),
         ("train.warmup_steps", "optim.warmup_share"),
+        ("train.lr_scheduler", "optim.schedule"),
         ("train.grad_clip", "optim.clip_norm"),
         ("train.accumulate_grad_batches", "batch.micro_batches"),
         ("features.n_mels", "features.mel_bands"),

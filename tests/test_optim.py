@@ -1,4 +1,4 @@
-"""The learning rate against PyTorch's OneCycleLR, AdamW against one that allocates lazily, and the weights' average."""
+"""Learning rates against OneCycleLR and a formula, AdamW against one that allocates lazily, the weights' average."""
 
 import copy
 
@@ -68,6 +68,26 @@ def test_warming_up_to_the_last_step_and_a_warm_up_of_one_step(anneal):
     assert learning_rate(1, 50, rising) == pytest.approx(2e-5)
     assert learning_rate(50, 50, rising) == pytest.approx(5e-4)
     assert learning_rate(1, 10, config.Optim(warmup_share=0.1, anneal=anneal)) == pytest.approx(5e-4)
+
+
+@given(st.integers(1, 4000), st.integers(1, 400_000), st.integers(1, 1024))
+def test_the_inverse_square_root_is_the_formula_of_the_paper(warmup_steps, step, d_model):
+    """Vaswani et al. (2017), eq. 3: d_model^-0.5 min(step^-0.5, step warmup_steps^-1.5)."""
+    total_steps = 400_000
+    settings = config.Optim(
+        schedule="inverse_sqrt",
+        learning_rate=(d_model * warmup_steps) ** -0.5,
+        warmup_share=warmup_steps / total_steps,
+    )
+    expected = d_model**-0.5 * min(step**-0.5, step * warmup_steps**-1.5)
+    assert learning_rate(step, total_steps, settings) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_inverse_square_root_by_hand():
+    settings = config.Optim(schedule="inverse_sqrt", learning_rate=0.4, warmup_share=0.25)
+    rates = [learning_rate(step, 16, settings) for step in (1, 2, 4, 9, 16)]
+    assert rates == pytest.approx([0.1, 0.2, 0.4, 0.4 * 2 / 3, 0.2])
+    assert learning_rate(1, 1, settings) == pytest.approx(0.4)  # a warm-up of one step at least
 
 
 def small_model():

@@ -1,8 +1,8 @@
-"""AdamW, its one-cycle learning rate, and the moving average of the weights.
+"""AdamW, its learning rate, and the moving average of the weights.
 
-The rate is a pure function of the step, so a resumed run needs no scheduler state, and it cannot be stepped past its
-end: the plan knows the number of steps before training, and the cycle ends exactly there.
-Smith and Topin, "Super-convergence" (2018); the arithmetic of `torch.optim.lr_scheduler.OneCycleLR` with two phases.
+The rate is a pure function of the step, so a resumed run needs no scheduler state. Both schedules rise over the same
+share of the steps, whose number the plan knows before training: `one_cycle` then falls until exactly the last step,
+`inverse_sqrt` falls more and more slowly and does not depend on where the end is.
 """
 
 import math
@@ -17,6 +17,25 @@ from ddp_asr import config
 
 def learning_rate(step: int, total_steps: int, settings: config.Optim) -> float:
     """The rate of `step` (from 1 to `total_steps`)."""
+    if settings.schedule == "inverse_sqrt":
+        return _inverse_sqrt(step, total_steps, settings)
+    return _one_cycle(step, total_steps, settings)
+
+
+def _inverse_sqrt(step: int, total_steps: int, settings: config.Optim) -> float:
+    """learning_rate x min(step / w, sqrt(w / step)), whose maximum is that of step w, the last one of the warm-up.
+
+    Vaswani et al., "Attention is all you need" (2017), eq. 3, where sizes of the network stand for the maximum.
+    """
+    warmup_steps = max(1, round(settings.warmup_share * total_steps))
+    return settings.learning_rate * min(step / warmup_steps, math.sqrt(warmup_steps / step))
+
+
+def _one_cycle(step: int, total_steps: int, settings: config.Optim) -> float:
+    """From learning_rate / start_divisor up to learning_rate, and down to the first rate / end_divisor.
+
+    Smith and Topin, "Super-convergence" (2018); the arithmetic of `torch.optim.lr_scheduler.OneCycleLR` in two phases.
+    """
     lowest_first = settings.learning_rate / settings.start_divisor
     lowest_last = lowest_first / settings.end_divisor
     top = settings.warmup_share * total_steps - 1
