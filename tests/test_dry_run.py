@@ -58,6 +58,7 @@ def test_it_names_steps_data_and_model(shards):
     assert "test data         none\n" in text
     parameters = sum(p.numel() for p in make_model(config, 4).parameters())
     assert f"model             {parameters:,} parameters, 4 classes\n" in text
+    assert "frames            40.0 a second of audio in the logits\n" in text  # a hop of 12.5 ms, a stride of 2
     assert "4 micro-batches, " in text and "up to 4; " in text
     assert "symbols: ' ab'" in text and "rnn_size: 8" in text  # every setting, as it would be saved
 
@@ -71,6 +72,18 @@ def test_it_names_what_is_left_out_and_why(shards):
         assert re.search(rf"^ +{count}  {re.escape(reason)}$", text, re.MULTILINE)
     assert "'c' in 1 (such as 16)" in text
     assert "WARNING: 20.0% of the utterances will not be trained: " in text and "--vocabulary.symbols" in text
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_it_names_those_with_too_few_frames_for_each_encoder(shards, kind):
+    """At 20 frames a second 0.5 s have 10, too few for utterance 17 with 80 symbols alone."""
+    sizes = tiny_encoders.SETTINGS[kind][0]
+    config = settings(
+        shards, encoder={"kind": kind, **sizes, "time_strides": [4]}, batch={"max_seconds": 9, "micro_batches": 1}
+    )
+    text = report(config, world_size=1)
+    assert "frames            20.0 a second of audio in the logits\n" in text
+    assert "too few frames    17\n" in text
 
 
 def test_where_all_is_trained_it_says_so(shards):

@@ -148,6 +148,7 @@ def _remedy(reason: int, targets: Targets) -> str:
         )
     return {
         EMPTY: "look at the empty transcripts, and at what vocabulary.drop removes",
-        TOO_FEW_FRAMES: "look for transcripts that do not belong to their audio, or lower --features.hop_ms",
+        TOO_FEW_FRAMES: "look for transcripts that do not belong to their audio, or lower --features.hop_ms or "
+        "--encoder.time_strides",
         TOO_LONG: "raise --batch.max_seconds",
     }[reason]

@@ -10,7 +10,7 @@ from ddp_asr.config import Config, Pieces
 from ddp_asr.data.corpus import Corpus, read_corpus
 from ddp_asr.data.index import read_index
 from ddp_asr.data.plan import micro_batches_of_rank, speed_samples
-from ddp_asr.data.targets import explain_left_out
+from ddp_asr.data.targets import REASONS, TOO_FEW_FRAMES, explain_left_out
 from ddp_asr.decoding import make_decoder
 from ddp_asr.model import AcousticModel, count_parameters, make_model
 from ddp_asr.runs.directory import read_status
@@ -29,6 +29,7 @@ from ddp_asr.training.resume import (
 _FLOAT_BYTES = 4
 _OPTIMISER_COPIES = 4  # weights, gradients and AdamW's two moments
 _WORLD_SIZES = (2, 4, 8, 16, 32)
+_KEYS_SHOWN = 5
 
 
 def report(config: Config, world_size: int, resume: str = "auto") -> str:
@@ -65,6 +66,7 @@ def _run_lines(config: Config, corpus: Corpus, parameters: int) -> list[str]:
     return [
         f"run               {Path(config.run.dir) / config.run.name}",
         f"model             {parameters:,} parameters, {corpus.tokeniser.size} classes",
+        f"frames            {1 / config.frame_s:.1f} a second of audio in the logits",
         f"vocabulary        {_vocabulary(config, corpus)}",
         f"training data     {len(corpus.index):,} utterances, {corpus.hours:.2f} h",
         f"test data         {tested}",
@@ -166,4 +168,8 @@ def _kept_bytes(config: Config, model: AcousticModel, precision: str, seconds: i
 
 def _left_out_lines(corpus: Corpus) -> list[str]:
     headline, *lines = explain_left_out(corpus.targets) or ["nothing"]
+    short = [key for key, reason in corpus.targets.left_out(corpus.whole) if reason == REASONS[TOO_FEW_FRAMES]]
+    if short:
+        more = f" and {len(short) - _KEYS_SHOWN:,} more" if len(short) > _KEYS_SHOWN else ""
+        lines.append(f"too few frames    {', '.join(short[:_KEYS_SHOWN])}{more}")
     return [f"left out          {headline}", *lines]
