@@ -83,6 +83,55 @@ def test_the_runs_did_learn_and_were_random(runs):
     assert orders[0] != orders[1] != orders[2]
 
 
+# ---- properties 1 to 3 of every kind ---------------------------------------------------------------------------------
+# Properties 4 and 5 of every encoder are in tests/test_encoders.py and below, in one process.
+
+
+@pytest.fixture(scope="module", params=ENCODERS)
+def trained(request, tmp_path_factory, tiny_corpus) -> tuple[Path, Callable[..., list[str]]]:
+    """12 steps in float64 with every term of the objective on 1 to 4 processes; and the arguments of such a run."""
+    directory = tmp_path_factory.mktemp(request.param)
+    arguments = partial(tiny_corpus.arguments, directory, kind=request.param)
+    for processes in WORLD_SIZES:
+        (directory / f"given-{processes}").mkdir()
+        patches: list[tiny.Patch] = [tiny.in_double, partial(tiny.writing_down, directory / f"given-{processes}")]
+        tiny.train(arguments(f"w{processes}", *tiny.OBJECTIVES["all of it"]), processes, patches)
+    return directory, arguments
+
+
+@pytest.mark.slow
+def test_every_kind_is_trained_on_each_utterance_once_an_epoch(trained):
+    for processes in WORLD_SIZES:
+        lines = given(trained[0], processes)
+        for epoch in range(tiny.STEPS // tiny.STEPS_PER_EPOCH):
+            keys = [
+                key for line in lines if (line["step"] - 1) // tiny.STEPS_PER_EPOCH == epoch for key in line["keys"]
+            ]
+            assert sorted(keys) == [f"train-{number:02d}" for number in range(26)]
+
+
+@pytest.mark.slow
+def test_every_kind_is_the_same_on_any_number_of_processes(trained):
+    directory, arguments = trained
+    for processes in WORLD_SIZES[1:]:
+        tiny.assert_close_runs(directory / f"w{processes}", directory / "w1", TOLERANCE["float64"])
+
+    once = (tiny.SHORT_CONTEXT, tiny.INTERMEDIATE, "--objective.consistency_weight=0.6", "--train.stop_at_step=1")
+    tiny.train(arguments("stronger", *once), patches=[tiny.in_double])
+    first, stronger = (tiny.metrics(directory / name)[0]["loss"] for name in ("w1", "stronger"))
+    assert stronger > first  # the same weights and views, and twice the pull
+
+
+@pytest.mark.slow
+def test_a_stop_is_invisible_in_every_kind(trained):
+    """Bit for bit, in the middle of an epoch."""
+    directory, arguments = trained
+    for stop in (6, 0):
+        options = (*tiny.OBJECTIVES["all of it"], f"--train.stop_at_step={stop}")
+        tiny.train(arguments("stopped", *options), 2, [tiny.in_double])
+    tiny.assert_same_run(directory / "stopped", directory / "w2")
+
+
 # ---- property 2 with fused micro-batches -----------------------------------------------------------------------------
 
 # (type, processes, train.fuse_micro_batches): with K = 4 all pairs of 1 to 4 that differ from one at a time. Each of
@@ -294,22 +343,6 @@ def test_the_views_of_an_utterance_drop_out_differently(tiny_corpus, double, kin
         for weight in (0.3, 0.6)
     )
     assert strong > weak
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ENCODERS)
-def test_two_views_are_the_same_training_on_any_number_of_processes(tiny_corpus, tmp_path, kind):
-    options = tiny.OBJECTIVES["all of it"]
-    for processes in WORLD_SIZES:
-        arguments = tiny_corpus.arguments(tmp_path, f"w{processes}", *options, kind=kind)
-        tiny.train(arguments, processes, [tiny.in_double])
-    for processes in WORLD_SIZES[1:]:
-        tiny.assert_close_runs(tmp_path / f"w{processes}", tmp_path / "w1", TOLERANCE["float64"])
-
-    once = (tiny.SHORT_CONTEXT, tiny.INTERMEDIATE, "--objective.consistency_weight=0.6", "--train.stop_at_step=1")
-    tiny.train(tiny_corpus.arguments(tmp_path, "stronger", *once, kind=kind), patches=[tiny.in_double])
-    first, stronger = (tiny.metrics(tmp_path / name)[0]["loss"] for name in ("w1", "stronger"))
-    assert stronger > first  # the same weights and views, and twice the pull
 
 
 def test_an_emptied_micro_batch_weighs_nothing(tiny_corpus, double, tmp_path):
