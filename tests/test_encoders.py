@@ -1,16 +1,24 @@
 """What every registered encoder promises: lengths, padding, rows apart, context, taps, and weights that come back."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ddp_asr import config
+from ddp_asr.data.corpus import read_corpus
+from ddp_asr.data.loader import train_loader
 from ddp_asr.encoders import ENCODERS, make_encoder
 from ddp_asr.encoders.dropout import Dropout
 from ddp_asr.features.log_mel import LogMel
+from ddp_asr.ranks.world import World
 from ddp_asr.runs import checkpoint
-from tests.tiny_encoders import CASES, MEL_BANDS, encoder_of, settings_of
+from ddp_asr.training.session import make_learner
+from tests.conftest import SHARED_DATA
+from tests.tiny_encoders import ABLE, CASES, MEL_BANDS, encoder_of, settings_of
+from tests.tiny_speech import manifest, shard
 
 cases = pytest.mark.parametrize(("kind", "number"), CASES, ids=lambda value: str(value))
 kinds = pytest.mark.parametrize("kind", ENCODERS)
@@ -197,3 +205,39 @@ def test_every_dropout_has_a_site_of_its_own(kind):
     sites = [module.site for module in encoder_of(kind, dropout=0.4).modules() if isinstance(module, Dropout)]
     assert len(sites) > 1 and len(set(sites)) == len(sites) and None not in sites
     assert not any(isinstance(module, torch.nn.Dropout) for module in encoder_of(kind, dropout=0.4).modules())
+
+
+@pytest.fixture(scope="module")
+def short_speech(request, tmp_path_factory):
+    """Shards of a few short utterances: AN4's where it lies beside the checkout, else synthesised."""
+    directory, real = tmp_path_factory.mktemp("short-speech"), SHARED_DATA / "an4" / "train.jsonl"
+    if not real.is_file():
+        return shard(request.getfixturevalue("synthetic_corpus") / "test", directory / "shards")
+    lines = [json.loads(line) for line in real.read_text(encoding="utf-8").splitlines()]
+    few = [line for line in lines if line["id"] in ("cen2-fash-b", "cen4-fash-b", "cen7-fash-b")]
+    entries = [{**line, "audio_filepath": str(real.parent / line["audio_filepath"])} for line in few]
+    return shard(manifest(directory / "few.jsonl", entries), directory / "shards")
+
+
+@kinds
+def test_it_learns_a_few_utterances_by_heart(kind, short_speech):
+    tree = {
+        "data": {"train": [str(short_speech)], "threads": 0},
+        "batch": {"max_seconds": 12, "micro_batches": 1},
+        "features": {"mel_bands": 40, "n_fft": 512},
+        "augment": {"frequency_masks": 0, "time_masks": 0},
+        "encoder": {"kind": kind, "dropout": 0, **ABLE[kind]},
+        "optim": {"learning_rate": 3e-3, "clip_norm": 1.0, "warmup_share": 0.1},
+        "train": {"precision": "fp32"},
+    }
+    settings = config.config_from_dict(tree, "the test")
+    corpus = read_corpus(settings)
+    learner = make_learner(settings, World(0, 1, 0, torch.device("cpu")), corpus, None)
+    batch = next(train_loader(corpus.index, corpus.tokeniser, corpus.plan, settings, rank=0, world_size=1))
+    assert batch.utterances > 1
+    for step in range(1, 301):
+        loss = float(learner.accumulate(batch, step=step, last=True).mean())
+        if loss < 0.1:
+            return
+        learner.update(step, 300, batch.utterances)
+    pytest.fail(f"the loss of a symbol is still {loss}")

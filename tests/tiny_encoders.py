@@ -26,6 +26,11 @@ SETTINGS: dict[str, list[dict]] = {
         )
     ],
 }
+# Large enough to learn a few utterances by heart in a hundred steps.
+ABLE: dict[str, dict] = {
+    "rescnn_bigru": {"conv_channels": 8, "time_strides": [2, 2], "residual_blocks": 1, "rnn_layers": 2, "rnn_size": 64},
+    "conformer": {"conv_channels": 16, "size": 64, "blocks": 3, "heads": 2, "kernel": 9},
+}
 CASES = [
     (kind, number) for kind in ENCODERS for number in range(len(SETTINGS[kind]))
 ]  # fails at import where a registered kind has no settings here
