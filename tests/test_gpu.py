@@ -17,6 +17,7 @@ from ddp_asr import config
 from ddp_asr.config import load_config
 from ddp_asr.data.corpus import read_corpus
 from ddp_asr.data.loader import train_loader
+from ddp_asr.encoders import make_encoder
 from ddp_asr.encoders.dropout import Dropout
 from ddp_asr.features.log_mel import LogMel
 from ddp_asr.model import make_model
@@ -174,13 +175,15 @@ def test_dropout_drops_on_a_gpu_what_it_drops_on_a_cpu(dtype, shape):
 # ---- padding -------------------------------------------------------------------------------------------------------
 
 
-@SIZES
-@pytest.mark.parametrize("strides", [[2], [2, 1], [3, 2]], ids=str)
+BIGRUS = [{"time_strides": strides, "rnn_size": size} for strides in ([2], [2, 1], [3, 2]) for size in (16, 256, 512)]
+CONFORMERS = [{"kind": "conformer", "time_strides": strides} for strides in ([2, 2], [2, 2, 2])]
+
+
+@pytest.mark.parametrize("encoder", [*BIGRUS, *CONFORMERS], ids=str)
 @torch.no_grad()
-def test_an_utterance_alone_and_beside_31_longer_ones_gives_the_same_logits(strides, rnn_size):
+def test_an_utterance_alone_and_beside_31_longer_ones_gives_the_same_logits(encoder):
     set_matmul_precision("fp32")
-    tree = {"encoder": {"kind": "rescnn_bigru", "time_strides": strides, "rnn_size": rnn_size}}
-    settings = config.config_from_dict(tree, "the test")
+    settings = config.config_from_dict({"encoder": encoder}, "the test")
     torch.manual_seed(0)
     model = make_model(settings, 29).to(DEVICE).eval()
     log_mel = LogMel(settings.features).to(DEVICE)
@@ -193,6 +196,38 @@ def test_an_utterance_alone_and_beside_31_longer_ones_gives_the_same_logits(stri
         alone, (own,), _ = model(*log_mel(waveforms[row : row + 1, : samples[row]], samples[row : row + 1]))
         assert own == frames[row] == alone.shape[1]
         assert (together[row, :own] - alone[0]).abs().max() < 1e-5 * alone.abs().max()
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------
+
+
+def run_conformer(precision, frames, context=None):
+    """Forward and backward of a Conformer; its hidden states."""
+    torch.manual_seed(0)
+    settings = config.config_from_dict({"encoder": {"kind": "conformer", "blocks": 2}}, "the test")
+    encoder = make_encoder(settings.encoder, 128).to(DEVICE).eval()
+    features = torch.randn(len(frames), max(frames), 128, device=DEVICE)
+    with autocast(precision, DEVICE):
+        hidden = encoder(features, torch.tensor(frames), context).hidden
+    hidden.float().square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in encoder.parameters())
+    return hidden
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_rows_and_chunks_of_padding_alone_are_finite(precision):
+    assert run_conformer(precision, [400, 0, 3, 400], [0, 0, 9, 9]).isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_memory_of_attention_is_proportional_to_the_frames(precision):
+    peaks = []
+    for frames in (8_000, 8_001, 16_001):  # the first warms up; no multiple of 8
+        torch.cuda.reset_peak_memory_stats(DEVICE)
+        before = torch.cuda.memory_allocated(DEVICE)
+        run_conformer(precision, [frames, frames - 100])
+        peaks.append(torch.cuda.max_memory_allocated(DEVICE) - before)
+    assert peaks[2] < 2.2 * peaks[1]
 
 
 # ---- fused micro-batches -------------------------------------------------------------------------------------------
