@@ -71,6 +71,19 @@ def test_scaling(shards, tmp_path):
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+def test_encoders(shards):
+    small = "--encoder.conv_channels=4 --batch.micro_batches=1 --augment.speeds=1"
+    bigru = f"configs/librispeech_100.yaml {small} --encoder.rnn_size=16"
+    conformer = f"configs/librispeech_100_conformer.yaml {small} --encoder.size=32 --encoder.blocks=1"
+    result = run("encoders", shards, "--rounds", "2", "--way", bigru, "--way", conformer)
+    assert result["batch"]["utterances"] > 1 and list(result["ways"]) == [bigru, conformer]
+    for way, frames in ((bigru, 40), (conformer, 25)):
+        found = result["ways"][way]
+        assert found["frames_per_s"] == pytest.approx(frames) and found["parameters"] > 0
+        assert len(found["cpu_s"]) == 2 and min(found["cpu_s"]) > 0
+
+
 def test_a_ring_of_all_reduce():
     from benchmarks.scaling import pieces
 

@@ -27,7 +27,7 @@ ENTRY_POINTS = [
         )
     ),
     *(f"launch.{name}" for name in ("submit", "doctor", "sweep", "status", "job", "node")),
-    *(f"benchmarks.{name}" for name in ("plan", "loader", "step", "scaling", "gpu")),
+    *(f"benchmarks.{name}" for name in ("plan", "loader", "step", "encoders", "scaling", "gpu")),
     "tests.fuzz",
     "tests.faults",
 ]
