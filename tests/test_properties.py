@@ -21,6 +21,7 @@ from ddp_asr.model import make_model
 from ddp_asr.objective import Objective
 from ddp_asr.ranks.world import World
 from ddp_asr.runs import checkpoint
+from ddp_asr.text import TOKENISERS
 from ddp_asr.training.learner import Learner
 from ddp_asr.training.optim import make_optimizer
 from tests import tiny_training as tiny
@@ -87,11 +88,20 @@ def test_the_runs_did_learn_and_were_random(runs):
 # Properties 4 and 5 of every encoder are in tests/test_encoders.py and below, in one process.
 
 
-@pytest.fixture(scope="module", params=ENCODERS)
+# Every encoder spells characters, and every other tokeniser is that of the first encoder.
+KINDS = [(encoder, "characters") for encoder in ENCODERS]
+KINDS += [(next(iter(ENCODERS)), tokeniser) for tokeniser in TOKENISERS if tokeniser != "characters"]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids="-".join)
 def trained(request, tmp_path_factory, tiny_corpus) -> tuple[Path, Callable[..., list[str]]]:
     """12 steps in float64 with every term of the objective on 1 to 4 processes; and the arguments of such a run."""
-    directory = tmp_path_factory.mktemp(request.param)
-    arguments = partial(tiny_corpus.arguments, directory, kind=request.param)
+    encoder, tokeniser = request.param
+    directory = tmp_path_factory.mktemp(f"{encoder}-{tokeniser}")
+
+    def arguments(name: str, *more: str) -> list[str]:
+        return tiny_corpus.arguments(directory, name, *tiny.VOCABULARIES[tokeniser], *more, kind=encoder)
+
     for processes in WORLD_SIZES:
         (directory / f"given-{processes}").mkdir()
         patches: list[tiny.Patch] = [tiny.in_double, partial(tiny.writing_down, directory / f"given-{processes}")]

@@ -52,6 +52,12 @@ tracking: {mode: "off", samples: 2}
 """
 STEPS_PER_EPOCH, STEPS = 4, 12
 
+# Options that choose each registered tokeniser.
+VOCABULARIES: dict[str, list[str]] = {
+    "characters": [],
+    "pieces": ["--vocabulary.kind=pieces", "--vocabulary.size=6"],
+}
+
 # Options that turn on each term of the objective: alone, with those that need it, and all together.
 TWO_VIEWS = "--objective.consistency_weight=0.3"
 SHORT_CONTEXT = "--objective.short_context_s=0.1,0.4"
