@@ -6,6 +6,7 @@ ours and keeps its traceback.
 """
 
 import errno
+import io
 import os
 import sys
 import sysconfig
@@ -66,6 +67,8 @@ def run_entry_point(main: Callable[[], int]) -> int:
 
     130 after Ctrl-C (the shell's convention), 141 where the reader of stdout has gone (`... | head`).
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names and texts may have what the terminal's encoding has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = main()
         sys.stdout.flush()

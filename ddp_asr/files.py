@@ -28,7 +28,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any
+from typing import IO, Any, TypeGuard
 
 from ddp_asr.errors import UserError
 
@@ -138,7 +138,8 @@ def replace_file(
 ) -> None:
     """Writes `content` as the whole file `path`, see `writing_aside`; text is encoded as UTF-8."""
     with writing_aside(path, before_rename, aside_in) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        # Half of a surrogate pair, which no UTF-8 has, is written as \\ud800: as JSON escapes it.
+        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
 def check_writable(path: Path) -> None:
@@ -205,7 +206,7 @@ def is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether it is finite, and a float can hold it: JSON has integers of any length, and Python's has NaN."""
     return isinstance(value, int | float) and not is_flag(value) and abs(value) <= sys.float_info.max
 

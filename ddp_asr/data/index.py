@@ -220,7 +220,7 @@ def _read_table(store: Store, directory: str, dataset: dict[str, Any], first_sha
         table = pyarrow.parquet.read_table(pyarrow.BufferReader(content), columns=COLUMNS.names).cast(COLUMNS)
         table.validate(full=True)  # UTF-8 in texts, for instance
         fitting = _rows_fit(table, dataset)
-    except (pyarrow.ArrowException, ValueError, OSError):
+    except (pyarrow.ArrowException, ValueError, OSError, OverflowError):
         fitting = False
     if not fitting:
         raise UserError(f"{path} is no table of these shards, though its checksum is right; shard {directory} again")

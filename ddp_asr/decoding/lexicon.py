@@ -188,8 +188,10 @@ def _load_lm(path: str, words: Sequence[str]) -> Any:
 
     try:
         return KenLM(path, Dictionary(list(words)))
-    except RuntimeError as error:
-        lines = str(error).splitlines()  # where in KenLM's sources, if it is said, and what is wrong
+    except (RuntimeError, UnicodeDecodeError) as error:
+        # The message says where in KenLM's sources, then what is wrong, and quotes the file in whatever bytes it has.
+        text = str(error) if isinstance(error, RuntimeError) else error.object.decode("utf8", "replace")
+        lines = text.splitlines()
         reason = printable(lines[min(1, len(lines) - 1)].partition(".  ")[0])
         raise UserError(
             f"KenLM cannot read {path} ({reason}): copy the file again, or make one of order 2 to 6 with python -m "

@@ -36,6 +36,7 @@ UNKNOWN, START, END = "<unk>", "<s>", "</s>"
 SPACE = "<space>"  # how an ARPA file writes " ", because spaces part its symbols
 PIECE_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # and that of a word piece, as all programs that use sentencepiece write it
 _LN_10 = math.log(10)
+_LARGEST_WEIGHT = 1e6  # a log10 far beyond what a model has; larger ones are infinite in float32
 _NAMES_SHOWN = 5
 
 
@@ -311,8 +312,11 @@ class _Reader:
                 parts = "a logarithm, the symbols" + " and perhaps a back-off weight" * (len(widths) > 1)
                 self._fail(f"one of the {length}-grams has other parts than {parts}: {_shown(line)}")
         logarithms, weights = np.asarray(log10_p), np.asarray(log10_back_off)
-        if not ((logarithms <= 0).all() and np.isfinite(weights).all()):
-            self._fail(f"above stands one of the {length}-grams whose probability is above 1 or no number")
+        if not ((logarithms <= 0).all() and (np.abs(weights) < _LARGEST_WEIGHT).all()):
+            self._fail(
+                f"above stands one of the {length}-grams whose probability is above 1 or no number, or whose back-off "
+                "weight is"
+            )
         return np.asarray(members).reshape(-1, length), logarithms, weights
 
     def _prefixes(self, members: np.ndarray, keys: list[np.ndarray]) -> np.ndarray:

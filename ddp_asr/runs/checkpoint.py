@@ -31,7 +31,7 @@ from typing import IO, Any
 
 import torch
 
-from ddp_asr.errors import UserError
+from ddp_asr.errors import UserError, printable
 from ddp_asr.files import left_behind, open_input, writing_aside
 
 _IS_FOLDER = 0x10  # MS-DOS's attribute, in a member's entry in the zip's directory
@@ -253,7 +253,8 @@ def _read_checked(path: Path, file: IO[bytes]) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise DamagedCheckpoint(path, "it holds more than tensors and plain containers, so it is not ours") from error
     except Exception as error:  # torch's unpickler raises what the damaged bytes make it do, an IndexError for instance
-        raise DamagedCheckpoint(path, f"{str(error) or type(error).__name__} (truncated or overwritten)") from error
+        what = printable((str(error).strip().splitlines() or [type(error).__name__])[0])
+        raise DamagedCheckpoint(path, f"{what} (truncated or overwritten)") from error
     if damage:
         raise DamagedCheckpoint(path, damage)
     if not isinstance(state, dict):

@@ -129,7 +129,7 @@ class RunDirectory:
         with _naming_the_file(self.path / name):
             file = self._files.get(name)
             if file is None:
-                file = self._files[name] = (self.path / name).open("a", encoding="utf8")
+                file = self._files[name] = (self.path / name).open("a", encoding="utf8", errors="backslashreplace")
             file.write(json_lines([line]))
             file.flush()
 

@@ -9,12 +9,11 @@ matplotlib is imported when a picture is drawn and not before: it takes a second
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ddp_asr.files import writing_aside
+from ddp_asr.files import is_number, writing_aside
 from ddp_asr.runs.directory import read_lines
 
 SMOOTHING_SHARE = 0.02  # of all steps: the width of the smoothed curves
@@ -33,9 +32,7 @@ def read_metrics(run_directory: Path) -> tuple[list[dict[str, Any]], list[dict[s
 def column(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """Returns steps and values of one metric, only where it is a finite number (a skipped step has none)."""
     points = [(line["step"], line.get(name)) for line in lines]
-    finite = [
-        (step, float(value)) for step, value in points if isinstance(value, (int, float)) and math.isfinite(value)
-    ]
+    finite = [(step, float(value)) for step, value in points if is_number(value)]
     return [step for step, _ in finite], [value for _, value in finite]
 
 

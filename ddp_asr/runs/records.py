@@ -11,9 +11,10 @@ environment, an evaluation draws `curves.png` again.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -67,6 +68,7 @@ class Item:
 
 
 Record: TypeAlias = Metrics | Table | Item
+_MOST_VALUES = 10_000  # of config.yaml
 CODE = Item("code", "code", Path(__file__).resolve().parent.parent, "sent once a run")
 
 
@@ -234,11 +236,24 @@ def read_settings(run_directory: Path) -> dict[str, Any]:
     try:
         with open_input(path) as file:
             settings = yaml.safe_load(file.read().decode()) or {}
+        values = len(list(itertools.islice(_values(settings), _MOST_VALUES + 1)))
     except BAD_YAML as error:
         raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}; mend it by hand") from None
     if not (isinstance(settings, dict) and all(isinstance(section or {}, dict) for section in settings.values())):
         raise UserError(f"{path} must hold sections with settings, each as 'name: value': mend it by hand")
+    if values > _MOST_VALUES:
+        raise UserError(f"{path} has more than {_MOST_VALUES:,} values, by its aliases perhaps: mend it by hand")
     return {str(name): section or {} for name, section in settings.items()}
+
+
+def _values(settings: Any) -> Iterator[Any]:
+    """What is neither a list nor a mapping, one after the other: aliases make exponentially many of a short text."""
+    if isinstance(settings, (dict, list)):
+        for value in settings.values() if isinstance(settings, dict) else settings:
+            yield from _values(value)
+        yield None  # itself, so that empty ones count
+    else:
+        yield settings
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

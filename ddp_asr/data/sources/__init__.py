@@ -134,7 +134,7 @@ def listed_source(kind: str, name: str, utterances: list[Utterance]) -> Source:
     for u in utterances:
         try:
             size = u.path.stat().st_size if u.path else -1
-        except OSError:
+        except (OSError, ValueError):  # ValueError: no file system has such a name
             size = -1
         digest.update(json.dumps([u.key, u.source, u.text, u.speaker, u.offset_s, u.duration_s, size]).encode())
     identity = {"kind": kind, "name": valid_text(name), "digest": digest.hexdigest()}
