@@ -8,6 +8,7 @@ import threading
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -512,3 +513,12 @@ def test_a_pickle_that_leads_the_unpickler_astray_is_damage(tmp_path):
             members.writestr(name, b"\x80\x02u." if name.endswith("data.pkl") else data)
     with pytest.raises(DamagedCheckpoint, match="truncated or overwritten"):
         read(path)
+
+
+def test_what_torch_says_in_many_lines_is_one(tmp_path, monkeypatch):
+    (path,) = save(tmp_path, 3)
+    error = TypeError("set_() received an invalid combination, but expected one of:\n * ()\n * (Tensor source)\n")
+    monkeypatch.setattr(torch, "load", mock.Mock(side_effect=error))
+    with pytest.raises(DamagedCheckpoint, match=r"but expected one of: \(truncated or overwritten\)") as damage:
+        read(path)
+    assert "\n" not in str(damage.value)

@@ -14,7 +14,7 @@ from ddp_asr.runs import plots
 from ddp_asr.runs.comet import TrackingStatus, experiment_key
 from ddp_asr.runs.directory import RunDirectory, read_status
 from ddp_asr.runs.lease import Lease, Watch
-from ddp_asr.runs.records import RunReader, Sent
+from ddp_asr.runs.records import RunReader, Sent, read_settings
 from ddp_asr.training.attempt import Reached
 from ddp_asr.training.resume import checkpoint_was_saved, find_checkpoint
 from launch import cluster, job, status, submit, sweep
@@ -112,7 +112,7 @@ def test_a_file_may_be_torn_or_of_something_else(run, monkeypatch, junk):
 
 def test_a_resume_keeps_the_lines_that_it_knows_as_they_were(run):
     whole = (run / "metrics.jsonl").read_text()
-    odd = {"kind": "train", "step": 1, "loss": None, "fired": {"speed": 3}, "mine": "a note"}
+    odd = {"kind": "train", "step": 1, "loss": None, "fired": {"speed": 3}, "mine": "a note, half of a pair: \ud800"}
     without = [{"kind": "train"}, {"kind": "test", "step": "1"}, {"kind": "train", "step": None}, {"step": True}]
     with (run / "metrics.jsonl").open("a") as file:
         file.writelines(json.dumps(line) + "\n" for line in (odd, *without))
@@ -123,6 +123,17 @@ def test_a_resume_keeps_the_lines_that_it_knows_as_they_were(run):
 
     RunDirectory(run, AnyLease(), None, 1).cut_after(2, 1)
     assert (run / "metrics.jsonl").read_text() == whole + json.dumps(odd) + "\n"
+
+
+@pytest.mark.parametrize("deep", ["{x: *%s, y: *%s}", "[*%s, *%s]"], ids=["mappings", "lists"])
+def test_aliases_do_not_multiply_without_end(run, deep):
+    lines = ["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {deep % (f'a{n - 1}', f'a{n - 1}')}" for n in range(1, 60))]
+    (run / "config.yaml").write_text("\n".join(lines).replace("[", "{x: [").replace("]", "]}"))
+    with pytest.raises(UserError, match=r"config.yaml has more than 10,000 values, by its aliases perhaps"):
+        read_settings(run)
+    (run / "config.yaml").write_text("run: &a {x: *a}")
+    with pytest.raises(UserError, match=r"config.yaml is no valid YAML"):
+        read_settings(run)
 
 
 @pytest.mark.parametrize("value", JUNK)

@@ -1,5 +1,6 @@
 """How an entry point ends: a user's mistake is one sentence, a defect of ours keeps its traceback."""
 
+import io
 import subprocess
 import sys
 
@@ -24,6 +25,14 @@ def test_the_status_is_mains_own(status):
 def test_a_users_mistake_is_one_sentence_and_status_2(capsys):
     assert run_entry_point(ending_in(UserError("train.epochs must be above 0, not 0"))) == 2
     assert capsys.readouterr() == ("", "error: train.epochs must be above 0, not 0\n")
+
+
+def test_what_the_terminal_cannot_write_is_escaped(monkeypatch):
+    for encoding, shown in (("utf-8", "\u00e4 \\ud800"), ("ascii", "\\xe4 \\ud800")):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+        assert run_entry_point(lambda: print("\u00e4 \ud800") or 0) == 0
+        assert written.getvalue().decode(encoding) == f"{shown}\n"
 
 
 def test_ctrl_c_is_130_without_a_traceback(capsys):

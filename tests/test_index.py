@@ -134,6 +134,15 @@ def test_a_description_that_does_not_fit_is_told(broken, change, message):
         read_index([directory])
 
 
+def test_a_shard_of_more_bytes_than_a_number_holds_is_told(broken):
+    directory, dataset = broken
+    for shard in dataset["shards"]:
+        shard["bytes"] = 10**30
+    (directory / "dataset.json").write_text(sealed_json(dataset))
+    with pytest.raises(UserError, match=r"is no table of these shards"):
+        read_index([directory])
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
 def test_a_broken_description_is_told(broken, content):
     (broken[0] / "dataset.json").write_bytes(content)

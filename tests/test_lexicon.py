@@ -234,6 +234,8 @@ def test_language_models_that_cannot_be_used(lm, tmp_path):
     for cut in (len(arpa) // 2, len(arpa) - 6):
         assert refusal(tmp_path, lm=arpa[:cut]).startswith("KenLM cannot read lm (End of file")
     assert refusal(tmp_path, lm=b"nothing\n").startswith('KenLM cannot read lm (first non-empty line was "nothing"')
+    quoted = arpa.replace(b"2-grams:\n", b"2-grams:\n\x8a")  # which is not among the words that are read before
+    assert refusal(tmp_path, b"ab", quoted).startswith("KenLM cannot read lm (")
     assert "\t" not in refusal(tmp_path, lm=arpa.replace(b"\\data\\\n", b"\\data\\\tx\n"))
     assert refusal(tmp_path, lm=gzip.compress(arpa)[:-20]).startswith("KenLM cannot read lm (zlib encountered an error")
     assert refusal(tmp_path, lm=gzip.compress(arpa)[:30]).startswith("lm is damaged or was cut")

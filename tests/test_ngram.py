@@ -153,6 +153,7 @@ BROKEN = {  # how -> (text, what the error says)
         FOREIGN.replace("-0.4\tb a", "0.4\tb a"),
         r"above stands one of the 2-grams whose probability is above 1",
     ),
+    "infinite in float32": (FOREIGN.replace("-0.25", "1e308"), r"or no number, or whose back-off weight is"),
     "nan": (FOREIGN.replace("-0.4\tb a", "nan\tb a"), r"whose probability is above 1 or no number"),
     "other symbols": (FOREIGN.replace("-0.4\tb a", "-0.4\tb z"), r"line 20: 'z' is not among the 1-grams"),
     "one twice": (FOREIGN.replace("-0.4\tb a", "-0.4\tb <space>"), r"a 2-gram is there twice"),

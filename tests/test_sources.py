@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from ddp_asr.data.audio import pack
 from ddp_asr.data.sources import (
+    BAD_AUDIO,
     BAD_LINE,
     DUPLICATE,
     FORMATS,
@@ -201,6 +202,12 @@ def test_a_harmless_id_is_its_own_key(name):
 def test_the_key_of_a_manifest_line(tmp_path, entry, key):
     source = tiny_speech.manifest(tmp_path / "m.jsonl", [{"audio_filepath": "clips/one.two.wav", "text": "A"} | entry])
     assert [u.key for u in listed(source)] == [key]
+
+
+def test_a_path_that_no_file_system_has_is_dropped_by_name(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"audio_filepath": "b\\ud800.wav", "text": "A"}\n')
+    (utterance,) = listed(tmp_path / "m.jsonl")
+    assert utterance.key == "b_" and pack(utterance).reason in (MISSING_AUDIO, BAD_AUDIO)
 
 
 def test_an_absolute_path_below_the_manifest_gives_the_same_key_as_a_relative_one(tmp_path):
