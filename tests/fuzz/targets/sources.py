@@ -334,7 +334,7 @@ class Audio(Target):
     def __init__(self, scratch: Path) -> None:
         super().__init__(scratch)
         flac = encoded("flac")
-        self.samples = _md5_of_samples(flac)
+        self.samples, self.rate_and_channels = _md5_of_samples(flac), flac[18:21]
 
     def seeds(self) -> list[Tree]:
         return [{f"audio.{kind}": encoded(kind)} for kind in AUDIO]
@@ -357,10 +357,15 @@ class Audio(Target):
         decoded, rate_hz = soundfile.read(io.BytesIO(packed.flac), dtype="int16", always_2d=True)
         if (rate_hz, decoded.shape) != (16_000, (packed.samples, 1)):
             raise Wrong(f"packed as {packed.samples} samples, and {decoded.shape} at {rate_hz} Hz decode")
-        # The MD5 in a FLAC covers its samples: where it still stands there, they must be what they were.
+        # The MD5 in a FLAC covers its samples: where it still stands there, they must be what they were. It does not
+        # cover their rate and channels, by which they are resampled and mixed.
         data = path.read_bytes()
         same_md5 = path.suffix == ".flac" and data[:4] == b"fLaC" and data[26:42] == bytes.fromhex(self.samples)
-        if same_md5 and hashlib.md5(decoded.tobytes()).hexdigest() != self.samples:
+        if (
+            same_md5
+            and data[18:21] == self.rate_and_channels
+            and hashlib.md5(decoded.tobytes()).hexdigest() != self.samples
+        ):
             raise Wrong("other samples than those that the FLAC's MD5 covers")
 
 
