@@ -812,9 +812,9 @@ def require_shards(config: Config) -> None:
     named |= dict.fromkeys(itertools.chain(*config.clips.values()), " --no-text")
     missing = {Path(path): option for path, option in named.items() if not Path(path).is_dir()}
     if missing:
-        commands = "\n".join(f"  python -m ddp_asr.shard {path.name} --out {path}{missing[path]}" for path in missing)
+        commands = "; ".join(f"python -m ddp_asr.shard {path.name} --out {path}{missing[path]}" for path in missing)
         names = ", ".join(map(str, missing))
         raise UserError(
             f"there are no shards at {names}; make them with (the source is a LibriSpeech split, directory, .tar.gz "
-            f"or JSONL manifest):\n{commands}"
+            f"or JSONL manifest): {commands}"
         )

@@ -19,14 +19,15 @@ _LONGEST = 3_000  # characters of a sentence; what is longer quotes a value with
 class UserError(Exception):
     """A mistake or a broken input that the user can mend; its text is the whole message.
 
-    A value that it quotes may be of any length and hold anything, so the middle of a long sentence is left out, and
-    control characters become "?".
+    A value that it quotes may be of any length and hold anything, so the middle of a long sentence is left out, a line
+    feed becomes a space, and another control character "?".
     """
 
     def __init__(self, sentence: str = "") -> None:
         if len(sentence) > _LONGEST:
             sentence = f"{sentence[: _LONGEST - 600]} ... {sentence[-500:]}"
-        super().__init__("".join("?" if each < " " and each not in "\n\t" else each for each in sentence))
+        sentence = sentence.replace("\n", " ")
+        super().__init__("".join("?" if each < " " and each != "\t" else each for each in sentence))
 
 
 _REMEDIES = {
