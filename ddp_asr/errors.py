@@ -20,14 +20,14 @@ class UserError(Exception):
     """A mistake or a broken input that the user can mend; its text is the whole message.
 
     A value that it quotes may be of any length and hold anything, so the middle of a long sentence is left out, a line
-    feed becomes a space, and another control character "?".
+    feed becomes a space, and what else cannot be printed "?".
     """
 
     def __init__(self, sentence: str = "") -> None:
         if len(sentence) > _LONGEST:
             sentence = f"{sentence[: _LONGEST - 600]} ... {sentence[-500:]}"
         sentence = sentence.replace("\n", " ")
-        super().__init__("".join("?" if each < " " and each != "\t" else each for each in sentence))
+        super().__init__("".join(each if each.isprintable() or each == "\t" else "?" for each in sentence))
 
 
 _REMEDIES = {

@@ -67,6 +67,6 @@ def test_a_reader_that_has_gone_away_ends_it_silently(lines):
 
 
 def test_a_quoted_value_of_any_length_and_content_leaves_a_sentence_that_can_be_read():
-    sentence = str(UserError(f"the name is {'x' * 9_000}\x00\x1b[2J\n, which is no name: name another"))
+    sentence = str(UserError(f"the name is {'x' * 9_000}\x00\x1b[2J\n\x7f, which is no name: name another"))
     assert len(sentence) < 3_000 and sentence.startswith("the name is xxx")
-    assert sentence.endswith("x??[2J , which is no name: name another")
+    assert sentence.endswith("x??[2J ?, which is no name: name another")
