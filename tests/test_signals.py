@@ -171,10 +171,12 @@ def slow_setting_up() -> None:
 
     from ddp_asr.training import session
 
-    def read_corpus(config, before=session.read_corpus):
+    before = session.read_corpus
+
+    def read_corpus(*arguments):
         print("setting up", flush=True)
         if os.environ["RANK"] == "1":
             threading.Event().wait()
-        return before(config)
+        return before(*arguments)
 
     session.read_corpus = read_corpus

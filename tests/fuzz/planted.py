@@ -81,11 +81,18 @@ class EatsMemory(Planted):
         len(b"x" * (worker.MEMORY_LIMIT_BYTES * 2))
 
 
+class TwoLines(UserError):
+    """A UserError removes line feeds from its text, unless it makes it only when it is asked for it."""
+
+    def __str__(self) -> str:
+        return "two\nlines"
+
+
 class Stammers(Planted):
     name = "stammers"
 
     def fail(self) -> None:
-        raise UserError("two\nlines")
+        raise TwoLines
 
 
 class IsTooStrict(Planted):
