@@ -308,8 +308,30 @@ class Augment:
     volume: Volume = section(Volume)
 
 
+class StridedConvolutions:
+    """Lengths behind convolutions of 3x3 with these strides in time, and 2 in the bands, as both encoders begin."""
+
+    time_strides: list[int]
+
+    @property
+    def time_reduction(self) -> int:
+        """Frames of the features for one frame of the logits."""
+        return math.prod(self.time_strides)
+
+    @property
+    def band_reduction(self) -> int:
+        """What the number of mel bands must be divisible by."""
+        return int(2 ** len(self.time_strides))
+
+    def output_frames(self, frames: Any) -> Any:
+        """T' of T: what the strided convolutions leave. For ints, numpy arrays and tensors alike."""
+        for stride in self.time_strides:
+            frames = (frames + stride - 1) // stride
+        return frames
+
+
 @dataclass(frozen=True)
-class RescnnBigru:
+class RescnnBigru(StridedConvolutions):
     """Residual convolutions and bidirectional GRUs (see encoders/rescnn_bigru.py)."""
 
     kind: str = field(default="rescnn_bigru", init=False)
@@ -334,25 +356,9 @@ class RescnnBigru:
         """The layers that `objective.intermediate_layers` counts."""
         return self.rnn_layers
 
-    @property
-    def time_reduction(self) -> int:
-        """Frames of the features for one frame of the logits."""
-        return math.prod(self.time_strides)
-
-    @property
-    def band_reduction(self) -> int:
-        """What the number of mel bands must be divisible by."""
-        return int(2 ** len(self.time_strides))
-
-    def output_frames(self, frames: Any) -> Any:
-        """T' of T: what the strided convolutions leave. For ints, numpy arrays and tensors alike."""
-        for stride in self.time_strides:
-            frames = (frames + stride - 1) // stride
-        return frames
-
 
 @dataclass(frozen=True)
-class Conformer:
+class Conformer(StridedConvolutions):
     """Self-attention and convolution in each of its blocks (see encoders/conformer.py)."""
 
     kind: str = field(default="conformer", init=False)
@@ -388,22 +394,6 @@ class Conformer:
     def layers(self) -> int:
         """The layers that `objective.intermediate_layers` counts."""
         return self.blocks
-
-    @property
-    def time_reduction(self) -> int:
-        """Frames of the features for one frame of the logits."""
-        return math.prod(self.time_strides)
-
-    @property
-    def band_reduction(self) -> int:
-        """What the number of mel bands must be divisible by."""
-        return int(2 ** len(self.time_strides))
-
-    def output_frames(self, frames: Any) -> Any:
-        """T' of T: what the strided convolutions leave. For ints, numpy arrays and tensors alike."""
-        for stride in self.time_strides:
-            frames = (frames + stride - 1) // stride
-        return frames
 
     def check(self) -> None:
         # Rotary positions turn pairs of numbers, and a GPU's fused attention takes heads of 8, 16, 24 ... numbers only:
