@@ -183,6 +183,30 @@ def test_a_store_that_never_returns_does_not_block_the_watchdog(started):
     assert f"rank 0 on {socket.gethostname()}, or its host, no longer answers" in sentence
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_closing_waits_for_a_store_that_is_slow_and_not_for_one_that_is_gone(gone):
+    """A thread that returns from the store while Python ends aborts the process, although its training is done."""
+    now_s, store = 0.0, DictStore()
+    alone = Watchdog(0, 1, store, clock=lambda: now_s)
+    alone.start()
+    tiny.wait_until(alone.last_posts, "a post")
+    store.returns.clear()
+    alone._post_now.set()
+    tiny.wait_until(lambda: alone._asked_s is not None, "a question to the store")
+    closing = threading.Thread(target=alone.close)
+    closing.start()
+    closing.join(1.5)
+    assert closing.is_alive()
+    if gone:
+        now_s = 2 * alone.silent_after_s
+    else:
+        store.returns.set()
+    closing.join(tiny.LIMIT_S)
+    assert not closing.is_alive() and alone._threads[1].is_alive() == gone
+    store.returns.set()
+    alone._threads[1].join(tiny.LIMIT_S)
+
+
 def test_a_rank_that_waits_too_long_is_ended_once_and_one_that_works_is_not(started):
     (first, second), _, ended = started
     notes: list[str] = []

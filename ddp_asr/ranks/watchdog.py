@@ -116,7 +116,8 @@ class Watchdog:
             self._threads = [threading.Thread(target=each, name="watchdog", daemon=True) for each in targets]
             for thread in self._threads:
                 thread.start()
-            # A thread that returns from the store's C++ while the interpreter is being torn down would abort it.
+            # A thread that returns from the store's C++ while the interpreter is being torn down would abort it:
+            # "terminate called without an active exception".
             atexit.register(self.close)
 
     def watch_signals(self, grace_s: float) -> None:
@@ -136,8 +137,11 @@ class Watchdog:
         self._post_now.set()
         with contextlib.suppress(OSError):  # full: the thread will wake up; closed: it has ended
             self._wakeup[1].send(b"\0")
-        for thread in self._threads:
-            thread.join(1.0)
+        checking, *posting = self._threads
+        checking.join()
+        # The store of a loaded host may take seconds to answer; one that is gone may never do.
+        while any(thread.is_alive() for thread in posting) and not self.store_gone():
+            posting[0].join(CHECK_EVERY_S)
         if self._stop_grace_s < math.inf:
             signal.set_wakeup_fd(-1)
         for end in self._wakeup:
