@@ -24,6 +24,7 @@ from typing import Any
 
 from ddp_asr import SAMPLE_RATE_HZ
 from ddp_asr.errors import UserError
+from ddp_asr.files import scheme_of
 from ddp_asr.settings import from_dict, load, read_yaml, section, setting
 
 
@@ -47,12 +48,22 @@ class Run:
 class Data:
     """Training and test data, and how they are read."""
 
-    train: list[str] = setting(["shards/train-clean-100"], "shard directories to train on, mixed", not_empty=True)
+    train: list[str] = setting(
+        ["shards/train-clean-100"],
+        "shard directories to train on, mixed; paths or URLs (s3://, gs://, az://, https://)",
+        not_empty=True,
+    )
     test: list[str] = setting(
         ["shards/dev-clean"], "shard directories to evaluate on; may be empty", also_called="valid validation dev"
     )
     cache_dir: str = setting(
-        "", "local directory to copy the shards to, once for all ranks of a node; empty: read them where they are"
+        "", "local directory to copy shards to, once for all ranks of a node; empty: read them where they are"
+    )
+    cache_gb: float = setting(
+        0.0,
+        "maximum size of data.cache_dir in 10^9 bytes; shards beyond it are read where they are; 0: no limit",
+        at_least=0,
+        at_most=1e9,
     )
     threads: int = setting(
         2,
@@ -800,7 +811,8 @@ def require_shards(config: Config) -> None:
     """Raises a UserError that names the commands which make the shards that are not there."""
     named = dict.fromkeys((*config.data.train, *config.data.test), "")
     named |= dict.fromkeys(itertools.chain(*config.clips.values()), " --no-text")
-    missing = {Path(path): option for path, option in named.items() if not Path(path).is_dir()}
+    # Whether a URL has shards is found out by reading them.
+    missing = {Path(p): option for p, option in named.items() if not scheme_of(p) and not Path(p).is_dir()}
     if missing:
         commands = "; ".join(f"python -m ddp_asr.shard {path.name} --out {path}{missing[path]}" for path in missing)
         names = ", ".join(map(str, missing))

@@ -7,6 +7,7 @@ with writing_aside(path) as file: ...           # the same for what is written p
 for line in read_json_lines(path, LINE): ...    # torn and damaged lines are left out
 read_json(path, {"step": is_count})             # and fields of another kind than these
 check_writable(path)                            # before long work
+scheme_of("s3://bucket/shards")                 # "s3"; "" of a path
 sha256_of(path)
 replace_file(path, sealed_json({...}))          # JSON with its own checksum
 (value := read_json(path))["seal"] == seal(value)
@@ -263,6 +264,12 @@ def seal(value: dict[str, Any]) -> str:
     """The checksum of all fields but `seal`; where that has another value, somebody or something changed the file."""
     fields = {name: value[name] for name in value if name != "seal"}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def scheme_of(url: str) -> str:
+    """`s3` of `s3://bucket/name`; "" of a path."""
+    scheme, separator, _ = url.partition("://")
+    return scheme if separator else ""
 
 
 def sha256_of(path: Path) -> str:

@@ -8,12 +8,16 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ddp_asr.data.sources import FORMATS, SourceOptions, open_source
 from ddp_asr.errors import UserError, run_entry_point
+from ddp_asr.files import scheme_of
+
+UPLOADS = ("s3", "gs", "az")
 
 EXAMPLES = """examples:
   python -m ddp_asr.shard train-clean-100 --out shards/train-clean-100     download from OpenSLR, then shard
@@ -21,6 +25,7 @@ EXAMPLES = """examples:
   python -m ddp_asr.shard LibriSpeech/dev-clean --out shards/dev-clean     a split on disk
   python -m ddp_asr.shard mine.jsonl --out shards/mine --max-seconds 35    a manifest as NeMo's
   python -m ddp_asr.shard musan-noise --out shards/musan-noise             noises, for augment.background
+  python -m ddp_asr.shard mine.jsonl --out s3://bucket/mine                pack under --cache, then upload
   python -m ddp_asr.shard street --no-text --out shards/street             a directory of audio without transcripts
   python -m ddp_asr.shard --verify --out shards/mine                       check every byte
 
@@ -37,7 +42,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("source", nargs="?", default="", metavar="SOURCE", help=", or ".join(FORMATS.values()))
-    add("--out", type=Path, required=True, metavar="DIR", help="directory for the shards")
+    out = "directory for the shards, or a URL (s3://, gs://, az://) to upload them to"
+    add("--out", required=True, metavar="DIR", help=out)
     add("--shard-mb", type=float, default=256.0, help="maximum size of a shard in 10^6 bytes (256)")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of threads (one per core)")
     add("--max-seconds", type=float, help="drop longer utterances (3600, and never more)")
@@ -46,7 +52,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--strict", action="store_true", help="exit with an error if any utterance cannot be used")
     verify = "compare checksums and decode every utterance, after sharding or, without SOURCE, alone"
     add("--verify", action="store_true", help=verify)
-    add("--cache", type=Path, default=Path("data"), metavar="DIR", help="directory for OpenSLR's archives (data)")
+    add(
+        "--cache",
+        type=Path,
+        default=Path("data"),
+        metavar="DIR",
+        help="directory for OpenSLR's archives, and for shards to upload (data)",
+    )
     mirror = "directory to download archives from, in place of OpenSLR's, such as a mirror's .../resources/12"
     add("--openslr-url", default="", metavar="URL", help=mirror)
     options = parser.parse_args(argv)
@@ -56,6 +68,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} is {value}; it must be a number greater than 0")
+    options.url = options.out.rstrip("/") if scheme_of(options.out) else ""
+    if options.url:
+        if scheme_of(options.url) not in UPLOADS:
+            parser.error(f"--out is {options.url}; shards can be uploaded to {', '.join(f'{s}://' for s in UPLOADS)}")
+        options.out = str(options.cache / f"shards-{re.sub(r'[^0-9A-Za-z]+', '-', options.url)}")
+    options.out = Path(options.out)
     return options
 
 
@@ -66,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         make(options)
     if options.verify:
         verify(options)
+    if options.url:
+        send(options)
     return 0
 
 
@@ -131,6 +151,22 @@ def verify(options: argparse.Namespace) -> None:
     for _ in track(good, "verifying", shards, console=console, disable=not console.is_terminal, transient=True):
         pass
     print(f"{options.out}: {shards:,} shard(s) as written, all {utterances:,} utterances decode")
+
+
+def send(options: argparse.Namespace) -> None:
+    """Uploads the finished shards."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ddp_asr.data.index import read_dataset_json
+    from ddp_asr.data.object_storage import upload
+
+    files = len(read_dataset_json(options.out)["shards"]) + 3
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("uploading", total=files)
+        upload(options.out, options.url, lambda name: bar.update(task, advance=1))
+    print(f"{options.url}: uploaded; the copy in {options.out} can be deleted")
 
 
 if __name__ == "__main__":

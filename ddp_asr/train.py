@@ -125,6 +125,7 @@ def run(config: Config, *, resume: str = "auto", profile_steps: int = 0, mistake
     A `mistake` that this rank has found in the settings is raised once the ranks have met.
     """
     before_torch(os.environ)
+    from ddp_asr.data.storage import Unreachable
     from ddp_asr.ranks.rendezvous import join
     from ddp_asr.ranks.signals import StoppedBeforeTraining
     from ddp_asr.ranks.world import PeerLost, RaisedElsewhere, describe
@@ -154,7 +155,7 @@ def run(config: Config, *, resume: str = "auto", profile_steps: int = 0, mistake
         end("stopped", f"{stop} before the first step", retry=True)
         return 0
     except UserError as error:
-        end("failed", str(error), retry=isinstance(error, PeerLost))
+        end("failed", str(error), retry=isinstance(error, PeerLost | Unreachable))
         if isinstance(error, RaisedElsewhere):
             return 2  # the rank that raised it reports it
         raise

@@ -28,7 +28,7 @@ from typing import Any
 
 from ddp_asr.config import Config, load_config
 from ddp_asr.errors import UserError, run_entry_point
-from ddp_asr.files import read_json_lines
+from ddp_asr.files import read_json_lines, scheme_of
 from launch import cluster, job
 from launch.cluster import Node, Request
 from launch.node import expanded
@@ -115,10 +115,12 @@ def _seconds(text: str) -> float:
 def directories(config: Config, request: Request, *, shards: bool) -> list[Directory]:
     """What the nodes look at, by the run's settings."""
     found = [Directory(str(Path(config.run.dir).absolute()), "the run directory", RUN_BYTES, write=True)]
-    paths = dict.fromkeys(Path(path).absolute() for path in (*config.data.train, *config.data.test)) if shards else {}
+    named = (*config.data.train, *config.data.test) if shards else ()
+    paths = dict.fromkeys(Path(path).absolute() for path in named if not scheme_of(path))
     found += [Directory(str(path), "the shards", shards=True) for path in paths]
     if shards and config.data.cache_dir:
         needed = sum(file.stat().st_size for path in paths for file in path.glob("*.tar"))
+        needed = min(needed, round(config.data.cache_gb * 1e9) or needed)
         found.append(Directory(str(Path(config.data.cache_dir).absolute()), "the cache of shards", needed, write=True))
     found.append(Directory("/tmp", "temporary files", TMP_BYTES))
     found.append(Directory("/dev/shm", "shared memory", SHARED_MEMORY_BYTES * request.ranks_per_node))

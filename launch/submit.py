@@ -24,7 +24,7 @@ from typing import Any
 
 from ddp_asr.config import Config, Pieces, load_config, require_shards
 from ddp_asr.errors import UserError, run_entry_point
-from ddp_asr.files import Fields, is_text, is_time, read_json, replace_file
+from ddp_asr.files import Fields, is_text, is_time, read_json, replace_file, scheme_of
 from ddp_asr.runs.directory import read_status
 from ddp_asr.settings import describe, help_text
 from launch import cluster, job
@@ -143,22 +143,22 @@ def submission_folder(run: Path) -> Path:
 
 def resolved(config: Config) -> Config:
     """The settings with absolute paths, because the job runs in another directory."""
-    data = dataclasses.replace(
-        config.data,
-        train=[str(Path(path).absolute()) for path in config.data.train],
-        test=[str(Path(path).absolute()) for path in config.data.test],
-        cache_dir=str(Path(config.data.cache_dir).absolute()) if config.data.cache_dir else "",
-    )
-    init_from, vocabulary = config.train.init_from, config.vocabulary
-    if isinstance(vocabulary, Pieces) and vocabulary.model:
-        vocabulary = dataclasses.replace(vocabulary, model=str(Path(vocabulary.model).absolute()))
-    return dataclasses.replace(
-        config,
-        vocabulary=vocabulary,
-        run=dataclasses.replace(config.run, dir=str(Path(config.run.dir).absolute())),
-        data=data,
-        train=dataclasses.replace(config.train, init_from=str(Path(init_from).absolute()) if init_from else ""),
-    )
+    data = _absolute(config.data, "train", "test", "noise", "rooms", "cache_dir")
+    decoder = _absolute(config.decoder, *({"lm", "lexicon", "hot_words"} & vars(config.decoder).keys()))
+    vocabulary = _absolute(config.vocabulary, "model") if isinstance(config.vocabulary, Pieces) else config.vocabulary
+    run, train = _absolute(config.run, "dir"), _absolute(config.train, "init_from")
+    return dataclasses.replace(config, run=run, data=data, vocabulary=vocabulary, decoder=decoder, train=train)
+
+
+def _absolute(section: Any, *names: str) -> Any:
+    """A section of the settings with these paths, or lists of paths, absolute; URLs and "" stay."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).absolute()) if path and not scheme_of(path) else path
+
+    found = {name: getattr(section, name) for name in names}
+    changed = {name: absolute(v) if isinstance(v, str) else list(map(absolute, v)) for name, v in found.items()}
+    return dataclasses.replace(section, **changed)
 
 
 _JOB: Fields = {

@@ -114,6 +114,7 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [
     ("decoder.lm_weight decoder.hot_word_bonus", ["0", "1.5"], ["-0.1", "nan", "inf"]),
     ("decoder.symbol_bonus decoder.word_bonus", ["-1", "0", "2.5"], ["nan", "inf"]),
     # any text
+    ("data.cache_gb", ["0", "0.5", "1e9"], ["-1", "nan", "1e10"]),
     ("run.name run.dir data.cache_dir data.test data.noise data.rooms", ["x"], []),
     ("vocabulary.drop vocabulary.model train.init_from", ["x"], []),
     ("decoder.lm decoder.lexicon decoder.hot_words", ["x"], []),

@@ -46,6 +46,7 @@ ONLY_IN = {
     "comet_ml": {"runs.comet"},
     "webdataset": {"data.writer"},
     "flashlight": {"decoding.lexicon"},
+    "obstore": {"data.object_storage"},
     "sentencepiece": {"text.pieces"},
 }
 # where a package is imported by another name, or comes with another one (Triton with a torch for CUDA)
@@ -147,7 +148,9 @@ def test_every_imported_package_is_declared():
     setup = configparser.ConfigParser()
     setup.read(REPOSITORY / "setup.cfg", encoding="utf-8")
     extras = setup["options.extras_require"]
-    lines = setup["options"]["install_requires"] + extras["lexicon"] + extras["pieces"]  # the extras of ddp_asr
+    lines = (
+        setup["options"]["install_requires"] + extras["lexicon"] + extras["object-storage"] + extras["pieces"]
+    )  # the extras of ddp_asr
     declared = {re.match(r"[\w-]*", line).group() for line in lines.split("\n")}
     used = {
         name.split(".")[0]

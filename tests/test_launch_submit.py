@@ -76,6 +76,11 @@ def test_paths_no_longer_depend_on_where_the_job_runs(monkeypatch, tmp_path):
     assert (found.data.cache_dir, found.train.init_from) == (str(tmp_path / "c"), str(tmp_path / "d.pt"))
     assert found.run.dir == str(tmp_path / "runs") and found.run.name == "default"
     assert submit.resolved(load_config(None)).data.cache_dir == ""
+    given = "--data.train=s3://bucket/a,a --data.noise=n --data.rooms=/r --decoder.kind=beam --decoder.lm=l.arpa"
+    found = submit.resolved(load_config(None, given.split()))
+    assert found.data.train == ["s3://bucket/a", str(tmp_path / "a")]
+    assert (found.data.noise, found.data.rooms) == ([str(tmp_path / "n")], ["/r"])
+    assert found.decoder.lm == str(tmp_path / "l.arpa") and found.decoder.hot_words == ""
     pieces = submit.resolved(load_config(None, ["--vocabulary.kind=pieces", "--vocabulary.model=bpe.model"]))
     assert pieces.vocabulary.model == str(tmp_path / "bpe.model")
 

@@ -26,9 +26,9 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from ddp_asr import SAMPLE_RATE_HZ
-from ddp_asr.data.storage import Store, open_store, scheme_of
+from ddp_asr.data.storage import Store, open_store
 from ddp_asr.errors import UserError
-from ddp_asr.files import seal
+from ddp_asr.files import scheme_of, seal
 
 FORMAT = "ddp_asr shards"
 FORMAT_VERSION = 1

@@ -3,10 +3,14 @@
     store = open_store("shards/train-clean-100/shard-000000.tar")      # the store for URLs of this scheme
     store.read(name, offset, size)                                     # bytes; from any thread
     store.size(name)
-    index = cache_shards(index, "/local/disk")                         # the same index over local copies
+    index = cache_shards(index, "/local/disk", limit_bytes)            # the same index over local copies
 
 A name is a URL as text, never a `Path`, which would make `s3:/bucket` of `s3://bucket`; a local path is a URL without a
 scheme. A new kind of store is a class with the methods of `Store` and a line in `STORES`.
+
+An epoch reads every shard all the time, a few utterances from each, so a cache that is smaller than the corpus is best
+filled once and left alone: any rule by which copies replace each other would copy the corpus again and again for no
+more hits. The shards that do not fit are read where they are, by the loader's threads, ahead of the steps.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import hashlib
+import itertools
+import math
 import os
 from collections.abc import Callable
 from functools import lru_cache
@@ -23,7 +29,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from ddp_asr.errors import UserError
-from ddp_asr.files import BLOCK_BYTES, writing_aside
+from ddp_asr.files import BLOCK_BYTES, scheme_of, writing_aside
 
 if TYPE_CHECKING:
     from ddp_asr.data.index import Index
@@ -36,6 +42,10 @@ CHECK_SHARDS = (
 _OPEN_FILES = 256  # descriptors that a store keeps; most systems allow a process 1,024
 
 
+class Unreachable(UserError):
+    """A store that did not answer for minutes, although nothing is wrong with what was asked: it may answer later."""
+
+
 class Store(Protocol):
     """Reads byte ranges. All methods may be called from several threads at once."""
 
@@ -45,6 +55,7 @@ class Store(Protocol):
         Raises:
             FileNotFoundError: there is no such name.
             OSError: it ends before, or it cannot be read.
+            Unreachable: the service does not answer.
         """
         ...
 
@@ -84,14 +95,16 @@ class _Descriptor:
             os.close(self.number)
 
 
+def _object_store() -> Store:
+    from ddp_asr.data.object_storage import ObjectStore
+
+    return ObjectStore()
+
+
 # By URL scheme; "" is a path.
-STORES: dict[str, Callable[[], Store]] = {"": LocalStore}
-
-
-def scheme_of(url: str) -> str:
-    """`s3` of `s3://bucket/name`; "" of a path."""
-    scheme, separator, _ = url.partition("://")
-    return scheme if separator else ""
+STORES: dict[str, Callable[[], Store]] = {"": LocalStore} | dict.fromkeys(
+    ("s3", "gs", "az", "http", "https"), _object_store
+)
 
 
 def open_store(url: str) -> Store:
@@ -123,12 +136,15 @@ class Shards:
 # node-local copies
 
 
-def cache_shards(index: Index, cache_dir: str | Path) -> Index:
-    """The index with every shard copied to a node-local directory, once for all ranks and runs of the node.
+def cache_shards(index: Index, cache_dir: str | Path, limit_bytes: float = math.inf) -> Index:
+    """The index with its shards copied to a node-local directory, once for all ranks and runs of the node.
 
     A copy is named by its checksum, compared with it while it is written, and renamed into place. All ranks of a node
     call this at the same time: in the first pass each copies what nobody else is copying, in the second it waits for
-    what is not yet there.
+    what is not yet there. Those copies that a killed run had finished are used.
+
+    With a limit the first shards are copied, as many as fit beside the copies of other corpora that are there; the
+    others stay where they are.
     """
     directory = Path(cache_dir)
     copies = [
@@ -136,28 +152,33 @@ def cache_shards(index: Index, cache_dir: str | Path) -> Index:
         for url, checksum in zip(index.shards, index.checksums, strict=True)
     ]
     used = np.unique(index.shard).tolist()
+    sizes = {shard: open_store(index.shards[shard]).size(index.shards[shard]) for shard in used}
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        others = sum(path.stat().st_size for path in directory.glob("*.tar") if path not in set(copies))
+        ends = itertools.accumulate(sizes.values(), initial=others)
+        next(ends)
+        kept = [shard for shard, end in zip(used, ends, strict=True) if end <= limit_bytes]
         for wait in (False, True):
-            for shard in used:
-                _copy_once(index.shards[shard], copies[shard], index.checksums[shard], wait=wait)
+            for shard in kept:
+                _copy_once(index.shards[shard], sizes[shard], copies[shard], index.checksums[shard], wait=wait)
     except OSError as error:
-        needed_mb = sum(open_store(index.shards[shard]).size(index.shards[shard]) for shard in used) / 1e6
+        needed_mb = sum(sizes.values()) / 1e6
         raise UserError(
             f"data.cache_dir {directory}: {error.strerror or error}; it must be writable and hold the shards' "
             f"{needed_mb:.0f} MB: make room, name another directory, or leave data.cache_dir empty"
         ) from None
-    return dataclasses.replace(index, shards=tuple(map(str, copies)))
+    placed = [str(copies[shard]) if shard in set(kept) else url for shard, url in enumerate(index.shards)]
+    return dataclasses.replace(index, shards=tuple(placed))
 
 
-def _copy_once(url: str, copy: Path, checksum: str, *, wait: bool) -> None:
+def _copy_once(url: str, size: int, copy: Path, checksum: str, *, wait: bool) -> None:
     """Makes the copy if it is not there; where another process is making it, returns at once unless `wait`."""
     with open(copy.with_suffix(".lock"), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             return
-        size = open_store(url).size(url)
         if copy.exists() and copy.stat().st_size == size:
             return
         for unfinished in copy.parent.glob(f".{copy.name}.*"):  # of a process that was killed: we hold the lock

@@ -10,10 +10,10 @@ attempt.py.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -146,9 +146,10 @@ def _read_data(config: Config, world: World, tokeniser: Tokeniser) -> tuple[Corp
     test = read_index(data.test) if data.test else None
     if data.cache_dir:
         world.set_phase(0, "copying shards")
-        clips = {name: cache_shards(index, Path(data.cache_dir)) for name, index in corpus.clips.items()}
-        corpus = replace(corpus, index=cache_shards(corpus.index, Path(data.cache_dir)), clips=clips)
-        test = cache_shards(test, Path(data.cache_dir)) if test is not None else None
+        cache = partial(cache_shards, cache_dir=data.cache_dir, limit_bytes=data.cache_gb * 1e9 or math.inf)
+        corpus = replace(corpus, index=cache(corpus.index))
+        corpus = replace(corpus, clips={name: cache(index) for name, index in corpus.clips.items()})
+        test = cache(test) if test is not None else None
     return corpus, test
 
 
