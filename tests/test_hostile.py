@@ -105,7 +105,14 @@ def hostile_directory(root):
     return unpack(root / "split", [("7-1.trans.txt", text), *((f"{name}.flac", flac) for name in names)])
 
 
-@pytest.mark.parametrize("make", [hostile_manifest, hostile_archive, hostile_directory])
+def hostile_folder(root):
+    flac = tiny_speech.encode(tiny_speech.noise())
+    stems = [name.replace("/", "_") for name in NAMES]
+    members = [(f"{stem}{suffix}", data) for stem in stems for suffix, data in ((".flac", flac), (".txt", b"TEXT"))]
+    return unpack(root / "mine", members)
+
+
+@pytest.mark.parametrize("make", [hostile_manifest, hostile_archive, hostile_directory, hostile_folder])
 def test_a_source_writes_into_its_output_only_and_starts_nothing(tmp_path, make):
     tiny_speech.shard(tiny_speech.librispeech(tmp_path / "warm"), tmp_path / "imports")
     (tmp_path / "secret.flac").write_bytes(SECRET)

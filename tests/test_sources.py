@@ -95,14 +95,26 @@ def lay_out_recordings(root, speech, monkeypatch):
     return root / "noises"
 
 
+def lay_out_folder(root, speech, monkeypatch):
+    (root / "mine").mkdir(parents=True, exist_ok=True)
+    for key, (text, waveform) in speech.items():
+        if waveform is not None:
+            (root / "mine" / f"{key}.wav").write_bytes(tiny_speech.encode(waveform, format="WAV"))
+        if text is not None:
+            (root / "mine" / f"{key}.{'lab' if key[0] == '9' else 'txt'}").write_text(text + "\n", encoding="utf-8")
+    return root / "mine"
+
+
 LAY_OUT = {
     "librispeech": lay_out_librispeech,
     "archive": lay_out_archive,
+    "folder": lay_out_folder,
     "manifest": lay_out_manifest,
     "openslr": lay_out_openslr,
     "recordings": lay_out_recordings,
 }
 WITHOUT_TEXT = {"recordings"}
+WITHOUT_SPEAKERS = {"recordings", "folder"}
 
 
 @pytest.fixture(params=FORMATS)
@@ -115,6 +127,7 @@ def lay_out(request, tmp_path, monkeypatch):
         return open_source(str(name), options)
 
     make.has_text = request.param not in WITHOUT_TEXT
+    make.has_speakers = request.param not in WITHOUT_SPEAKERS
     return make
 
 
@@ -133,7 +146,7 @@ def test_a_source_gives_the_same_speech_in_every_format(lay_out):
     assert total == len(speech)
     for key, (text, waveform) in speech.items():
         utterance, packed = found[key]
-        assert utterance.source and utterance.speaker == (key[0] if lay_out.has_text else "")
+        assert utterance.source and utterance.speaker == (key[0] if lay_out.has_speakers else "")
         if not lay_out.has_text:
             assert not utterance.has_text
         elif waveform is None or text is None:
@@ -299,6 +312,60 @@ def test_an_unknown_source_is_told_what_is_known(tmp_path, name, seen):
 
 def test_the_message_names_every_split():
     assert all(split in FORMATS["openslr"] for split in (*openslr.LIBRISPEECH_MD5, *openslr.RECORDINGS))
+
+
+# ---- folders of audio and texts -------------------------------------------------------------------------------------
+
+FOLDER = [
+    ("a/one.flac", b"1"),
+    ("a/one.txt", b"\xef\xbb\xbfONE\r\n  AND \r\n\r\nONE\n"),
+    ("a/one.lab", b"not this one"),
+    ("b/two.three.WAV", b"2"),
+    ("b/two.three.LAB", "ZWEI\u2028DREI".encode()),
+    ("b/empty.wav", b"3"),
+    ("b/empty.txt", b" \n"),
+    ("b/mute.wav", b"4"),
+    ("b/wide.wav", b"5"),
+    ("b/wide.txt", "WIDE".encode("utf-16")),
+    ("b/nul.wav", b"6"),
+    ("b/nul.txt", "NUL".encode("utf-16-le")),
+    ("b/._mute.txt", b"left by macOS"),
+    ("b/gone.txt", b"GONE"),
+    ("b/README.txt", b"who may use it"),
+    ("b/License-2.0.TXT", b"who may use it"),
+    ("documents/about.txt", b"a folder without audio"),
+    ("c/hum.wav", b"7"),
+    ("c/about.txt", b"a folder without transcripts"),
+]
+
+
+def test_a_folder_takes_the_text_beside_each_audio_file(tmp_path):
+    found = [(u.source, u.key, u.text, u.reason, u.detail) for u in listed(unpack(tmp_path / "mine", FOLDER))]
+    assert found == [
+        ("a/one.flac", "a_one", "ONE AND ONE", "", ""),
+        ("b/empty.wav", "b_empty", "", "", ""),
+        ("b/mute.wav", "b_mute", None, "", ""),
+        ("b/nul.wav", "b_nul", None, MISSING_TRANSCRIPT, "nul.txt is not UTF-8 text, since it has NUL bytes"),
+        ("b/two.three.WAV", "b_two_three", "ZWEI\u2028DREI", "", ""),
+        ("b/wide.wav", "b_wide", None, MISSING_TRANSCRIPT, "wide.txt is not UTF-8"),
+        ("c/hum.wav", "c_hum", None, "", ""),
+        ("b/gone.txt", "b_gone", "GONE", MISSING_AUDIO, ""),
+    ]
+
+
+def test_a_transcript_of_any_size_is_no_transcript(tmp_path, monkeypatch):
+    monkeypatch.setattr("ddp_asr.data.sources.folder.MAX_TEXT_BYTES", 4)
+    members = [("a.wav", b"1"), ("a.txt", b"FOUR"), ("b.wav", b"2"), ("b.txt", "FIV\u00c9".encode())]
+    assert [(u.text, u.reason) for u in listed(unpack(tmp_path / "mine", members))] == [
+        ("FOUR", ""),
+        (None, MISSING_TRANSCRIPT),
+    ]
+
+
+def test_a_directory_of_audio_and_documents_is_no_folder_of_speech(tmp_path):
+    members = [("a/hum.wav", b"1"), ("a/README.txt", b"x"), ("b/hum.txt", b"elsewhere"), ("b/street.txt", b"y")]
+    with pytest.raises(UserError, match="is in no known format"):
+        listed(unpack(tmp_path / "noises", members))
 
 
 # ---- audio without transcripts --------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from ddp_asr.errors import UserError
 FORMATS = {  # module -> what it reads; tried in this order
     "librispeech": "a LibriSpeech directory (audio files beside *.trans.txt)",
     "archive": "a LibriSpeech archive from OpenSLR (.tar.gz)",
+    "folder": "a directory of audio files, each with a .txt or .lab of the same name beside it",
     "manifest": "a JSONL manifest as NeMo's, named *.jsonl or *.json (audio_filepath, text)",
     "openslr": "the name of a LibriSpeech split (dev-clean, dev-other, test-clean, test-other, train-clean-100, "
     "train-clean-360, train-other-500) or of noises or room responses (musan-noise, musan-music, musan-speech, "
