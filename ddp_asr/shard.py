@@ -24,6 +24,8 @@ EXAMPLES = """examples:
   python -m ddp_asr.shard dev-clean.tar.gz --out shards/dev-clean          read as a stream, never unpacked
   python -m ddp_asr.shard LibriSpeech/dev-clean --out shards/dev-clean     a split on disk
   python -m ddp_asr.shard mine.jsonl --out shards/mine --max-seconds 35    a manifest as NeMo's
+  python -m ddp_asr.shard recordings --out shards/mine                     a.wav beside a.txt, in any folder of it
+  python -m ddp_asr.shard mine.csv --columns text=words --out shards/mine  a table with columns for audio and text
   python -m ddp_asr.shard musan-noise --out shards/musan-noise             noises, for augment.background
   python -m ddp_asr.shard mine.jsonl --out s3://bucket/mine                pack under --cache, then upload
   python -m ddp_asr.shard street --no-text --out shards/street             a directory of audio without transcripts
@@ -49,6 +51,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-seconds", type=float, help="drop longer utterances (3600, and never more)")
     no_text = "the source is audio without transcripts, such as noises; else what has none is dropped"
     add("--no-text", action="store_true", help=no_text)
+    columns = "columns of a table (.csv, .tsv) whose names are not known: audio, text, id, speaker, language, offset, "
+    columns += "duration, end"
+    add("--columns", default="", metavar="audio=NAME,text=NAME", help=columns)
     add("--strict", action="store_true", help="exit with an error if any utterance cannot be used")
     verify = "compare checksums and decode every utterance, after sharding or, without SOURCE, alone"
     add("--verify", action="store_true", help=verify)
@@ -96,7 +101,9 @@ def make(options: argparse.Namespace) -> None:
 
     from ddp_asr.data.writer import Output, write_shards
 
-    source = open_source(options.source, SourceOptions(options.cache, options.openslr_url, options.no_text))
+    source = open_source(
+        options.source, SourceOptions(options.cache, options.openslr_url, options.no_text, options.columns)
+    )
     complete = (options.out / "dataset.json").exists()
     console = Console(stderr=True)
     columns = (TextColumn("sharding"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())

@@ -5,6 +5,7 @@ read and copied. libsndfile and pyarrow get bytes and open files from us, and no
 """
 
 import contextlib
+import csv
 import json
 import os
 import sys
@@ -61,6 +62,8 @@ def watched(root, may_read, may_write):
     assert outside() == before
 
 
+COMMANDS = ["touch started |", "| touch started", "$(touch started)", "`touch started`", "http://127.0.0.1:9/a.wav"]
+COMMANDS += ["file:///etc/passwd", "/dev/zero", "-"]
 NAMES = [
     "../../7-1-1",
     "/7-1-2",
@@ -79,10 +82,7 @@ def hostile_manifest(root):
     good = root / "good.flac"
     good.write_bytes(tiny_speech.encode(tiny_speech.noise()))
     lines = [{"audio_filepath": "good.flac", "text": "A", "id": name} for name in NAMES]
-    commands = ["touch started |", "| touch started", "$(touch started)", "`touch started`", "http://127.0.0.1:9/a.wav"]
-    lines += [
-        {"audio_filepath": command, "text": "A"} for command in (*commands, "file:///etc/passwd", "/dev/zero", "-")
-    ]
+    lines += [{"audio_filepath": command, "text": "A"} for command in COMMANDS]
     lines += [{"audio_filepath": "__import__('os').system('touch started')", "text": "A", "id": {"a": ["b"]}}]
     return tiny_speech.manifest(root / "m.jsonl", lines)
 
@@ -112,7 +112,15 @@ def hostile_folder(root):
     return unpack(root / "mine", members)
 
 
-@pytest.mark.parametrize("make", [hostile_manifest, hostile_archive, hostile_directory, hostile_folder])
+def hostile_table(root):
+    (root / "good.flac").write_bytes(tiny_speech.encode(tiny_speech.noise()))
+    with (root / "t.csv").open("w", newline="") as file:
+        rows = [("path", "text", "id"), *(("good.flac", '=cmd|"/c calc"!A1', name) for name in NAMES)]
+        csv.writer(file).writerows([*rows, *((command, "A", "") for command in COMMANDS)])
+    return root / "t.csv"
+
+
+@pytest.mark.parametrize("make", [hostile_manifest, hostile_archive, hostile_directory, hostile_folder, hostile_table])
 def test_a_source_writes_into_its_output_only_and_starts_nothing(tmp_path, make):
     tiny_speech.shard(tiny_speech.librispeech(tmp_path / "warm"), tmp_path / "imports")
     (tmp_path / "secret.flac").write_bytes(SECRET)

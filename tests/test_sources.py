@@ -1,5 +1,6 @@
 """Sources: what every format must do, and then the formats one by one; downloads come from a real HTTP server."""
 
+import csv
 import gzip
 import hashlib
 import io
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ddp_asr.data.audio import pack
@@ -105,11 +106,24 @@ def lay_out_folder(root, speech, monkeypatch):
     return root / "mine"
 
 
+def lay_out_table(root, speech, monkeypatch):
+    """Common Voice's layout, without the columns that nothing reads."""
+    (root / "clips").mkdir(parents=True, exist_ok=True)
+    lines = ["client_id\tpath\tsentence\tup_votes\tlocale"]
+    for key, (text, waveform) in speech.items():
+        if waveform is not None:
+            (root / "clips" / f"{key}.wav").write_bytes(tiny_speech.encode(waveform, format="WAV"))
+        lines.append(f"{key[0]}\t{key}.wav\t{text or ''}\t2\tfr")
+    (root / "split.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return root / "split.tsv"
+
+
 LAY_OUT = {
     "librispeech": lay_out_librispeech,
     "archive": lay_out_archive,
     "folder": lay_out_folder,
     "manifest": lay_out_manifest,
+    "table": lay_out_table,
     "openslr": lay_out_openslr,
     "recordings": lay_out_recordings,
 }
@@ -366,6 +380,128 @@ def test_a_directory_of_audio_and_documents_is_no_folder_of_speech(tmp_path):
     members = [("a/hum.wav", b"1"), ("a/README.txt", b"x"), ("b/hum.txt", b"elsewhere"), ("b/street.txt", b"y")]
     with pytest.raises(UserError, match="is in no known format"):
         listed(unpack(tmp_path / "noises", members))
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+def table(path, content, columns=""):
+    """(key, text, speaker, language, path, offset, duration) of the usable rows, (line, reason) of the others."""
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    utterances = list(open_source(str(path), SourceOptions(columns=columns)).open()[1])
+    rows = []
+    for u in utterances:
+        audio = u.path and str(u.path.relative_to(path.parent))
+        seen = (u.key, u.text, u.speaker, u.language, audio, u.offset_s, u.duration_s)
+        rows.append((u.source, u.reason, u.detail) if u.reason else seen)
+    return rows
+
+
+CELLS = st.text(alphabet=st.sampled_from("aB 0,;|\t\"'\r\n\u00e9\u2028"), max_size=6)
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.tuples(CELLS, CELLS.filter(bool)), min_size=1, max_size=5),
+    st.sampled_from([(",", ".csv"), (";", ".CSV"), ("|", ".csv"), ("\t", ".csv"), ("\t", ".tsv")]),
+    st.sampled_from(["\n", "\r\n"]),
+    st.sampled_from(["", "\ufeff"]),
+    st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC]),
+)
+def test_a_table_is_read_as_pythons_csv_writes_it(rows, kind, end, mark, quoting):
+    # Python's writer leaves a carriage return unquoted that its own reader takes for the end of the line.
+    assume(end != "\n" or quoting != csv.QUOTE_MINIMAL or not any("\r" in cell for row in rows for cell in row))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"t{kind[1]}"
+        with path.open("w", newline="", encoding="utf-8") as file:
+            file.write(mark)
+            writer = csv.writer(file, delimiter=kind[0], lineterminator=end, quoting=quoting)
+            writer.writerows([("audio", "Text", "id", "other"), *((*row, n, "x") for n, row in enumerate(rows))])
+        found = [(u.source, u.text, u.key) for u in listed(path) if not u.reason]
+        assert found == [(audio, text, str(n)) for n, (audio, text) in enumerate(rows) if audio]
+
+
+def test_the_columns_of_known_tables_are_known(tmp_path):
+    rows = [("a.mp3", 'Er sagte: "Nein', "s"), ("b.mp3", '"Ja"', "t")]
+    common_voice = "client_id\tpath\tsentence_id\tsentence\tlocale\tsegment\n"
+    common_voice += "".join(f"{who}\t{path}\t7\t{text}\tde\t\n" for path, text, who in rows)
+    (tmp_path / "clips").mkdir()
+    assert table(tmp_path / "validated.tsv", common_voice) == [
+        (path[0], text, who, "de", f"clips/{path}", None, None) for path, text, who in rows
+    ]
+    deep_speech = 'wav_filename,wav_filesize,transcript\nclips/a.wav,32044,"one, two"\nb.wav,1,three\n'
+    assert table(tmp_path / "train.csv", deep_speech) == [
+        ("clips_a", "one, two", "", "", "clips/a.wav", None, None),
+        ("b", "three", "", "", "b.wav", None, None),
+    ]
+    segments = "audio_filepath;start;end;text;speaker;language\na.wav;0.5;1.75;A;me;pl\na.wav;;1;B;;\na.wav;2;;C;;\n"
+    assert table(tmp_path / "segments.csv", segments) == [
+        ("a-500", "A", "me", "pl", "a.wav", 0.5, 1.25),
+        ("a", "B", "", "", "a.wav", None, 1.0),
+        ("a-2000", "C", "", "", "a.wav", 2.0, None),
+    ]
+
+
+def test_columns_choose_what_the_header_leaves_open(tmp_path):
+    content = "id,take,text,words,from\nme,a.wav,raw,clean,1\nme,b.wav,raw,clean,2\n"
+    chosen = "audio=take, text=words, speaker=id, offset=from"
+    expected = [("a-1000", "clean", "me", "", "a.wav", 1.0, None), ("b-2000", "clean", "me", "", "b.wav", 2.0, None)]
+    assert table(tmp_path / "t.csv", content, chosen) == expected
+    assert table(tmp_path / "t.list", content, chosen) == expected  # a name of any kind
+    assert [row[0] for row in table(tmp_path / "t.csv", content, "audio=take,text=words,id=")] == ["a", "b"]
+
+
+def test_a_malformed_row_is_kept_with_its_reason(tmp_path):
+    rows = ["audio,text,offset,duration", "a.wav,A,,", "b.wav,B,,,", "c.wav,C", ",D,,", "e.wav,E,x,", "f.wav,F,nan,"]
+    rows += ["g.wav,G,,0", 'h.wav,"H"H,,', f"i.wav,{'I' * 200_000},,", "", "j.wav,,,", 'k.wav,"K,,', "l.wav,L,,"]
+    assert table(tmp_path / "t.csv", "\n".join(rows)) == [
+        ("a", "A", "", "", "a.wav", None, None),
+        ("t.csv:3", BAD_LINE, "5 columns, where the header has 4"),
+        ("t.csv:4", BAD_LINE, "2 columns, where the header has 4"),
+        ("t.csv:5", BAD_LINE, "no audio"),
+        ("t.csv:6", BAD_LINE, "offset is 'x', not a number of seconds"),
+        ("t.csv:7", BAD_LINE, "offset is nan, not a number of seconds"),
+        ("t.csv:8", BAD_LINE, "duration is 0; leave it out to take the audio to the end of the file"),
+        ("t.csv:9", BAD_LINE, "',' expected after '\"'"),
+        ("t.csv:10", BAD_LINE, "field larger than field limit (131072)"),
+        ("j", None, "", "", "j.wav", None, None),
+        ("t.csv:13", BAD_LINE, "lines 13 to 14: unexpected end of data"),
+    ]
+    (row,) = table(tmp_path / "t.csv", "audio,text,start,end\na.wav,A,2,1")
+    assert row == ("t.csv:2", BAD_LINE, "end is 1.0, which is not after the start")
+
+
+@pytest.mark.parametrize(
+    ("content", "columns", "said"),
+    [
+        (b"", "", "has no known column for audio and text"),
+        (
+            b"LJ001-0001|Printing, in|the only\n",
+            "",
+            "for audio and text; its columns are LJ001-0001, Printing, in, the",
+        ),
+        (b"path,words\na.wav,A\n", "", "for text; its columns are path, words; name them, as with --columns audio="),
+        (b"path,file,text\n", "", "has several columns for audio: path and file; choose one, as with --columns"),
+        (b"path,text,text\n", "text=text", "has several columns for text: text and text; choose one"),
+        (b"path,text\n", "text=words", "has no column words; its columns are path, text"),
+        (b"path,text\n", "txt=text", "--columns has 'txt=text'; it names each field once, as in --columns audio=path"),
+        (b"path,text\n", "text", "--columns has 'text'; "),
+        (b"path,text\n", "text=text,text=path", "--columns has 'text=path'; it names each field once"),
+        ("path,text\na.wav,\u00fc\n".encode("latin-1"), "", "is not UTF-8 text; save it as UTF-8, or convert it"),
+        ("path,text\na.wav,A\n".encode("utf-16"), "", "is not UTF-8 text"),
+        (b"path,text\na.wav,\0\n", "", "is not UTF-8 text"),
+        (b'path,"text\n' + b"A" * 200_000, "", "its first line is no header of a table: .* field larger than"),
+    ],
+)
+def test_what_is_no_table_is_one_sentence(tmp_path, content, columns, said):
+    with pytest.raises(UserError, match=said):
+        table(tmp_path / "t.csv", content, columns)
+
+
+def test_columns_of_what_is_no_table_are_refused(tmp_path):
+    root = tiny_speech.librispeech(tmp_path / "split", speakers=1, utterances=1)
+    with pytest.raises(UserError, match=r"--columns names columns of a table, and .*split is a LibriSpeech directory"):
+        open_source(str(root), SourceOptions(columns="audio=path"))
 
 
 # ---- audio without transcripts --------------------------------------------------------------------------------------

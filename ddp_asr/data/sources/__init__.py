@@ -30,6 +30,7 @@ FORMATS = {  # module -> what it reads; tried in this order
     "archive": "a LibriSpeech archive from OpenSLR (.tar.gz)",
     "folder": "a directory of audio files, each with a .txt or .lab of the same name beside it",
     "manifest": "a JSONL manifest as NeMo's, named *.jsonl or *.json (audio_filepath, text)",
+    "table": "a table with a header, named *.csv or *.tsv (Common Voice, DeepSpeech, others by --columns)",
     "openslr": "the name of a LibriSpeech split (dev-clean, dev-other, test-clean, test-other, train-clean-100, "
     "train-clean-360, train-other-500) or of noises or room responses (musan-noise, musan-music, musan-speech, "
     "pointsource-noises, simulated-rirs)",
@@ -43,7 +44,7 @@ BAD_AUDIO = "undecodable or truncated audio"
 IMPLAUSIBLE = "implausible audio"
 TOO_LONG = "too long"
 DUPLICATE = "duplicate key"
-BAD_LINE = "malformed manifest line"
+BAD_LINE = "malformed line"
 REASONS = (
     MISSING_TRANSCRIPT,
     EMPTY_TRANSCRIPT,
@@ -66,6 +67,7 @@ class Utterance:
     source: str  # path or archive member, relative to the source: shown to users
     text: str | None
     speaker: str = ""
+    language: str = ""
     path: Path | None = None
     data: bytes | None = None  # the audio file's content, where it comes from an archive
     offset_s: float | None = None  # where the utterance starts in the file; None: at the start of the file
@@ -90,6 +92,7 @@ class SourceOptions:
     cache: Path = Path("data")  # where downloaded archives are kept
     openslr_url: str = ""  # directory of the archives; "": that of OpenSLR
     no_text: bool = False  # the source is audio without transcripts
+    columns: str = ""  # of a table, such as "audio=path,text=sentence"
 
 
 def open_source(name: str, options: SourceOptions) -> Source:
@@ -97,8 +100,11 @@ def open_source(name: str, options: SourceOptions) -> Source:
     try:
         for module in FORMATS:
             source: Source | None = importlib.import_module(f"{__name__}.{module}").try_open(name, options)
-            if source is not None:
-                return source
+            if source is None:
+                continue
+            if options.columns and module != "table":
+                raise UserError(f"--columns names columns of a table, and {name} is {FORMATS[module]}; leave it out")
+            return source
     except OSError as error:
         raise UserError(f"{error.filename or name} cannot be read: {error.strerror or error}") from None
     kind = "is in no known format" if Path(name).exists() else "is neither a file nor a directory"
@@ -124,6 +130,21 @@ def valid_text(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
+def read_utf8(path: Path) -> str:
+    """The text of a file of the user's, with its line ends and without a byte order mark, which Windows writes.
+
+    Raises:
+        UserError: it is in another encoding, or no text.
+    """
+    content = path.read_bytes()
+    try:
+        if b"\0" not in content:  # UTF-16 has them, which would else pass
+            return content.decode("utf-8-sig")
+    except ValueError:
+        pass
+    raise UserError(f"{path} is not UTF-8 text; save it as UTF-8, or convert it, as with iconv -t UTF-8")
+
+
 def is_audio(name: str) -> bool:
     """Whether a file's name has an audio suffix. `._*` are AppleDouble files, which a Mac's tar adds to each file."""
     return name.lower().endswith(AUDIO_SUFFIXES) and not name.startswith("._")
@@ -137,6 +158,8 @@ def listed_source(kind: str, name: str, utterances: list[Utterance]) -> Source:
             size = u.path.stat().st_size if u.path else -1
         except (OSError, ValueError):  # ValueError: no file system has such a name
             size = -1
-        digest.update(json.dumps([u.key, u.source, u.text, u.speaker, u.offset_s, u.duration_s, size]).encode())
+        fields = [u.key, u.source, u.text, u.speaker, u.offset_s, u.duration_s, size]
+        fields += [u.language] if u.language else []  # shards of a source without languages keep their digest
+        digest.update(json.dumps(fields).encode())
     identity = {"kind": kind, "name": valid_text(name), "digest": digest.hexdigest()}
     return Source(identity, lambda: (len(utterances), iter(utterances)))

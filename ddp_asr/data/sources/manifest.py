@@ -37,13 +37,13 @@ def try_open(name: str, options: SourceOptions) -> Source | None:
 def _utterance(manifest: Path, number: int, line: str) -> Utterance:
     try:
         entry = _parse(line)
-        offset_s, duration_s = _seconds(entry, "offset"), _seconds(entry, "duration")
+        offset_s, duration_s = (seconds(name, entry.get(name)) for name in ("offset", "duration"))
     except ValueError as error:
         return Utterance(f"line-{number}", f"{manifest.name}:{number}", None, reason=BAD_LINE, detail=str(error))
     audio: str = entry["audio_filepath"]
     text, identity, speaker = entry.get("text"), entry.get("id"), entry.get("speaker")
     return Utterance(
-        key=make_key(_relative_stem(audio, manifest.parent) if identity in (None, "") else str(identity), offset_s),
+        key=make_key(relative_stem(audio, manifest.parent) if identity in (None, "") else str(identity), offset_s),
         source=valid_text(audio),
         text=valid_text(text) if isinstance(text, str) else None,
         speaker="" if speaker is None else valid_text(str(speaker)),
@@ -66,8 +66,12 @@ def _parse(line: str) -> dict[str, Any]:
     return entry
 
 
-def _seconds(entry: dict[str, Any], name: str) -> float | None:
-    value = entry.get(name)
+def seconds(name: str, value: object) -> float | None:
+    """The value that a line states under this name; None where it states none.
+
+    Raises:
+        ValueError: it is something else than a number of seconds.
+    """
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not (0 <= value < 1e9):
@@ -77,8 +81,8 @@ def _seconds(entry: dict[str, Any], name: str) -> float | None:
     return float(value)
 
 
-def _relative_stem(audio: str, folder: Path) -> str:
-    """The path without suffix: relative to the manifest if it lies below it, else as given without leading '/'."""
+def relative_stem(audio: str, folder: Path) -> str:
+    """The path without suffix: relative to the folder if it lies below it, else as given without leading '/'."""
     path = PurePosixPath(os.path.normpath(audio))
     if path.is_absolute():
         below = PurePosixPath(os.path.relpath(path, folder.absolute()))
