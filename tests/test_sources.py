@@ -312,13 +312,23 @@ def test_a_file_that_is_no_manifest_is_refused(tmp_path, content):
 @pytest.mark.parametrize(
     ("name", "seen"),
     [
-        (".", "is in no known format"),
-        ("a.zip", "a.zip is in no known format"),
+        (
+            ".",
+            r"is in no known format, a directory with 5 files \(2 .zip, 1 without suffix, 1 .xml, 1 .wav\), "
+            r"such as .hidden and a.zip; a source is",
+        ),
+        ("b", r"b is in no known format, a directory with 1 file \(1 .wav\), such as c/d.wav; a source is"),
+        ("empty", "empty is in no known format, a directory with 0 files; a source is"),
+        ("a.zip", "a.zip is in no known format, a file that begins with the bytes 50 4b 03 04; a source is"),
+        ("mine.xml", "mine.xml is in no known format, a file that begins with the text '<a>.*\u00dc'; a source is"),
+        ("none.zip", "none.zip is in no known format, a file that is empty; a source is"),
         ("train-clean-101", "is neither a file nor a directory"),
     ],
 )
 def test_an_unknown_source_is_told_what_is_known(tmp_path, name, seen):
-    (tmp_path / "a.zip").write_bytes(b"PK")
+    members = [("a.zip", b"PK\3\4"), ("none.zip", b""), (".hidden", b""), ("b/c/d.wav", b"RIFF")]
+    unpack(tmp_path, [*members, ("mine.xml", "<a>\n\u00dc".encode())])
+    (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=f"no such source: .*{seen}") as refused:
         listed(tmp_path / name)
     assert all(format in str(refused.value) for format in FORMATS.values())
@@ -542,7 +552,7 @@ def test_recordings_are_the_same_in_a_directory_a_tar_and_a_zip(tmp_path):
 
 def test_audio_without_transcripts_is_not_taken_unasked(tmp_path):
     for place in (unpack(tmp_path / "noises", NOISES), zipped(tmp_path / "noises.zip", NOISES)):
-        with pytest.raises(UserError, match=r"is in no known format; a source is .* with --no-text, a directory"):
+        with pytest.raises(UserError, match=r"is in no known format, .*; a source is .* with --no-text, a directory"):
             listed(place)
     assert all(u.has_text and u.text is None for u in listed(tar_gz(tmp_path / "noises.tar.gz", NOISES)))
 

@@ -15,9 +15,11 @@ downloaded and decoded, does not depend on where the source lies, and changes wh
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import importlib
 import json
+import os
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -107,8 +109,26 @@ def open_source(name: str, options: SourceOptions) -> Source:
             return source
     except OSError as error:
         raise UserError(f"{error.filename or name} cannot be read: {error.strerror or error}") from None
-    kind = "is in no known format" if Path(name).exists() else "is neither a file nor a directory"
-    raise UserError(f"no such source: {name} {kind}; a source is {', or '.join(FORMATS.values())}")
+    raise UserError(f"no such source: {name} {_seen_at(Path(name))}; a source is {', or '.join(FORMATS.values())}")
+
+
+def _seen_at(path: Path) -> str:
+    """What lies at a path that is in no known format."""
+    from ddp_asr.data.sources.librispeech import files_below  # imports this module
+
+    if path.is_dir():
+        names = [str(file.relative_to(path)) for file in files_below(path)]
+        suffixes = collections.Counter(os.path.splitext(name)[1] or "without suffix" for name in names).most_common(4)
+        seen = ", ".join(f"{count:,} {suffix}" for suffix, count in suffixes)
+        examples = f" ({seen}), such as {' and '.join(sorted(names)[:2])}" if names else ""
+        return f"is in no known format, a directory with {len(names):,} file{'s' * (len(names) != 1)}{examples}"
+    if path.is_file():
+        with path.open("rb") as file:
+            first = file.read(40)
+        is_text = first and all(byte >= 32 or byte in b"\t\n\r" for byte in first)
+        begins = f"the text {first.decode(errors='replace')!r}" if is_text else f"the bytes {first[:8].hex(' ')}"
+        return f"is in no known format, a file that {f'begins with {begins}' if first else 'is empty'}"
+    return "is neither a file nor a directory"
 
 
 # ---- for the formats ------------------------------------------------------------------------------------------------
