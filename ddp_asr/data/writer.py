@@ -221,8 +221,10 @@ def write_shards(
                 shutil.rmtree(output.partial)
             if dataset is None:
                 counts = ", ".join(f"{n:,} x {reason}" for reason, n in count_reasons(output.dropped).items())
-                first = f"{counts}; the first is {output.dropped[0]['source']}" if counts else "it is empty"
-                raise UserError(f"{source.identity['name']} has no usable utterance: {first}")
+                first = output.dropped[0] if counts else {}
+                detail = f" ({first['detail']})" if first.get("detail") else ""
+                found = f"{counts}; the first is {first['source']}{detail}" if counts else "it is empty"
+                raise UserError(f"{source.identity['name']} has no usable utterance: {found}")
     except OSError as error:
         raise UserError(
             f"{out} cannot be written: {error.strerror or error}; free some space or name another directory with "
