@@ -118,9 +118,30 @@ def lay_out_table(root, speech, monkeypatch):
     return root / "split.tsv"
 
 
+def lay_out_kaldi(root, speech, monkeypatch):
+    for key, (_, waveform) in speech.items():
+        (root / "data" / "wav").mkdir(parents=True, exist_ok=True)
+        if waveform is not None:
+            (root / "data" / "wav" / f"{key}.wav").write_bytes(tiny_speech.encode(waveform, format="WAV"))
+    return kaldi(
+        root / "data",
+        **{"wav.scp": [f"{key} wav/{key}.wav" for key, (_, waveform) in speech.items() if waveform is not None]},
+        text=[f"{key} {text}" for key, (text, _) in speech.items() if text is not None],
+        utt2spk=[f"{key} {key[0]}" for key in speech],
+    )
+
+
+def kaldi(root, **files):
+    root.mkdir(parents=True, exist_ok=True)
+    for name, lines in files.items():
+        (root / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return root
+
+
 LAY_OUT = {
     "librispeech": lay_out_librispeech,
     "archive": lay_out_archive,
+    "kaldi": lay_out_kaldi,
     "folder": lay_out_folder,
     "manifest": lay_out_manifest,
     "table": lay_out_table,
@@ -512,6 +533,105 @@ def test_columns_of_what_is_no_table_are_refused(tmp_path):
     root = tiny_speech.librispeech(tmp_path / "split", speakers=1, utterances=1)
     with pytest.raises(UserError, match=r"--columns names columns of a table, and .*split is a LibriSpeech directory"):
         open_source(str(root), SourceOptions(columns="audio=path"))
+
+
+# ---- Kaldi directories ----------------------------------------------------------------------------------------------
+
+KALDI = {
+    "wav.scp": [
+        *("talk  data/talk.wav ", "b\t/elsewhere/b.wav", "command flac -c -d b.flac |", "start | cat b.wav"),
+        *("ark raw.ark:1234", "none", "twice one.wav", "twice other.wav"),
+    ],
+    "segments": [
+        *("u-3 talk 1.5 2.25", "u-1 talk 0 0.5", "u-2 talk 3 -1", "u-1 talk 5 6", "u-4 gone 0 1", "u-5 command 0 1"),
+        *(
+            "u-6 start 0 1",
+            "u-7 ark 0 1",
+            "u-8 none 0 1",
+            "v-1 talk 0",
+            "v-2 talk 1 1",
+            "v-3 talk x 1",
+            "v-4 talk 0 -2",
+        ),
+        *("v-5 talk 0 1 1", "v-6 talk", "w twice 0 1"),
+    ],
+    "text": ["u-3 THREE  WORDS ", "u-1 ONE", "x-9 NO AUDIO", "u-5 FIVE", "", "u-7"],
+    "utt2spk": ["u-1 anna", "u-3 otto"],
+    "utt2lang": ["u-1 de"],
+}
+
+
+def test_a_kaldi_directory_is_read_with_its_segments(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "talk.wav").write_bytes(b"as Kaldi, from where it runs")
+    utterances = listed(kaldi(tmp_path / "corpus", **KALDI))
+    found = [
+        (u.key, u.text, u.speaker, u.language, str(u.path), u.offset_s, u.duration_s) for u in utterances if u.path
+    ]
+    talk = "data/talk.wav"
+    assert found == [
+        ("u-1", "ONE", "anna", "de", talk, 0.0, 0.5),
+        ("u-1", "ONE", "anna", "de", talk, 5.0, 1.0),
+        ("u-2", None, "", "", talk, 3.0, None),
+        ("u-3", "THREE  WORDS", "otto", "", talk, 1.5, 0.75),
+        ("w", None, "", "", str(tmp_path / "corpus" / "one.wav"), 0.0, 1.0),
+        ("w", None, "", "", str(tmp_path / "corpus" / "other.wav"), 0.0, 1.0),
+    ]
+    never, archive = "a command is never run; write its output", "a place in a Kaldi archive is not read; write the"
+    dropped = [(u.key, u.source, u.reason, u.detail) for u in utterances if u.reason]
+    expected = [
+        ("u-4", "u-4", MISSING_AUDIO, "wav.scp has no gone"),
+        ("u-5", "flac -c -d b.flac |", MISSING_AUDIO, never),
+        ("u-6", "| cat b.wav", MISSING_AUDIO, never),
+        ("u-7", "raw.ark:1234", MISSING_AUDIO, archive),
+        ("u-8", "u-8", MISSING_AUDIO, "wav.scp has no path for it"),
+        ("v-1", "v-1", BAD_LINE, "in segments: 3 columns, not 4"),
+        ("v-2", "v-2", BAD_LINE, "in segments: end is 1, which is not after the start"),
+        ("v-3", "v-3", BAD_LINE, "in segments: start is 'x', not a number of seconds"),
+        ("v-4", "v-4", BAD_LINE, "in segments: end is -2.0, not a number of seconds"),
+        ("v-5", "v-5", BAD_LINE, "in segments: 5 columns, not 4"),
+        ("v-6", "v-6", BAD_LINE, "in segments: 2 columns, not 4"),
+        ("x-9", "x-9", MISSING_AUDIO, ""),
+    ]
+    assert [entry[:3] for entry in dropped] == [entry[:3] for entry in expected]
+    assert all(entry[3].startswith(wanted[3]) for entry, wanted in zip(dropped, expected, strict=True))
+
+
+def test_the_order_of_a_kaldi_directory_is_that_of_its_ids(tmp_path):
+    files = {"wav.scp": ["b b.wav", "a a.wav", "c c.wav"], "text": ["c C", "a A", "b B"]}
+    backwards = {name: lines[::-1] for name, lines in files.items()}
+    one, other = (listed(kaldi(tmp_path / str(n) / "d", **each)) for n, each in enumerate((files, backwards)))
+    assert [(u.key, u.text, u.path.name) for u in one] == [
+        ("a", "A", "a.wav"),
+        ("b", "B", "b.wav"),
+        ("c", "C", "c.wav"),
+    ]
+    assert [(u.key, u.text, u.source) for u in one] == [(u.key, u.text, u.source) for u in other]
+
+
+def test_commands_alone_are_refused_by_name_and_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = kaldi(tmp_path / "data", **{"wav.scp": ["a touch started |", "b touch started |"], "text": ["a A", "b B"]})
+    with pytest.raises(
+        UserError, match=r"data has no usable .* the first is touch started \| \(a command is never run"
+    ):
+        tiny_speech.shard(root, tmp_path / "out")
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("name", ["wav.scp", "text", "segments", "utt2spk", "utt2lang"])
+@pytest.mark.parametrize("content", ["a \u00fc".encode("latin-1"), "a b".encode("utf-16")])
+def test_a_file_of_a_kaldi_directory_in_another_encoding_is_named(tmp_path, name, content):
+    root = kaldi(tmp_path / "data", **{"wav.scp": ["a a.wav"], "text": ["a A"]})
+    (root / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"data/{name} is not UTF-8 text"):
+        listed(root)
+
+
+def test_a_kaldi_directory_without_text_is_told(tmp_path):
+    with pytest.raises(UserError, match=r"has a wav.scp, .* but no file `text`"):
+        listed(kaldi(tmp_path / "data", **{"wav.scp": ["a a.wav"]}))
 
 
 # ---- audio without transcripts --------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from ddp_asr.errors import UserError
 FORMATS = {  # module -> what it reads; tried in this order
     "librispeech": "a LibriSpeech directory (audio files beside *.trans.txt)",
     "archive": "a LibriSpeech archive from OpenSLR (.tar.gz)",
+    "kaldi": "a Kaldi data directory (wav.scp, text, optionally segments)",
     "folder": "a directory of audio files, each with a .txt or .lab of the same name beside it",
     "manifest": "a JSONL manifest as NeMo's, named *.jsonl or *.json (audio_filepath, text)",
     "table": "a table with a header, named *.csv or *.tsv (Common Voice, DeepSpeech, others by --columns)",

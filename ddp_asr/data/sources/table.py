@@ -95,7 +95,7 @@ def _read(text: str, is_tsv: bool) -> Iterator[tuple[int, list[str] | str]]:
 def _utterance(table: Path, folder: Path, row: dict[str, str]) -> Utterance:
     if not (audio := row["audio"]):
         raise ValueError("no audio")
-    offset_s, duration_s, end_s = (seconds(name, _number(row.get(name, ""))) for name in ("offset", "duration", "end"))
+    offset_s, duration_s, end_s = (seconds(name, number(row.get(name, ""))) for name in ("offset", "duration", "end"))
     if end_s is not None and duration_s is None:
         duration_s = end_s - (offset_s or 0.0)
         if duration_s <= 0:
@@ -113,7 +113,7 @@ def _utterance(table: Path, folder: Path, row: dict[str, str]) -> Utterance:
     )
 
 
-def _number(cell: str) -> float | str | None:
+def number(cell: str) -> float | str | None:
     """The number in a cell, None where it is blank, or the cell itself, which `seconds` refuses by name."""
     try:
         return float(cell) if cell.strip() else None
