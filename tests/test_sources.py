@@ -19,6 +19,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ddp_asr.data.audio import pack
+from ddp_asr.data.index import read_index
 from ddp_asr.data.sources import (
     BAD_AUDIO,
     BAD_LINE,
@@ -34,6 +35,7 @@ from ddp_asr.data.sources import (
 )
 from ddp_asr.data.sources.librispeech import read_transcripts
 from ddp_asr.data.sources.openslr import fetch
+from ddp_asr.data.writer import write_shards
 from ddp_asr.errors import UserError
 from tests import tiny_speech
 from tests.http_server import serving
@@ -189,6 +191,22 @@ def test_a_source_gives_the_same_speech_in_every_format(lay_out):
             continue
         assert (utterance.text, packed.reason) == (text, "")
         assert np.array_equal(soundfile.read(io.BytesIO(packed.flac), dtype="int16")[0], waveform)
+
+
+@pytest.mark.slow
+def test_40_real_utterances_have_the_same_shards_in_every_format(lay_out, dev_speech, tmp_path):
+    speech = {u.key: (u.text, soundfile.read(u.path, dtype="int16")[0]) for u in listed(dev_speech)[:40]}
+    settings = {"shard_mb": 256, "max_seconds": None, "workers": 1, "report": lambda *_: None}
+    assert not write_shards(lay_out(speech), tmp_path / "shards", **settings)["dropped"]
+    index = read_index([tmp_path / "shards"])
+    packed = Path(index.shards[0]).read_bytes()
+    assert set(index.keys.to_pylist()) == set(speech)
+    for row in range(len(index)):
+        text, waveform = speech[index.key(row)]
+        assert index.text(row) == (text if lay_out.has_text else "")
+        start = int(index.offset[row])
+        flac = io.BytesIO(packed[start : start + int(index.bytes[row])])
+        assert np.array_equal(soundfile.read(flac, dtype="int16")[0], waveform)
 
 
 def test_a_source_has_the_same_order_whenever_it_is_opened_and_can_be_continued_anywhere(lay_out):
