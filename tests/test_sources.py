@@ -516,6 +516,8 @@ def test_a_malformed_row_is_kept_with_its_reason(tmp_path):
         ("j", None, "", "", "j.wav", None, None),
         ("t.csv:13", BAD_LINE, "lines 13 to 14: unexpected end of data"),
     ]
+    (row,) = table(tmp_path / "t.tsv", 'audio\ttext\na.wav\t"A"A')
+    assert row == ("t.tsv:2", BAD_LINE, "'tab' expected after '\"'")
     (row,) = table(tmp_path / "t.csv", "audio,text,start,end\na.wav,A,2,1")
     assert row == ("t.csv:2", BAD_LINE, "end is 1.0, which is not after the start")
 

@@ -24,7 +24,7 @@ from ddp_asr.data.sources import (
     valid_text,
 )
 from ddp_asr.data.sources.manifest import relative_stem, seconds
-from ddp_asr.errors import UserError
+from ddp_asr.errors import UserError, printable
 
 COLUMNS = {  # field -> the names of its column, in any case
     "audio": ("audio", "path", "file", "filename", "file_name", "audio_filepath", "wav", "wav_filename"),
@@ -89,7 +89,7 @@ def _read(text: str, is_tsv: bool) -> Iterator[tuple[int, list[str] | str]]:
         except csv.Error as error:
             # A quote that is not closed may have swallowed many rows.
             lines = f"lines {number} to {reader.line_num}: " if reader.line_num > number else ""
-            yield number, f"{lines}{error}"
+            yield number, lines + str(error).replace("\t", "tab")
 
 
 def _utterance(table: Path, folder: Path, row: dict[str, str]) -> Utterance:
@@ -136,7 +136,7 @@ def _chosen(columns: str) -> dict[str, str]:
 
 def _columns_of(table: Path, header: list[str], chosen: dict[str, str]) -> dict[str, int]:
     """Field -> place of its column: the chosen one, else that with a known name. `id=` chooses none."""
-    seen = ", ".join(name[:40] for name in header[:20]) + ", ..." * (len(header) > 20)
+    seen = ", ".join(printable(name, most=40) for name in header[:20]) + ", ..." * (len(header) > 20)
     columns = {}
     for field, known in COLUMNS.items():
         if field in chosen:
@@ -146,7 +146,7 @@ def _columns_of(table: Path, header: list[str], chosen: dict[str, str]) -> dict[
         else:
             places = [n for n, name in enumerate(header) if name.lower() in known and name not in chosen.values()]
         if len(places) > 1:
-            several = " and ".join(header[n] for n in places)
+            several = " and ".join(printable(header[n]) for n in places)
             raise UserError(f"{table} has several columns for {field}: {several}; choose one, as with {EXAMPLE}")
         if places and header[places[0]]:
             columns[field] = places[0]

@@ -135,6 +135,39 @@ class Manifest(Target):
             pack(utterance, max_seconds=60)
 
 
+class Tables(Target):
+    """Tables, Kaldi data directories, folders of audio with their texts"""
+
+    name = "table"
+    share = 120
+    mutated = ("mine.csv", "validated.tsv", "text", "wav.scp", "segments", "utt2spk", "a.txt", "b.lab")
+
+    def seeds(self) -> list[Tree]:
+        audio: Tree = {"a.flac": encoded("flac"), "b.wav": encoded("wav")}
+        rows = 'path,text,start,end,locale\na.flac,HELLO,0.05,0.2,en\nb.wav,"GOOD ""BYE""",,,de\n'
+        common_voice = 'client_id\tpath\tsentence\nme\ta.flac\t"Hello\nyou\tb.wav\t\u00dcbermut\n'
+        files = {"text": "a A TEXT\nb B\n", "wav.scp": "x a.flac\ny b.wav\nz true |\n", "utt2spk": "a me\nb you\n"}
+        files["segments"] = "a x 0.05 0.2\nb y 0 -1\nc z 0 1\n"
+        trees = [
+            {"mine.csv": rows},
+            {"validated.tsv": common_voice},
+            files,
+            {"a.txt": "ONE\nTWO\n", "b.lab": "THREE\n"},
+        ]
+        return [{**audio, **{name: text.encode() for name, text in tree.items()}} for tree in trees]
+
+    def mutate(self, tree: Tree, random: Random) -> Tree:
+        name = random.choice([name for name in tree if name in self.mutated])
+        content = tree[name]
+        assert isinstance(content, bytes)
+        return {**tree, name: mutate_text(content, random)}
+
+    def read(self, directory: Path) -> None:
+        table = next((path for path in directory.iterdir() if path.suffix in (".csv", ".tsv")), directory)
+        for utterance in read_all(open_source(str(table), SourceOptions()))[:4]:
+            pack(utterance, max_seconds=60)
+
+
 class Directory(Target):
     """LibriSpeech directories: transcripts, names, links, FIFOs"""
 
