@@ -65,12 +65,8 @@ class Unusable(Exception):
 
 def pack(utterance: Utterance, max_seconds: float | None = None) -> Packed:
     """The utterance's audio as it goes into a shard; longer ones than `max_seconds` or MAX_UTTERANCE_S are not used."""
-    if utterance.reason:
-        return Packed(reason=utterance.reason, detail=utterance.detail)
-    if utterance.has_text and utterance.text is None:
-        return Packed(reason=MISSING_TRANSCRIPT)
-    if utterance.has_text and not (utterance.text or "").strip():
-        return Packed(reason=EMPTY_TRANSCRIPT)
+    if refused := check_listed(utterance):
+        return refused
     try:
         return _pack(utterance, min(max_seconds or MAX_UTTERANCE_S, MAX_UTTERANCE_S))
     except OSError as error:
@@ -80,6 +76,17 @@ def pack(utterance: Utterance, max_seconds: float | None = None) -> Packed:
     except (RuntimeError, ValueError, TypeError, MemoryError) as error:  # soundfile raises all of these
         # libsndfile's words alone: soundfile adds the number of the descriptor, which depends on the threads.
         return Packed(reason=BAD_AUDIO, detail=getattr(error, "error_string", str(error)))
+
+
+def check_listed(utterance: Utterance) -> Packed | None:
+    """Why the utterance cannot be used, as far as it shows without its audio; None where nothing does."""
+    if utterance.reason:
+        return Packed(reason=utterance.reason, detail=utterance.detail)
+    if utterance.has_text and utterance.text is None:
+        return Packed(reason=MISSING_TRANSCRIPT)
+    if utterance.has_text and not (utterance.text or "").strip():
+        return Packed(reason=EMPTY_TRANSCRIPT)
+    return None
 
 
 def _pack(utterance: Utterance, max_seconds: float) -> Packed:
