@@ -1,7 +1,7 @@
 """The command `ddp-asr COMMAND ...`, also as `python -m ddp_asr COMMAND ...`.
 
 train, evaluate --> torchrun with so many processes, or this process alone --> ddp_asr.train, ddp_asr.evaluate
-shard, vocabulary, transcribe, align, lm, tune, average, tracking --> the module of that name
+inspect, shard, vocabulary, transcribe, align, lm, tune, average, tracking --> the module of that name
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ddp_asr.ranks.signals import STOP_SIGNALS
 from ddp_asr.runs.directory import read_status
 
 COMMANDS = {
+    "inspect": "show what is in recordings and transcripts, and propose a vocabulary",
     "shard": "turn recordings and transcripts into shards",
     "train": "train on shards, on all GPUs of this machine; the same command goes on with a stopped run",
     "evaluate": "word and character error rates of a trained model on shards",

@@ -35,7 +35,7 @@ ROOMS = ("text", "data", "features", "encoders", "decoding", "ranks", "runs", "r
 TOP_LEVEL = {
     "ground": "__init__ errors settings config draws files",
     "objective": "model objective",
-    "doors": "__main__ cli train evaluate transcribe align shard vocabulary lm tune average tracking bandwidth",
+    "doors": "__main__ cli train evaluate transcribe align inspect shard vocabulary lm tune average tracking bandwidth",
 }
 MAY_IMPORT = {
     "ground": {"ground"},

@@ -13,6 +13,7 @@ ENTRY_POINTS = [
     *(
         f"ddp_asr.{name}"
         for name in (
+            "inspect",
             "shard",
             "train",
             "evaluate",

@@ -75,6 +75,7 @@ HOSTILE = {
 # PATH is the hostile one; the others are good.
 COMMANDS = {
     "ddp_asr.shard": ["PATH --out OUT", "MANIFEST --out PATH", "SPLIT --out OUT --cache PATH", "--verify --out PATH"],
+    "ddp_asr.inspect": ["PATH", "MANIFEST --config PATH", "MANIFEST --plot PATH"],
     "ddp_asr.train": [
         "--config PATH",
         "--config CONFIG --dry-run --resume PATH",

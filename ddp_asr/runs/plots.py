@@ -1,7 +1,8 @@
-"""The pictures of a run: curves.png and spectrogram.png.
+"""The pictures of a run, curves.png and spectrogram.png, and that of a corpus.
 
     metrics.jsonl, whole --draw_curves--> curves.png
     features of one utterance --draw_spectrogram--> spectrogram.png
+    lengths of utterances --draw_lengths--> a file that the user names
 
 matplotlib is imported when a picture is drawn and not before: it takes a second.
 """
@@ -80,6 +81,25 @@ def draw_spectrogram(run_directory: Path, key: str, before: Any, after: Any) -> 
         axis.set_xlabel("frame")
         figure.suptitle(key)
     return path
+
+
+def draw_lengths(path: Path, seconds: Any, title: str) -> None:
+    """Draws a histogram of the lengths of utterances, and the audio that those up to each length have."""
+    import numpy as np
+
+    with _picture(path, (8, 4.5)) as figure:
+        axis = figure.subplots()
+        axis.hist(seconds, bins=50, color=BLUE)
+        axis.set_xlabel("length (s)")
+        axis.set_ylabel("utterances", color=BLUE)
+        share = axis.twinx()
+        ordered = np.sort(seconds)
+        share.plot(ordered, 100 * np.cumsum(ordered) / ordered.sum(), color=ORANGE, linewidth=1.8)
+        share.set_ylabel("audio up to this length (%)", color=ORANGE)
+        share.set_ylim(0, 102)
+        share.grid(False)
+        axis.set_title(f"{len(ordered):,} utterances, {ordered.sum() / 3600:.2f} h")
+        figure.suptitle(title if len(title) <= 60 else f"{title[:57]}...")
 
 
 @contextlib.contextmanager
