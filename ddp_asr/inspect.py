@@ -59,6 +59,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--plot", type=Path, metavar="FILE", help="write a picture of the lengths (.png)")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of threads (one per core)")
     add("--no-text", action="store_true", help="the sources are audio without transcripts, such as noises")
+    columns = "columns of a table whose names are not known, as `ddp-asr shard` takes them"
+    add("--columns", default="", metavar="audio=NAME,text=NAME", help=columns)
     add("--cache", type=Path, default=Path("data"), metavar="DIR", help="directory for OpenSLR's archives (data)")
     arguments = sys.argv[1:] if argv is None else argv
     # Taken out first, because argparse takes what has a space in it for a SOURCE.
@@ -85,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(stderr=True)
     corpus = inspection.read(
         options.inputs,
-        SourceOptions(cache=options.cache, no_text=options.no_text),
+        SourceOptions(cache=options.cache, no_text=options.no_text, columns=options.columns),
         sample=sys.maxsize if options.all else options.sample,
         workers=options.workers,
         most=options.max_utterances,
