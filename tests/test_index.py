@@ -3,6 +3,8 @@
 import copy
 import io
 import json
+import shutil
+import tarfile
 
 import numpy as np
 import pyarrow
@@ -28,6 +30,7 @@ def corpora(tmp_path_factory):
     for n in range(3):
         (root / f"{n}.flac").write_bytes(tiny_speech.encode(tiny_speech.noise(0.1 * (n + 1), seed=n)))
         entries.append({"audio_filepath": f"{n}.flac", "text": f" CLIP  {n} ", "id": f"clip-{n}", "speaker": "me"})
+    entries[0]["language"], entries[1]["lang"] = "English", "de"
     second = tiny_speech.shard(tiny_speech.manifest(root / "m.jsonl", entries), root / "shards-b")
     return first, second
 
@@ -53,6 +56,25 @@ def test_every_row_of_several_corpora_leads_to_its_audio(corpora):
         flac = open_store(url).read(url, int(rows.offset[row]), int(rows.bytes[row]))
         waveform, rate_hz = soundfile.read(io.BytesIO(flac), dtype="int16")
         assert (len(waveform), rate_hz) == (rows.samples[row], 16_000)
+
+
+def test_a_language_stands_in_the_table_and_the_shards_and_is_null_where_it_is_unknown(corpora):
+    tables = [pyarrow.parquet.read_table(directory / "index.parquet") for directory in corpora]
+    assert [table["language"].to_pylist() for table in tables] == [[None] * 12, ["English", "de", None]]
+    with tarfile.open(corpora[1] / "shard-000000.tar") as tar:
+        described = [json.load(tar.extractfile(name)) for name in tar.getnames() if name.endswith(".json")]
+    assert [each.get("language") for each in described] == ["English", "de", None]
+
+
+def test_a_table_without_languages_of_an_older_program_is_the_same_index(corpora, tmp_path):
+    shutil.copytree(corpora[0], tmp_path / "old")
+    path = tmp_path / "old" / "index.parquet"
+    table = pyarrow.parquet.read_table(path).drop_columns("language")
+    pyarrow.parquet.write_table(table, path)
+    dataset = json.loads((tmp_path / "old" / "dataset.json").read_text()) | {"index_sha256": sha256_of(path)}
+    (tmp_path / "old" / "dataset.json").write_text(sealed_json(dataset))
+    assert read_index([tmp_path / "old"]).fingerprint() == read_index([corpora[0]]).fingerprint()
+    assert len(read_index([tmp_path / "old", corpora[1]])) == 15
 
 
 def test_rows_are_taken_in_the_order_given_or_by_a_mask(corpora):
@@ -236,7 +258,7 @@ def test_no_shard_is_read_or_copied_outside_its_directory(broken, name):
         ("samples", 0),
         ("samples", 2**40),
     ]
-    + [(name, None) for name in index.COLUMNS.names],
+    + [(name, None) for name in index.COLUMNS.names if name != "language"],
 )
 def test_a_table_that_leads_out_of_its_shards_is_refused(broken, column, value):
     directory, dataset = broken
@@ -296,7 +318,8 @@ def test_a_shard_of_another_size_is_told(broken):
 
 
 def test_the_table_is_written_the_same_every_time(tmp_path):
-    columns = {name: ["a"] if name in ("key", "text", "speaker") else [1] for name in index.COLUMNS.names}
+    strings = ("key", "text", "speaker", "language")
+    columns = {name: ["a"] if name in strings else [1] for name in index.COLUMNS.names}
     index.write_index(tmp_path / "one", columns)
     index.write_index(tmp_path / "two", columns)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()

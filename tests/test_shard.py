@@ -554,6 +554,19 @@ def test_finished_shards_are_not_made_again(split, whole, tmp_path, monkeypatch)
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in kept.items())
 
 
+def test_a_shard_that_an_older_program_left_is_made_again(split, whole, tmp_path, monkeypatch):
+    calls = iter([pack] * 6 + [lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)])
+    monkeypatch.setattr(writer, "pack", lambda *arguments: next(calls)(*arguments))
+    with pytest.raises(KeyboardInterrupt):
+        tiny_speech.shard(split, tmp_path / "out", *SMALL)
+    monkeypatch.setattr(writer, "pack", pack)
+    path = tmp_path / "out" / ".partial" / "shard-000000.tar.json"
+    sidecar = json.loads(path.read_text())
+    sidecar["rows"] = [row[:-1] for row in sidecar["rows"]]  # without the language
+    path.write_text(sealed_json(sidecar))
+    assert content(tiny_speech.shard(split, tmp_path / "out", *SMALL)) == content(whole)
+
+
 @pytest.mark.parametrize("damaged", ["shard-000000.tar.json", "settings.json"])
 def test_no_flipped_bit_of_an_unfinished_output_changes_the_shards(split, whole, tmp_path, monkeypatch, damaged):
     calls = iter([pack] * 6 + [lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)] * 99)

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import itertools
+import json
 import os
 import tarfile
 import tempfile
@@ -339,6 +340,15 @@ def test_malformed_manifest_lines_are_kept_with_their_reason(tmp_path):
     assert [u.reason for u in malformed] == [BAD_LINE] * 6
     assert malformed[0].source == "m.jsonl:1"
     assert (utterance.reason, utterance.text) == ("", "A?")
+
+
+def test_a_language_is_part_of_the_identity_and_none_leaves_it_as_it_was(tmp_path):
+    entries = [{"audio_filepath": "a.wav", "text": "A"} | more for more in ({}, {"lang": "en"}, {"language": "de"})]
+    sources = [open_source(str(tiny_speech.manifest(tmp_path / "m.jsonl", [e])), SourceOptions()) for e in entries]
+    assert [u.language for source in sources for u in source.open()[1]] == ["", "en", "de"]
+    row = ["a", "a.wav", "A", "", None, None, -1]
+    digest = hashlib.sha256(json.dumps(row).encode()).hexdigest()
+    assert [source.identity["digest"] == digest for source in sources] == [True, False, False]
 
 
 @pytest.mark.parametrize("content", [b"", b"a,b\nc,d\n", b"RIFF\xff\xfe\x00"])

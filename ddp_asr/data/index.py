@@ -41,6 +41,7 @@ COLUMNS = pyarrow.schema(
         ("samples", pyarrow.int64()),
         ("text", pyarrow.string()),
         ("speaker", pyarrow.string()),
+        ("language", pyarrow.string()),  # null where it is unknown; tables of older shards have no such column
     ]
 )
 _SAMPLES_OF_A_FRAME = 65_535  # of FLAC, at most
@@ -217,10 +218,13 @@ def _read_table(store: Store, directory: str, dataset: dict[str, Any], first_sha
             f"{expected[:16]}...): it is damaged; delete {directory} and shard it again"
         )
     try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content), columns=COLUMNS.names).cast(COLUMNS)
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
+        if "language" not in table.column_names:
+            table = table.append_column("language", pyarrow.nulls(table.num_rows, pyarrow.string()))
+        table = table.select(COLUMNS.names).cast(COLUMNS)
         table.validate(full=True)  # UTF-8 in texts, for instance
         fitting = _rows_fit(table, dataset)
-    except (pyarrow.ArrowException, ValueError, OSError, OverflowError):
+    except (pyarrow.ArrowException, ValueError, KeyError, OSError, OverflowError):
         fitting = False
     if not fitting:
         raise UserError(f"{path} is no table of these shards, though its checksum is right; shard {directory} again")
@@ -229,8 +233,8 @@ def _read_table(store: Store, directory: str, dataset: dict[str, Any], first_sha
 
 
 def _rows_fit(table: pyarrow.Table, dataset: dict[str, Any]) -> bool:
-    """Whether there are as many rows as stated, and every row has all values and lies in a shard."""
-    if table.num_rows != dataset["utterances"] or any(column.null_count for column in table.columns):
+    """Whether there are as many rows as stated, and every row has all values but the language and lies in a shard."""
+    if table.num_rows != dataset["utterances"] or any(c.null_count for c in table.drop_columns("language").columns):
         return False
     shard, offset, size, samples = (_flat(table, name).to_numpy() for name in ("shard", "offset", "bytes", "samples"))
     if not ((shard >= 0) & (shard < len(dataset["shards"])) & (offset >= 0) & (size > 0) & (samples > 0)).all():

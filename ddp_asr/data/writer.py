@@ -62,7 +62,9 @@ class Output:
         for number in itertools.count():
             sidecar = files.read_json(self.partial / f"{_shard_name(number)}.json") or {}
             path = directory / _shard_name(number)
-            whole = sidecar.get("seal") == files.seal(sidecar)  # else the shard is made again
+            # Else the shard is made again, such as one of an older program, which had fewer columns.
+            whole = sidecar.get("seal") == files.seal(sidecar)
+            whole = whole and all(1 + len(row) == len(index.COLUMNS) for row in sidecar["rows"])
             if not whole or not path.is_file() or path.stat().st_size != sidecar["bytes"]:
                 break
             self.finished.append(sidecar)
@@ -156,9 +158,11 @@ def _add(tar: TarWriter, utterance: Utterance, packed: Packed) -> list[Any]:
     offset = _size(tar) - -(-len(packed.flac) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     text = (utterance.text or "").strip()
     metadata = {"samples": packed.samples, "source": utterance.source, "speaker": utterance.speaker}
+    metadata |= {"language": utterance.language} if utterance.language else {}
     description = json.dumps(metadata, ensure_ascii=False, sort_keys=True)
     tar.write({"__key__": utterance.key, "json": description.encode(), "txt": text.encode()})
-    return [utterance.key, offset, len(packed.flac), packed.samples, text, utterance.speaker]
+    language = utterance.language or None
+    return [utterance.key, offset, len(packed.flac), packed.samples, text, utterance.speaker, language]
 
 
 def _size(tar: TarWriter) -> int:

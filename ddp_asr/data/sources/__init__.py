@@ -70,7 +70,7 @@ class Utterance:
     source: str  # path or archive member, relative to the source: shown to users
     text: str | None
     speaker: str = ""
-    language: str = ""
+    language: str = ""  # as the source names it, "en" or "English"; "": unknown
     path: Path | None = None
     data: bytes | None = None  # the audio file's content, where it comes from an archive
     offset_s: float | None = None  # where the utterance starts in the file; None: at the start of the file

@@ -1,4 +1,6 @@
-"""JSONL manifests as NeMo's: each line has `audio_filepath`, `text`, optionally `id`, `speaker`, `offset`, `duration`.
+"""JSONL manifests as NeMo's: each line has `audio_filepath`, `text`, and what of the following is known.
+
+`id`, `speaker`, `language` or `lang`, `offset`, `duration`.
 
 The utterance is `duration` seconds of the file, starting at `offset`. Without `offset` it starts at 0, without
 `duration` it lasts to the end of the file. Manifests carry rounded durations: without `offset`, a file that is at most
@@ -42,11 +44,13 @@ def _utterance(manifest: Path, number: int, line: str) -> Utterance:
         return Utterance(f"line-{number}", f"{manifest.name}:{number}", None, reason=BAD_LINE, detail=str(error))
     audio: str = entry["audio_filepath"]
     text, identity, speaker = entry.get("text"), entry.get("id"), entry.get("speaker")
+    language = entry.get("language", entry.get("lang"))
     return Utterance(
         key=make_key(relative_stem(audio, manifest.parent) if identity in (None, "") else str(identity), offset_s),
         source=valid_text(audio),
         text=valid_text(text) if isinstance(text, str) else None,
         speaker="" if speaker is None else valid_text(str(speaker)),
+        language="" if language is None else valid_text(str(language)),
         path=manifest.parent / audio,
         offset_s=offset_s,
         duration_s=duration_s,

@@ -105,7 +105,8 @@ def read_all(source: Source) -> list[Utterance]:
             raise Wrong(f"the key {utterance.key!r} has a character that no key may have")
         if utterance.reason and utterance.reason not in REASONS:
             raise Wrong(f"the reason {utterance.reason!r} is in no list")
-        for text in (utterance.key, utterance.source, utterance.text or "", utterance.speaker, utterance.detail):
+        strings = (utterance.key, utterance.source, utterance.speaker, utterance.language, utterance.detail)
+        for text in (*strings, utterance.text or ""):
             try:
                 text.encode()
             except UnicodeEncodeError:
