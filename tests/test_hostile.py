@@ -120,7 +120,25 @@ def hostile_table(root):
     return root / "t.csv"
 
 
-@pytest.mark.parametrize("make", [hostile_manifest, hostile_archive, hostile_directory, hostile_folder, hostile_table])
+def hostile_webdataset(root):
+    flac = tiny_speech.encode(tiny_speech.noise())
+    folders = ("", "../../", "/tmp/x/")
+    members = [
+        (f"{folder}{name}{suffix}", content)
+        for folder in folders
+        for name in [*NAMES, *(f"7-1-{n}" for n in range(8))]
+        for suffix, content in ((".flac", flac), (".json", b'{"text": "A", "__class__": "os.system"}'))
+    ]
+    members += [("link", SymLink("/")), ("up", SymLink("..")), ("up/secret.flac", flac), ("up/secret.txt", b"A")]
+    members += [("7-9-0.flac", SymLink(str(root.parent / "secret.flac"))), ("7-9-0.txt", b"A")]
+    members += [("7-9-1.flac", HardLink("../secret.flac")), ("7-9-1.txt", SymLink("../secret.flac"))]
+    return tar_gz(root / "a.tar", members)
+
+
+SOURCES = (hostile_manifest, hostile_archive, hostile_directory, hostile_folder, hostile_table, hostile_webdataset)
+
+
+@pytest.mark.parametrize("make", SOURCES)
 def test_a_source_writes_into_its_output_only_and_starts_nothing(tmp_path, make):
     tiny_speech.shard(tiny_speech.librispeech(tmp_path / "warm"), tmp_path / "imports")
     (tmp_path / "secret.flac").write_bytes(SECRET)

@@ -217,7 +217,7 @@ def test_unusable_utterances_are_counted_by_reason(tmp_path, capsys):
         ("empty transcript", False): 1,
         ("missing audio", True): 1,
         ("undecodable or truncated audio", True): 1,
-        ("malformed line", False): 1,
+        ("unusable entry", False): 1,
         ("duplicate key", False): 1,
     }
 

@@ -141,6 +141,18 @@ def kaldi(root, **files):
     return root
 
 
+def lay_out_webdataset(root, speech, monkeypatch):
+    """Two tars, and samples in the order in which other programs write their members."""
+    samples = []
+    for key, (text, waveform) in speech.items():
+        samples.append({"__key__": key, "json": {"speaker": key[0], "samples": 5}})
+        samples[-1] |= {} if text is None else {"txt": text}
+        samples[-1] |= {} if waveform is None else {"wav": tiny_speech.encode(waveform, format="WAV")}
+    tiny_speech.webdataset(root / "tars" / "a-0.tar", samples[:3])
+    tiny_speech.webdataset(root / "tars" / "a-1.tar", samples[3:])
+    return root / "tars"
+
+
 LAY_OUT = {
     "librispeech": lay_out_librispeech,
     "archive": lay_out_archive,
@@ -148,6 +160,7 @@ LAY_OUT = {
     "folder": lay_out_folder,
     "manifest": lay_out_manifest,
     "table": lay_out_table,
+    "webdataset": lay_out_webdataset,
     "openslr": lay_out_openslr,
     "recordings": lay_out_recordings,
 }
@@ -787,8 +800,8 @@ LINKS = {SymLink: tarfile.SYMTYPE, HardLink: tarfile.LNKTYPE}
 
 
 def tar_gz(path, members):
-    """A .tar.gz of (name, content), in this order; a name may occur more than once."""
-    with tarfile.open(path, "w:gz", compresslevel=1) as tar:
+    """A .tar.gz or .tar of (name, content), in this order; a name may occur more than once."""
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
         for name, content in members:
             member = tarfile.TarInfo(name)
             if type(content) in LINKS:

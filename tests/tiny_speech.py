@@ -56,6 +56,17 @@ def manifest(path, entries):
     return path
 
 
+def webdataset(path, samples):
+    """A tar of samples, {"__key__": ..., suffix: content}, as the package writes it."""
+    from webdataset import TarWriter  # imports torch, which takes seconds
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TarWriter(str(path)) as tar:
+        for sample in samples:
+            tar.write(sample)
+    return path
+
+
 def shard(source, out, *options):
     """Runs the command in this process, with one worker; returns the output directory."""
     assert main([str(source), "--out", str(out), "--workers", "1", *options]) == 0

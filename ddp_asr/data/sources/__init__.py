@@ -21,9 +21,10 @@ import importlib
 import json
 import os
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ddp_asr.errors import UserError
 
@@ -34,6 +35,7 @@ FORMATS = {  # module -> what it reads; tried in this order
     "folder": "a directory of audio files, each with a .txt or .lab of the same name beside it",
     "manifest": "a JSONL manifest as NeMo's, named *.jsonl or *.json (audio_filepath, text)",
     "table": "a table with a header, named *.csv or *.tsv (Common Voice, DeepSpeech, others by --columns)",
+    "webdataset": "WebDataset tars, one or a directory of them (*.tar: KEY.flac, .wav ... beside KEY.txt or KEY.json)",
     "openslr": "the name of a LibriSpeech split (dev-clean, dev-other, test-clean, test-other, train-clean-100, "
     "train-clean-360, train-other-500) or of noises or room responses (musan-noise, musan-music, musan-speech, "
     "pointsource-noises, simulated-rirs)",
@@ -47,7 +49,7 @@ BAD_AUDIO = "undecodable or truncated audio"
 IMPLAUSIBLE = "implausible audio"
 TOO_LONG = "too long"
 DUPLICATE = "duplicate key"
-BAD_LINE = "malformed line"
+BAD_LINE = "unusable entry"
 REASONS = (
     MISSING_TRANSCRIPT,
     EMPTY_TRANSCRIPT,
@@ -169,6 +171,20 @@ def read_utf8(path: Path) -> str:
 def is_audio(name: str) -> bool:
     """Whether a file's name has an audio suffix. `._*` are AppleDouble files, which a Mac's tar adds to each file."""
     return name.lower().endswith(AUDIO_SUFFIXES) and not name.startswith("._")
+
+
+def parse_json(content: str | bytes) -> Any:
+    """The value; ValueError for whatever is not JSON, and for what is nested too deep."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from None
+
+
+def first_string(entry: Mapping[str, Any], *names: str) -> str:
+    """The value of the first of the fields that is a string or a whole number; "" where none is."""
+    values = (entry.get(name) for name in names)
+    return next((valid_text(str(v)) for v in values if isinstance(v, str | int) and not isinstance(v, bool)), "")
 
 
 def listed_source(kind: str, name: str, utterances: list[Utterance]) -> Source:

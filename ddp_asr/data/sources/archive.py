@@ -41,18 +41,20 @@ def try_open(name: str, options: SourceOptions) -> Source | None:
     archive = Path(name)
     if options.no_text or not archive.is_file() or not name.endswith(TAR_SUFFIXES):
         return None
-    return Source(identity_of("archive", archive), lambda: read_archive(archive))
+    return Source(identity_of("archive", archive.name, [archive]), lambda: read_archive(archive))
 
 
-def identity_of(kind: str, archive: Path) -> dict[str, str]:
-    """The digest covers an archive's size and both ends, since reading all of it takes minutes."""
-    size = archive.stat().st_size
-    with archive.open("rb") as file:
-        edges = file.read(EDGE_BYTES)
-        file.seek(max(0, size - EDGE_BYTES))
-        edges += file.read()
-    digest = hashlib.sha256(f"{size} ".encode() + edges).hexdigest()
-    return {"kind": kind, "name": valid_text(archive.name), "digest": digest}
+def identity_of(kind: str, name: str, files: Iterable[Path]) -> dict[str, str]:
+    """The digest covers the size and both ends of each file, since reading all of them takes minutes."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{size} ".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(EDGE_BYTES))
+            file.seek(max(0, size - EDGE_BYTES))
+            digest.update(file.read(EDGE_BYTES))
+    return {"kind": kind, "name": valid_text(name), "digest": digest.hexdigest()}
 
 
 Listing = Callable[[Iterable[str], dict[str, bytes]], list[tuple[str, Utterance]]]
@@ -68,7 +70,7 @@ def read_archive(archive: Path, listing: Listing = list_librispeech) -> tuple[in
     links: dict[str, str] = {}  # path -> path that it leads to
     texts: dict[str, bytes] = {}
     with damage_reported(archive):
-        for number, (path, target, file) in enumerate(_members(archive)):
+        for number, (path, target, file) in enumerate(members_of(archive)):
             files.pop(path, None)
             links.pop(path, None)
             if file is None:
@@ -76,13 +78,13 @@ def read_archive(archive: Path, listing: Listing = list_librispeech) -> tuple[in
                 continue
             files[path] = number
             if is_transcript(os.path.basename(path)):
-                texts[path] = _text(path, file)
+                texts[path] = read_text(path, file)
         found = {path: _resolve(path, files, links) for path in (*files, *links)}
         transcripts = {p: file for p, file in found.items() if file is not None and is_transcript(os.path.basename(p))}
         if unread := set(transcripts.values()) - texts.keys():  # links to files that have other names
-            for number, (path, _, file) in enumerate(_members(archive)):
+            for number, (path, _, file) in enumerate(members_of(archive)):
                 if file is not None and path in unread and files[path] == number:
-                    texts[path] = _text(path, file)
+                    texts[path] = read_text(path, file)
     audio = {path: files[file] for path, file in found.items() if file is not None and is_audio(os.path.basename(path))}
     listed = listing(audio, {path: texts[file] for path, file in transcripts.items()})
     return len(listed), _with_audio(archive, listed, audio)
@@ -94,7 +96,7 @@ def _with_audio(archive: Path, listed: list[tuple[str, Utterance]], audio: dict[
         if utterance.reason != MISSING_AUDIO:
             by_member[audio[path]].append(utterance)
     with damage_reported(archive):
-        for number, (_, _, file) in enumerate(_members(archive)):
+        for number, (_, _, file) in enumerate(members_of(archive)):
             data, size = None, file.seek(0, io.SEEK_END) if file is not None else 0
             for utterance in by_member[number]:
                 if not utterance.reason and size > MAX_ARCHIVED_BYTES:
@@ -121,17 +123,19 @@ def _resolve(path: str, files: dict[str, int], links: dict[str, str]) -> str | N
     return None
 
 
-def _text(path: str, file: IO[bytes]) -> bytes:
+def read_text(path: str, file: IO[bytes]) -> bytes:
+    """The content of a member that is a text, of at most MAX_TEXT_BYTES."""
     content = file.read(MAX_TEXT_BYTES + 1)
     if len(content) > MAX_TEXT_BYTES:
         raise tarfile.ReadError(f"{path} has more than {MAX_TEXT_BYTES >> 20} MB")
     return content
 
 
-def _members(archive: Path) -> Iterator[tuple[str, str, IO[bytes] | None]]:
+def members_of(archive: Path) -> Iterator[tuple[str, str, IO[bytes] | None]]:
     """(path, "", content) of each file and (path, target, None) of each link; read the content before the next one."""
     # Through GzipFile and not mode "r|gz": tarfile ends silently if the stream is cut short, GzipFile raises.
-    with archive.open("rb") as file, _Forward(fileobj=file) as stream:
+    is_plain = archive.name.endswith(".tar")
+    with archive.open("rb", buffering=0) as file, _Plain(file) if is_plain else _Gzip(fileobj=file) as stream:
         with tarfile.open(fileobj=stream, mode="r:", tarinfo=_Header) as tar:
             for member in tar:
                 path = os.path.normpath(member.name)
@@ -143,18 +147,26 @@ def _members(archive: Path) -> Iterator[tuple[str, str, IO[bytes] | None]]:
                     yield path, os.path.normpath(member.linkname), None
                 # A public attribute that typeshed lacks. Without this, memory grows by a kilobyte a member.
                 tar.members.clear()  # type: ignore[attr-defined]
-        while block := stream.read(1 << 20):  # GzipFile compares the checksum when it reaches the end
+        while block := stream.read(1 << 20):  # a GzipFile compares the checksum when it reaches the end
             if block.strip(b"\0"):
                 raise tarfile.ReadError("more follows where the archive ends")
 
 
-class _Forward(gzip.GzipFile):
+class _Forward(io.BufferedIOBase):
     """A stream that is read forward only: by the sizes in a damaged header tarfile would go back again and again."""
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence == io.SEEK_SET and offset < self.tell():
             raise tarfile.ReadError("a size in a header leads backward")
         return super().seek(offset, whence)
+
+
+class _Gzip(_Forward, gzip.GzipFile):
+    pass
+
+
+class _Plain(_Forward, io.BufferedReader):
+    pass
 
 
 class _Header(tarfile.TarInfo):

@@ -9,12 +9,21 @@ The utterance is `duration` seconds of the file, starting at `offset`. Without `
 not the audio is cut.
 """
 
-import json
 import os
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ddp_asr.data.sources import BAD_LINE, Source, SourceOptions, Utterance, listed_source, make_key, valid_text
+from ddp_asr.data.sources import (
+    BAD_LINE,
+    Source,
+    SourceOptions,
+    Utterance,
+    first_string,
+    listed_source,
+    make_key,
+    parse_json,
+    valid_text,
+)
 from ddp_asr.errors import UserError
 
 
@@ -43,14 +52,13 @@ def _utterance(manifest: Path, number: int, line: str) -> Utterance:
     except ValueError as error:
         return Utterance(f"line-{number}", f"{manifest.name}:{number}", None, reason=BAD_LINE, detail=str(error))
     audio: str = entry["audio_filepath"]
-    text, identity, speaker = entry.get("text"), entry.get("id"), entry.get("speaker")
-    language = entry.get("language", entry.get("lang"))
+    text, identity = entry.get("text"), entry.get("id")
     return Utterance(
         key=make_key(relative_stem(audio, manifest.parent) if identity in (None, "") else str(identity), offset_s),
         source=valid_text(audio),
         text=valid_text(text) if isinstance(text, str) else None,
-        speaker="" if speaker is None else valid_text(str(speaker)),
-        language="" if language is None else valid_text(str(language)),
+        speaker=first_string(entry, "speaker"),
+        language=first_string(entry, "language", "lang"),
         path=manifest.parent / audio,
         offset_s=offset_s,
         duration_s=duration_s,
@@ -58,10 +66,7 @@ def _utterance(manifest: Path, number: int, line: str) -> Utterance:
 
 
 def _parse(line: str) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from None
+    entry = parse_json(line)
     if not isinstance(entry, dict):
         raise ValueError("not an object")
     audio = entry.get("audio_filepath")

@@ -32,7 +32,7 @@ def try_open(name: str, options: SourceOptions) -> Source | None:
     if not options.no_text:
         return None
     if root.is_file() and name.endswith((*TAR_SUFFIXES, ".zip")):
-        return Source(identity_of("recordings", root), lambda: read_recordings(root))
+        return Source(identity_of("recordings", root.name, [root]), lambda: read_recordings(root))
     paths = (str(path.relative_to(root)) for path in files_below(root) if is_audio(path.name))
     listed = [replace(utterance, path=root / path) for path, utterance in list_recordings(paths)]
     return listed_source("recordings", root.resolve().name, listed) if listed else None

@@ -25,6 +25,7 @@ from tests.fuzz.mutate import (
     Link,
     Tree,
     mutate_bytes,
+    mutate_file,
     mutate_text,
 )
 from tests.fuzz.target import Refused, Target, Wrong
@@ -336,6 +337,36 @@ def _with_tar_checksums(tar: bytes, random: Random) -> bytes:
             block = blocks[place][:148] + b" " * 8 + blocks[place][156:]
             blocks[place] = block[:148] + b"%06o\0 " % sum(block) + block[156:]
     return b"".join(blocks)
+
+
+class WebDataset(Target):
+    """WebDataset tars"""
+
+    name = "webdataset"
+    share = 60
+
+    def seeds(self) -> list[Tree]:
+        return [{"a.tar": _tar(self._samples(), None)}]
+
+    def mutate(self, tree: Tree, random: Random) -> Tree:
+        samples = self._samples()
+        if random.random() < 0.4:
+            name = random.choice([name for name in samples if name.endswith(("txt", "json"))])
+            samples = mutate_file(samples, name, random)
+        tar = _tar(samples, random if random.random() < 0.4 else None)
+        return {"a.tar": _with_tar_checksums(mutate_bytes(tar, random), random) if random.random() < 0.6 else tar}
+
+    def read(self, directory: Path) -> None:
+        for utterance in read_all(open_source(str(directory / "a.tar"), SourceOptions())):
+            pack(utterance, max_seconds=60)
+
+    def _samples(self) -> Tree:
+        tree: Tree = {}
+        for key, kind in (("a", "flac"), ("b/c", "wav"), ("d", "ogg")):
+            tree[f"{key}.{kind}"] = encoded(kind, 0.1)
+            tree[f"{key}.json"] = json.dumps({"text": "A B", "speaker": 1, "language": "de"}).encode()
+            tree[f"{key}.txt"] = "ONE Übermut".encode()
+        return tree
 
 
 class Zip(Target):
