@@ -141,6 +141,25 @@ def kaldi(root, **files):
     return root
 
 
+def lay_out_lhotse(root, speech, monkeypatch):
+    """Recordings and supervisions, written by lhotse."""
+    from lhotse import Recording, RecordingSet, SupervisionSegment, SupervisionSet
+
+    (root / "set").mkdir(parents=True)
+    recordings, supervisions = [], []
+    for key, (text, waveform) in speech.items():
+        path = root / "set" / f"{key}.wav"
+        path.write_bytes(tiny_speech.encode(tiny_speech.noise() if waveform is None else waveform, format="WAV"))
+        recordings.append(Recording.from_file(path, recording_id=f"r-{key}"))
+        whole = {"id": key, "recording_id": f"r-{key}", "start": 0, "duration": recordings[-1].duration}
+        supervisions.append(SupervisionSegment(**whole, text=text, speaker=key[0]))
+        if waveform is None:
+            path.unlink()
+    RecordingSet.from_recordings(recordings).to_file(root / "set" / "mine_recordings_dev.jsonl.gz")
+    SupervisionSet.from_segments(supervisions).to_file(root / "set" / "mine_supervisions_dev.jsonl.gz")
+    return root / "set"
+
+
 def lay_out_webdataset(root, speech, monkeypatch):
     """Two tars, and samples in the order in which other programs write their members."""
     samples = []
@@ -158,6 +177,7 @@ LAY_OUT = {
     "archive": lay_out_archive,
     "kaldi": lay_out_kaldi,
     "folder": lay_out_folder,
+    "lhotse": lay_out_lhotse,
     "manifest": lay_out_manifest,
     "table": lay_out_table,
     "webdataset": lay_out_webdataset,

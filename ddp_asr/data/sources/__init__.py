@@ -33,6 +33,7 @@ FORMATS = {  # module -> what it reads; tried in this order
     "archive": "a LibriSpeech archive from OpenSLR (.tar.gz)",
     "kaldi": "a Kaldi data directory (wav.scp, text, optionally segments)",
     "folder": "a directory of audio files, each with a .txt or .lab of the same name beside it",
+    "lhotse": "lhotse manifests (cuts.jsonl.gz, or recordings.jsonl.gz with supervisions.jsonl.gz)",
     "manifest": "a JSONL manifest as NeMo's, named *.jsonl or *.json (audio_filepath, text)",
     "table": "a table with a header, named *.csv or *.tsv (Common Voice, DeepSpeech, others by --columns)",
     "webdataset": "WebDataset tars, one or a directory of them (*.tar: KEY.flac, .wav ... beside KEY.txt or KEY.json)",

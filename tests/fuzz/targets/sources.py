@@ -339,6 +339,36 @@ def _with_tar_checksums(tar: bytes, random: Random) -> bytes:
     return b"".join(blocks)
 
 
+class Lhotse(Target):
+    """Manifests of lhotse: cuts, recordings and supervisions"""
+
+    name = "lhotse"
+    share = 60
+
+    def seeds(self) -> list[Tree]:
+        source = {"type": "file", "channels": [0], "source": "../a.flac"}
+        recording = {"id": "r", "sources": [source], "sampling_rate": 16_000, "num_samples": 4_000, "duration": 0.25}
+        said = {"id": "u", "recording_id": "r", "start": 0, "duration": 0.25, "channel": 0, "text": "HELLO"}
+        cut = {"id": "c", "start": 0, "duration": 0.25, "channel": 0, "supervisions": [said], "recording": recording}
+        part = {**cut, "type": "MonoCut", "start": 0.05, "duration": 0.1, "supervisions": [{**said, "duration": 0.1}]}
+        files = {"cuts": [cut, part], "recordings": [recording], "supervisions": [said, {**said, "id": "v"}]}
+        lines = {name: "".join(json.dumps(each) + "\n" for each in entries).encode() for name, entries in files.items()}
+        plain = {f"set/{name}.jsonl": content for name, content in lines.items()}
+        packed = {f"{name}.gz": _compressed(content) for name, content in plain.items()}
+        seeds: list[Tree] = []
+        for tree in (plain, packed):
+            cuts, recordings, supervisions = tree.items()
+            seeds += [dict([cuts]), dict([recordings, supervisions])]
+        return [{**tree, "a.flac": encoded("flac")} for tree in seeds]
+
+    def mutate(self, tree: Tree, random: Random) -> Tree:
+        return mutate_file(tree, random.choice([name for name in tree if name.startswith("set/")]), random)
+
+    def read(self, directory: Path) -> None:
+        for utterance in read_all(open_source(str(directory / "set"), SourceOptions()))[:4]:
+            pack(utterance, max_seconds=60)
+
+
 class WebDataset(Target):
     """WebDataset tars"""
 
