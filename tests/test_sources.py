@@ -160,6 +160,16 @@ def lay_out_lhotse(root, speech, monkeypatch):
     return root / "set"
 
 
+def lay_out_huggingface(root, speech, monkeypatch):
+    """Written by `datasets`, in two files."""
+    rows = []
+    for key, (text, waveform) in speech.items():
+        audio = None if waveform is None else {"bytes": tiny_speech.encode(waveform), "path": f"{key}.flac"}
+        rows.append({"audio": audio, "text": text, "id": key, "speaker_id": int(key[0])})
+    tiny_speech.huggingface(rows).save_to_disk(root / "saved", num_shards=2)
+    return root / "saved"
+
+
 def lay_out_webdataset(root, speech, monkeypatch):
     """Two tars, and samples in the order in which other programs write their members."""
     samples = []
@@ -181,6 +191,7 @@ LAY_OUT = {
     "manifest": lay_out_manifest,
     "table": lay_out_table,
     "webdataset": lay_out_webdataset,
+    "huggingface": lay_out_huggingface,
     "openslr": lay_out_openslr,
     "recordings": lay_out_recordings,
 }

@@ -67,6 +67,19 @@ def webdataset(path, samples):
     return path
 
 
+def huggingface(rows):
+    """A dataset of Hugging Face with a column `audio` of {"bytes": ..., "path": ...}."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    # `Audio` in the features would encode each struct anew, by torchcodec; a cast leaves it as it is.
+    struct = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    types = {name: datasets.Value("string") for row in rows for name in row if name != "audio"}
+    types |= {name: datasets.Value("int64") for row in rows for name in row if isinstance(row[name], int)}
+    dataset = datasets.Dataset.from_list(rows, features=datasets.Features({"audio": struct, **types}))
+    return dataset.cast_column("audio", datasets.Audio(decode=False))
+
+
 def shard(source, out, *options):
     """Runs the command in this process, with one worker; returns the output directory."""
     assert main([str(source), "--out", str(out), "--workers", "1", *options]) == 0

@@ -37,6 +37,7 @@ FORMATS = {  # module -> what it reads; tried in this order
     "manifest": "a JSONL manifest as NeMo's, named *.jsonl or *.json (audio_filepath, text)",
     "table": "a table with a header, named *.csv or *.tsv (Common Voice, DeepSpeech, others by --columns)",
     "webdataset": "WebDataset tars, one or a directory of them (*.tar: KEY.flac, .wav ... beside KEY.txt or KEY.json)",
+    "huggingface": "a Hugging Face dataset on disk (save_to_disk, or *.parquet, with a column audio)",
     "openslr": "the name of a LibriSpeech split (dev-clean, dev-other, test-clean, test-other, train-clean-100, "
     "train-clean-360, train-other-500) or of noises or room responses (musan-noise, musan-music, musan-speech, "
     "pointsource-noises, simulated-rirs)",

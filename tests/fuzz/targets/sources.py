@@ -14,6 +14,8 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import soundfile
 
 from ddp_asr.data.audio import pack
@@ -366,6 +368,33 @@ class Lhotse(Target):
 
     def read(self, directory: Path) -> None:
         for utterance in read_all(open_source(str(directory / "set"), SourceOptions()))[:4]:
+            pack(utterance, max_seconds=60)
+
+
+class HuggingFace(Target):
+    """Datasets of Hugging Face: arrow streams and parquet files"""
+
+    name = "huggingface"
+    share = 60
+
+    def seeds(self) -> list[Tree]:
+        rows = {
+            "audio": [{"bytes": encoded("flac", 0.1), "path": "a.flac"}, {"bytes": None, "path": "b.wav"}, None],
+            "text": ["ONE", "Übermut", None],
+            "id": ["a", "b", "c"],
+            "speaker_id": [1, 2, None],
+            "language": ["de", None, ""],
+        }
+        table = pyarrow.table(rows)
+        arrow, parquet = io.BytesIO(), io.BytesIO()
+        with pyarrow.ipc.new_stream(arrow, table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+        pyarrow.parquet.write_table(table, parquet, row_group_size=2)
+        return [{"x.arrow": arrow.getvalue()}, {"x.parquet": parquet.getvalue()}]
+
+    def read(self, directory: Path) -> None:
+        path = next(directory.iterdir(), directory / "x.parquet")
+        for utterance in read_all(open_source(str(path), SourceOptions()))[:4]:
             pack(utterance, max_seconds=60)
 
 
