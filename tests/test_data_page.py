@@ -10,7 +10,7 @@ import pytest
 
 from ddp_asr import cli
 from ddp_asr.data.index import read_index
-from ddp_asr.data.sources import SourceOptions, open_source
+from ddp_asr.data.sources import SourceOptions, huggingface, open_source
 from ddp_asr.data.sources.table import COLUMNS
 from tests.repository import text_of
 from tests.test_an4_page import SENTENCES, blocks_of
@@ -84,3 +84,11 @@ def test_the_examples_of_the_page_are_in_their_formats(tmp_path, language, headi
 def test_the_columns_of_the_page_are_those_that_are_known():
     rows = re.findall(r"^\| (\w+) \| (`[^|]+) \|$", sections(text_of(PAGE))["Tables"], re.MULTILINE)
     assert {field: tuple(re.findall(r"`(\w+)`", names)) for field, names in rows} == COLUMNS
+
+
+def test_the_columns_of_a_hugging_face_dataset_are_those_that_are_known():
+    known = {"text": huggingface.TEXTS, "id": huggingface.KEYS}
+    known |= {"speaker": huggingface.SPEAKERS, "language": huggingface.LANGUAGES}
+    section = sections(text_of(PAGE))["Hugging Face dataset"]
+    rows = re.findall(r"^\| (\w+) \| (`[^|;]+)[^|]*\|$", section, re.MULTILINE)
+    assert {field: tuple(re.findall(r"`(\w+)`", names)) for field, names in rows if field != "audio"} == known
