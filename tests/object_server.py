@@ -9,6 +9,7 @@ Clients find them by AWS_ENDPOINT_URL; `environment(address)` has it.
 
 import contextlib
 import http.client
+import re
 import subprocess
 import sys
 import threading
@@ -134,8 +135,8 @@ class _Handler(BaseHTTPRequestHandler):
         if how == "truncated":  # an answer that is whole by its own account
             content = content[: len(content) // 2]
             length = str(len(content))
-            headers.pop("Content-Range", None)
-            headers["Content-Range"] = f"bytes 0-{len(content) - 1}/*" if response.status == 206 else ""
+            if found := re.fullmatch(r"bytes (\d+)-\d+(/.*)", headers.get("Content-Range", "")):
+                headers["Content-Range"] = f"bytes {found[1]}-{int(found[1]) + len(content) - 1}{found[2]}"
         self._send(response.status, headers | {"Content-Length": length}, content, cut=how == "reset")
 
     def _send(self, status: int, headers: dict[str, str], content: bytes, cut: bool = False) -> None:
