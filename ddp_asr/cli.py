@@ -1,7 +1,8 @@
 """The command `ddp-asr COMMAND ...`, also as `python -m ddp_asr COMMAND ...`.
 
 train, evaluate --> torchrun with so many processes, or this process alone --> ddp_asr.train, ddp_asr.evaluate
-inspect, shard, vocabulary, transcribe, align, lm, tune, average, tracking --> the module of that name
+submit, status, sweep, doctor --> ddp_asr.launch, which is a link to launch/ of the checkout
+the others --> the module of that name
 """
 
 from __future__ import annotations
@@ -32,7 +33,13 @@ COMMANDS = {
     "tune": "find the weights of a decoder with a language model",
     "average": "average the weights of several checkpoints of a run",
     "tracking": "send a run to Comet, or make its offline archive",
+    "submit": "queue a training on Slurm, or start it here as a job would",
+    "status": "list runs and jobs, and what each is doing",
+    "sweep": "train a grid of settings and rank the runs",
+    "doctor": "test the nodes of a cluster before a long run",
+    "configs": "list the settings and sbatch scripts that come with ddp_asr, and copy them",
 }
+LAUNCH = ("submit", "status", "sweep", "doctor")
 
 EXAMPLES = """\
 examples:
@@ -55,12 +62,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of these; COMMAND --help tells more")
     parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="arguments of the command")
-    options = parser.parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments:
+        parser.print_help()
+        return 0
+    options = parser.parse_args(arguments)
     if options.command == "train":
         return train(options.arguments)
     if options.command == "evaluate":
         return evaluate(options.arguments)
-    module = importlib.import_module(f"ddp_asr.{options.command}")
+    package = "ddp_asr.launch" if options.command in LAUNCH else "ddp_asr"
+    module = importlib.import_module(f"{package}.{options.command}")
     status: int = module.main(options.arguments)
     return status
 

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ddp_asr
 from ddp_asr.errors import UserError
 from ddp_asr.settings import declared, nearest, read_yaml, setting
 
@@ -123,7 +124,7 @@ def _read_profile(name: str) -> dict[str, Any]:
 
 def _find_profile(name: str) -> Path | None:
     """The file that `--cluster NAME|FILE` names; None for an executor without a profile."""
-    installed = Path(__file__).parent.parent / PROFILES
+    installed = Path(ddp_asr.__file__).parent / "share" / PROFILES
     for path in (Path(name), PROFILES / f"{name}.yaml", installed / f"{name}.yaml"):
         if path.is_file():
             return path

@@ -1,4 +1,4 @@
-"""Tests nodes before a long run is started on them: `python -m launch.doctor --nodes 4 --gpus-per-node 8`, a minute.
+"""Tests nodes before a long run is started on them: `ddp-asr doctor --nodes 4 --gpus-per-node 8`, a minute.
 
     a Slurm job      ->  probe.Probe on every node  ->  JSON lines in the job's logs  ->  Evidence
     --cluster local  ->  the same probe in this process                               ->  Evidence
@@ -29,10 +29,11 @@ from typing import Any
 from ddp_asr.config import Config, load_config
 from ddp_asr.errors import UserError, run_entry_point
 from ddp_asr.files import read_json_lines, scheme_of
-from launch import cluster, job
-from launch.cluster import Node, Request
-from launch.node import expanded
-from launch.probe import UNKNOWN_NAME, Directory, Probe, Report
+
+from . import cluster, job
+from .cluster import Node, Request
+from .node import expanded
+from .probe import UNKNOWN_NAME, Directory, Probe, Report
 
 RUN_BYTES = 2 * 10**9  # four checkpoints of the default model with its moments are 1.1 GB
 TMP_BYTES = 5 * 10**8
@@ -44,10 +45,10 @@ _OUT_OF_USE = ("down", "drain", "fail", "error", "unknown", "inval", "maint")
 
 EXAMPLES = """\
 examples:
-  python -m launch.doctor --nodes 4 --gpus-per-node 8
-  python -m launch.doctor --cluster infiniband8 --nodes 4 --config configs/librispeech_960.yaml
-  python -m launch.doctor --nodes 2 --tasks-per-node 2 --partition main --data.train=shards/train-clean-100 --json
-  python -m launch.doctor --cluster local --tasks-per-node 2
+  ddp-asr doctor --nodes 4 --gpus-per-node 8
+  ddp-asr doctor --cluster infiniband8 --nodes 4 --config configs/librispeech_960.yaml
+  ddp-asr doctor --nodes 2 --tasks-per-node 2 --partition main --data.train=shards/train-clean-100 --json
+  ddp-asr doctor --cluster local --tasks-per-node 2
 
 Run it with the settings and the options of the run that you are going to submit. The exit status is 0 when nothing is
 wrong, 1 when something is, 2 when an option is wrong or Slurm refuses the job.
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
-        prog="python -m launch.doctor",
+        prog="ddp-asr doctor",
         description="Runs a job of about a minute that tests on each node what would stop or slow down a long one:\n"
         "names, links, the rendezvous port, GPUs, disks, run directory, shards, and an all-reduce over all ranks.",
         epilog=EXAMPLES,

@@ -1,7 +1,7 @@
 """What runs inside a job: the training of each node, and the decision about the job when all ranks have ended.
 
-    task on each node   Training()                        ->  launch.node.start  ->  torchrun  ->  ddp_asr.train
-    batch script        python -m launch.job conclude     ->  status.json, `scontrol show job`  ->  requeue, or why not
+    task on each node   Training()    ->  node.start  ->  torchrun  ->  ddp_asr.train
+    batch script        job conclude  ->  status.json, `scontrol show job`  ->  requeue, or why not
 
 The trainer handles every signal that Slurm may send: all ranks agree on a step, write a checkpoint and end. `conclude`
 then requeues the job under the same id. It does not look at the exit code, because torchrun ends with an error after
@@ -29,12 +29,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import ddp_asr
 from ddp_asr.config import load_config
 from ddp_asr.errors import UserError, run_entry_point
 from ddp_asr.files import is_count, is_text, read_json, replace_file
 from ddp_asr.runs.directory import read_status
-from launch import cluster, node
-from launch.node import attempt_of_job
+
+from . import cluster, node
+from .node import attempt_of_job
 
 MAX_FAILURES = 3
 # Slurm's states in which the job ends unless the batch script requeues it.
@@ -42,8 +44,8 @@ _OURS_TO_REQUEUE = ("RUNNING", "TIMEOUT", "PREEMPTED")
 
 EXAMPLES = """\
 examples, for a batch script of your own (slurm/train.sbatch is one):
-  python -m launch.job conclude --config configs/librispeech_100.yaml --exit-code $status
-  python -m launch.job conclude --run runs/librispeech_100 --exit-code $status
+  python -m ddp_asr.launch.job conclude --config configs/librispeech_100.yaml --exit-code $status
+  python -m ddp_asr.launch.job conclude --run runs/librispeech_100 --exit-code $status
 """
 
 
@@ -70,9 +72,9 @@ class Training:
 
 def freeze_code(folder: Path) -> Path:
     """Copies the code that runs now to `folder`/code, so that editing the checkout never changes a queued job."""
-    source, target = Path(__file__).parent.parent, folder / "code"
-    for package in ("ddp_asr", "launch"):
-        shutil.copytree(source / package, target / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    target = folder / "code"
+    for package in (Path(ddp_asr.__file__).parent, Path(__file__).parent):
+        shutil.copytree(package, target / package.name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
     return target
 
 
@@ -218,7 +220,7 @@ def run_of_submission(folder: Path) -> Path:
 
 def conclude_command(folder: Path) -> str:
     """The shell line that concludes a job of the submission in `folder`."""
-    command = [sys.executable, "-m", "launch.job", "conclude", "--submission", str(folder)]
+    command = [sys.executable, "-m", "ddp_asr.launch.job", "conclude", "--submission", str(folder)]
     return f"{shlex.join(command)} --exit-code $status"
 
 
@@ -234,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m launch.job",
+        prog="python -m ddp_asr.launch.job",
         description="Decides in a batch script, after srun, whether the job is requeued, and requeues it.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,4 +1,4 @@
-"""Starts the ranks of a node with torchrun: `srun --ntasks-per-node=1 python -m launch.node ddp_asr.train --config F`.
+"""Starts the ranks of a node with torchrun: `python -m ddp_asr.launch.node ddp_asr.train --config F` under `srun`.
 
     environment of a Slurm task  ->  torchrun_command  ->  torchrun (replaces this process)  ->  a rank for each GPU
 
@@ -32,9 +32,9 @@ STORE_TIMEOUT_S = 120  # until the first node's torchrun answers: Python may sta
 
 EXAMPLES = """\
 examples:
-  srun --ntasks-per-node=1 python -m launch.node ddp_asr.train --config configs/librispeech_960.yaml
-  srun --ntasks-per-node=1 python -m launch.node --ignore SIGTERM ddp_asr.evaluate runs/an4 shards/an4-test
-  RANKS_PER_NODE=2 python -m launch.node ddp_asr.train --config configs/an4.yaml
+  srun --ntasks-per-node=1 python -m ddp_asr.launch.node ddp_asr.train --config configs/librispeech_960.yaml
+  srun --ntasks-per-node=1 python -m ddp_asr.launch.node --ignore SIGTERM ddp_asr.evaluate runs/an4 shards/an4-test
+  RANKS_PER_NODE=2 python -m ddp_asr.launch.node ddp_asr.train --config configs/an4.yaml
 
 A node gets a rank for each of its GPUs, or RANKS_PER_NODE, or one where there are no GPUs.
 """
@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m launch.node",
+        prog="python -m ddp_asr.launch.node",
         description="Runs a module on all ranks of this node with torchrun, together with the other nodes of the Slurm "
         "step if there are any.",
         epilog=EXAMPLES,

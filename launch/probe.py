@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 from ddp_asr.files import parse_json_line, sha256_of
-from launch.node import Step, rank_variables, torchrun_command
+
+from .node import Step, rank_variables, torchrun_command
 
 Result = TypeVar("Result")
 

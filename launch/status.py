@@ -1,4 +1,4 @@
-"""Lists runs and their states: `python -m launch.status [DIR]`, from their files and one query to Slurm for all.
+"""Lists runs and their states: `ddp-asr status [DIR]`, from their files and one query to Slurm for all.
 
     status.json, lease.json   -.
     job.json  ->  squeue, sacct ->  Evidence -> run_state -.
@@ -37,9 +37,10 @@ from ddp_asr.files import only, open_input, parse_json_line
 from ddp_asr.runs.directory import LINE, read_status
 from ddp_asr.runs.display import duration, number, percent
 from ddp_asr.runs.lease import DEAD_AFTER_S, Verdict, Watch
-from launch import cluster
-from launch.cluster import JobState
-from launch.submit import read_job
+
+from . import cluster
+from .cluster import JobState
+from .submit import read_job
 
 MARKS = ("status.json", "job.json", "lease.json", "metrics.jsonl")  # a directory with one of these files is a run
 # How much of the end of metrics.jsonl is read: mostly the first, and up to the second (about 12,000 steps) if the first
@@ -48,9 +49,9 @@ TAIL_BYTES = (1 << 16, 1 << 22)
 
 EXAMPLES = """\
 examples:
-  python -m launch.status
-  python -m launch.status runs/my_sweep --watch
-  python -m launch.status runs/librispeech_960 --json
+  ddp-asr status
+  ddp-asr status runs/my_sweep --watch
+  ddp-asr status runs/librispeech_960 --json
 
 states:
   PENDING, RUNNING ...   Slurm's state of the run's job, with its reason
@@ -445,7 +446,7 @@ def _watch(options: argparse.Namespace, reader: RunReader) -> None:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m launch.status",
+        prog="ddp-asr status",
         description="Lists runs: their state, progress and error rates, and the error that ended them.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

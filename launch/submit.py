@@ -1,4 +1,4 @@
-"""Submits a training: `python -m launch.submit --config FILE --nodes 4 --gpus-per-node 8`, one rank for each GPU.
+"""Submits a training: `ddp-asr submit --config FILE --nodes 4 --gpus-per-node 8`, one rank for each GPU.
 
     settings, checked  ->  runs/NAME/jobs/STAMP/  (frozen code, resolved settings)  ->  cluster.submit  ->  job.json
 
@@ -27,15 +27,16 @@ from ddp_asr.errors import UserError, run_entry_point
 from ddp_asr.files import Fields, is_text, is_time, read_json, replace_file, scheme_of
 from ddp_asr.runs.directory import read_status
 from ddp_asr.settings import describe, help_text
-from launch import cluster, job
-from launch.cluster import Request, Submission
+
+from . import cluster, job
+from .cluster import Request, Submission
 
 EXAMPLES = """\
 examples:
-  python -m launch.submit --config configs/librispeech_960.yaml --nodes 4 --gpus-per-node 8 --time 8:00:00
-  python -m launch.submit --config configs/an4.yaml --gpus-per-node 2 --partition short --train.epochs=3 --dry-run
-  python -m launch.submit --config configs/librispeech_100.yaml --cluster infiniband8 --nodes 1-4
-  python -m launch.submit --config configs/an4.yaml --cluster local --tasks-per-node 2
+  ddp-asr submit --config configs/librispeech_960.yaml --nodes 4 --gpus-per-node 8 --time 8:00:00
+  ddp-asr submit --config configs/an4.yaml --gpus-per-node 2 --partition short --train.epochs=3 --dry-run
+  ddp-asr submit --config configs/librispeech_100.yaml --cluster infiniband8 --nodes 1-4
+  ddp-asr submit --config configs/an4.yaml --cluster local --tasks-per-node 2
 
 When it is pre-empted or its time limit is near, the run writes a checkpoint and the job requeues itself; the run then
 goes on. The same command continues a run that was cancelled or has failed.
@@ -207,7 +208,7 @@ def _told(submission: Submission, request: Request, run: Path) -> str:
     lines = [
         f"job {job_id}: {request.nodes} node(s) x {request.ranks_per_node} rank(s), run {run}",
         f"logs    {submission.log()} (and one for each other node beside it)",
-        f"watch   python -m launch.status {run} --watch",
+        f"watch   ddp-asr status {run} --watch",
         f"cancel  {cancel}",
         "resume  the same command, once the job has ended",
     ]
@@ -216,7 +217,7 @@ def _told(submission: Submission, request: Request, run: Path) -> str:
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
-        prog="python -m launch.submit",
+        prog="ddp-asr submit",
         description="Trains on Slurm, on this machine, or in this process; the run is the same everywhere.",
         epilog=EXAMPLES + "\nsettings, with their defaults:\n" + help_text(Config),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,4 +1,4 @@
-"""A search over settings: `python -m launch.sweep SWEEP.yaml`; one run a trial, ranked by their best test WER.
+"""A search over settings: `ddp-asr sweep SWEEP.yaml`; one run a trial, ranked by their best test WER.
 
     SWEEP.yaml  ->  trials, each with a checked Config (search.py)  ->  the state of each run (status.py)
       ->  those that are missing or resumable: one Slurm array, or on this machine N at a time
@@ -29,20 +29,21 @@ from typing import Any
 from ddp_asr.errors import UserError, run_entry_point
 from ddp_asr.runs.directory import read_lines
 from ddp_asr.runs.display import number, percent
-from launch import cluster, job, status, submit
-from launch.cluster import Request
-from launch.search import Trial, make_trials, read_sweep, short_names
-from launch.status import RunReader, RunSummary
+
+from . import cluster, job, status, submit
+from .cluster import Request
+from .search import Trial, make_trials, read_sweep, short_names
+from .status import RunReader, RunSummary
 
 POLL_S = 1.0  # how often a sweep on this machine looks whether a trial has ended
 
 EXAMPLES = """\
 examples:
-  python -m launch.sweep configs/sweeps/an4.yaml --cpus-per-task 2 --parallel 4
-  python -m launch.sweep configs/sweeps/an4.yaml --cluster infiniband8 --gpus-per-node 1
-  python -m launch.sweep configs/sweeps/an4.yaml --cluster local --train.epochs=3
-  python -m launch.sweep configs/sweeps/an4.yaml --dry-run
-  python -m launch.sweep configs/sweeps/an4.yaml --rank
+  ddp-asr sweep configs/sweeps/an4.yaml --cpus-per-task 2 --parallel 4
+  ddp-asr sweep configs/sweeps/an4.yaml --cluster infiniband8 --gpus-per-node 1
+  ddp-asr sweep configs/sweeps/an4.yaml --cluster local --train.epochs=3
+  ddp-asr sweep configs/sweeps/an4.yaml --dry-run
+  ddp-asr sweep configs/sweeps/an4.yaml --rank
 
 a sweep's file:
   config: configs/an4.yaml
@@ -57,7 +58,7 @@ a sweep's file:
   fixed:
     train.epochs: 20                 # the same in all trials
 
-On Slurm the command submits one job array and returns; follow it with 'python -m launch.status DIR --watch'. With
+On Slurm the command submits one job array and returns; follow it with 'ddp-asr status DIR --watch'. With
 --cluster local it trains until all trials have ended; Ctrl-C stops them, each with a checkpoint. The same command again
 submits what is missing or was stopped (with --retry-failed also what has failed) and prints the ranking.
 """
@@ -183,7 +184,7 @@ def show_ranking(trials: Sequence[Trial], runs: Sequence[RunSummary], request: R
         print(f"best    {trial.run}\n        {shlex.join(command)}")
     if living := [run for run in runs if run.living]:
         job_ids = dict.fromkeys(str(run.job_id).partition("_")[0] for run in living)
-        print(f"watch   python -m launch.status {shlex.quote(str(folder))} --watch")
+        print(f"watch   ddp-asr status {shlex.quote(str(folder))} --watch")
         print(f"cancel  {'scancel' if request.executor == 'slurm' else 'kill'} {' '.join(job_ids)}")
         print("rank    the same command again, at any time")
     elif any(run.state == "failed" for run in runs):
@@ -256,7 +257,7 @@ def _show_dry_run(
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
-        prog="python -m launch.sweep",
+        prog="ddp-asr sweep",
         description="Trains a config under many settings, as one job array, and ranks the runs by their best test WER.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import cache
 
+from ddp_asr import cli
 from tests.conftest import REPOSITORY
 
 # ---- documents -----------------------------------------------------------------------------------------------------
@@ -25,6 +26,8 @@ def commands(text: str) -> list[str]:
 
 @cache
 def help_of(module: str) -> str:
+    if module.startswith("ddp_asr.") and module.split(".")[1] in cli.LAUNCH:  # as in `ddp-asr submit`
+        module = f"ddp_asr.launch.{module.split('.')[1]}"
     command = [sys.executable, "-m", module, "--help"]
     return subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
 
@@ -35,7 +38,10 @@ ROOMS = ("text", "data", "features", "encoders", "decoding", "ranks", "runs", "r
 TOP_LEVEL = {
     "ground": "__init__ errors settings config draws files",
     "objective": "model objective",
-    "doors": "__main__ cli train evaluate transcribe align inspect shard vocabulary lm tune average tracking bandwidth",
+    "doors": (
+        "__main__ cli train evaluate transcribe align inspect shard vocabulary lm tune average tracking bandwidth "
+        "configs"
+    ),
 }
 MAY_IMPORT = {
     "ground": {"ground"},

@@ -137,7 +137,8 @@ def test_the_status_of_this_attempt_decides(tiny_corpus, tmp_path, monkeypatch, 
 def test_every_command_has_its_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([command, "--help"])
-    assert end.value.code == 0 and f"ddp_asr.{command}" in capsys.readouterr().out
+    help_text = capsys.readouterr().out
+    assert end.value.code == 0 and (f"ddp_asr.{command}" in help_text or f"ddp-asr {command}" in help_text)
 
 
 def test_too_few_processes_are_refused_for_evaluation_too():

@@ -24,6 +24,7 @@ ENTRY_POINTS = [
             "tune",
             "average",
             "tracking",
+            "configs",
             "bandwidth",
         )
     ),
@@ -62,4 +63,5 @@ def test_help_answers_at_once_and_with_examples(module):
     assert json.loads(answer.stderr) == {"status": 0, "loaded": []}
     assert answer.stdout.startswith("usage: ")
     _, heading, examples = answer.stdout.partition("\nexamples")
-    assert heading and f" -m {module}" in examples
+    names = (f" -m {module}", f" -m ddp_asr.{module}", f"ddp-asr {module.rpartition('.')[2]}")
+    assert heading and any(name in examples for name in names)

@@ -89,8 +89,11 @@ def imports(package: str, module: str) -> frozenset[str]:
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{package}.{module}:{node.lineno}: relative import"
-            found.update([str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)])
+            # `launch` is ddp_asr.launch in a wheel, so its modules import each other relatively, and no others do.
+            assert node.level <= (package == "launch"), f"{package}.{module}:{node.lineno}: relative import"
+            origin = ".".join([package] * node.level + ([node.module] if node.module else []))
+            assert node.level or not origin.startswith("launch"), f"{package}.{module}:{node.lineno}: not in a wheel"
+            found.update([origin, *(f"{origin}.{alias.name}" for alias in node.names)])
         elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.distributed."):
             found.add("torch.distributed")  # used through a plain `import torch`
     return frozenset(found)

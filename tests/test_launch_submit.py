@@ -97,7 +97,7 @@ def test_a_dry_run_prints_the_batch_script_and_leaves_nothing(corpus, tmp_path):
     answer = submitted(*corpus.arguments(tmp_path / "runs"), "--nodes=2", "--tasks-per-node=2", "--dry-run")
     assert answer.returncode == 0, answer.stderr
     assert answer.stdout.startswith("#!/bin/bash\n") and "#SBATCH --nodes=2\n" in answer.stdout
-    assert f"-m launch.job conclude --submission {tmp_path}/runs/run/jobs/" in answer.stdout
+    assert f"-m ddp_asr.launch.job conclude --submission {tmp_path}/runs/run/jobs/" in answer.stdout
     assert not (tmp_path / "runs").exists()
 
 

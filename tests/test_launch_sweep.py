@@ -390,7 +390,7 @@ def test_all_that_is_due_goes_to_slurm_as_one_array(scheduler, tmp_path, capsys)
     folder, told = tmp_path / "runs" / "search", capsys.readouterr().out.splitlines()
     assert told[0] == "submitted 3 trial(s) as job 12, 2 at a time"
     assert told[1] == f"{folder}: 1 of 6 trials finished (1 done, 4 PENDING, 1 failed)"
-    assert told[-3] == f"watch   python -m launch.status {folder} --watch"
+    assert told[-3] == f"watch   ddp-asr status {folder} --watch"
     assert told[-2:] == ["cancel  scancel 7", "rank    the same command again, at any time"]
     assert slurm.main() == 0 and len(slurm.submitted) == 1  # the same command again
 
@@ -537,7 +537,7 @@ def test_a_dry_run_prints_the_array_and_submits_nothing(scheduler, capsys):
     told = capsys.readouterr().out
     states = ["done", "failed", *["to submit"] * 4]
     assert [re.split(r"  +", line)[-2] for line in told.splitlines()[1:7]] == states
-    assert "#SBATCH --array=0-3%2" in told and "-m launch.job conclude --submission" in told
+    assert "#SBATCH --array=0-3%2" in told and "-m ddp_asr.launch.job conclude --submission" in told
 
 
 # ---- whole sweeps on this machine ----------------------------------------------------------------------------------
