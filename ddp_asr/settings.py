@@ -381,6 +381,26 @@ def describe(settings: Any) -> str:
     return yaml.safe_dump(asdict(settings), sort_keys=False, allow_unicode=True, width=120)
 
 
+def describe_changes(settings: Any) -> str:
+    """YAML of the settings that differ from the defaults, to load them again."""
+    changed = _changes(settings, type(settings)())
+    return yaml.safe_dump(changed, sort_keys=False, allow_unicode=True, width=120) if changed else ""
+
+
+def _changes(ours: Any, default: Any) -> dict[str, Any]:
+    """What `ours` states beyond the defaults of its own kind; `default` may be of another kind."""
+    tree, usual, of_kind = asdict(ours), asdict(default), asdict(type(ours)())
+    changed = {}
+    for name, value in tree.items():
+        below = getattr(ours, name, None)
+        if is_dataclass(below):
+            if found := _changes(below, getattr(default, name, below)):
+                changed[name] = found
+        elif value != of_kind.get(name) or (name == "kind" and value != usual.get(name)):
+            changed[name] = value
+    return changed
+
+
 def differences(ours: Any, theirs: Any) -> list[tuple[str, Any, Any]]:
     """(name, our value, their value) of every setting that shapes the result and differs.
 

@@ -15,6 +15,7 @@ import dataclasses
 import itertools
 import json
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -28,7 +29,7 @@ from ddp_asr.files import Fields, is_text, is_time, read_json, replace_file, sch
 from ddp_asr.runs.directory import read_status
 from ddp_asr.settings import describe, help_text
 
-from . import cluster, job
+from . import cluster, job, node
 from .cluster import Request, Submission
 
 EXAMPLES = """\
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = submission_folder(run)
     if options.dry_run:
         check(config, request)
-        print(_dry_run(folder, request, config.run.name), end="")
+        print(_dry_run(folder, request, config.run.name, options.resume), end="")
         return 0
     if (read_status(run) or {}).get("state") == "done":
         print(f"{run} is done: nothing to submit; to train again, choose another --run.name")
@@ -196,9 +197,24 @@ def _write(path: Path, record: dict[str, Any]) -> None:
     replace_file(path, json.dumps(record, indent=1) + "\n")
 
 
-def _dry_run(folder: Path, request: Request, name: str) -> str:
-    after = [job.conclude_command(folder)]
-    return cluster.sbatch_text(folder, request, name=name, code=folder / "code", after=after)
+def _dry_run(folder: Path, request: Request, name: str, resume: str) -> str:
+    """The batch script; without Slurm, the command that would start the ranks on this machine."""
+    code, settings = folder / "code", folder / "config.yaml"
+    if request.executor == "slurm":
+        return cluster.sbatch_text(folder, request, name=name, code=code, after=[job.conclude_command(folder)])
+    arguments = ["--config", str(settings), "--resume", resume]
+    command = [sys.executable, "-m", "ddp_asr.train", *arguments]
+    if request.executor == "local":
+        ranks = {"RANKS_PER_NODE": str(request.ranks_per_node)}
+        command = node.torchrun_command(ranks, "ddp_asr.train", arguments)
+    where = "in this process" if request.executor == "debug" else f"in the background, with its log in {folder}"
+    lines = [
+        f"# on this machine, {where}",
+        f"# {code}: a copy of the program, {settings}: the settings",
+        f"cd {shlex.quote(str(code))}",
+        f"PYTHONPATH={shlex.quote(str(code))} {shlex.join(command)}",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _told(submission: Submission, request: Request, run: Path) -> str:
@@ -232,7 +248,9 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help="auto: from the newest good checkpoint of the run, if any; never: refuse a directory with results; "
         "PATH: from that checkpoint (default: auto)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the batch script and submit nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the batch script, without Slurm the command, and submit nothing"
+    )
     cluster.add_options(parser)
     options, rest = parser.parse_known_args(argv)
     return options, rest

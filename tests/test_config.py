@@ -7,10 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from ddp_asr.config import Beam, Config, config_from_dict, load_config, load_decoder
 from ddp_asr.errors import UserError
-from ddp_asr.settings import Setting, declared, describe, differences, flatten, help_text, suggest
+from ddp_asr.settings import Setting, declared, describe, describe_changes, differences, flatten, help_text, suggest
 from tests.conftest import REPOSITORY
 
 
@@ -251,6 +252,15 @@ def test_every_config_in_the_repository_is_sound_and_repeats_as_it_is_saved(path
     (tmp_path / "config.yaml").write_text(describe(config), encoding="utf8")
     assert load_config(tmp_path / "config.yaml") == config
     assert config_from_dict(dataclasses.asdict(config), "a checkpoint") == config
+    (tmp_path / "config.yaml").write_text(describe_changes(config), encoding="utf8")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_changes_are_what_differs_from_the_defaults_and_nothing_else():
+    config = load_config(None, ["--encoder.kind=conformer", "--train.epochs=7", "--run.name=a"])
+    changes = yaml.safe_load(describe_changes(config))
+    assert changes == {"run": {"name": "a"}, "encoder": {"kind": "conformer"}, "train": {"epochs": 7}}
+    assert describe_changes(Config()) == ""
 
 
 def test_a_decoder_comes_from_its_section_of_any_settings_file(tmp_path):

@@ -80,7 +80,7 @@ def test_an_eviction_of_one_node_stops_all_and_the_restart_goes_on(tiny_corpus, 
     nodes[1].send_signal(signal.SIGTERM)
     assert nodes[1].wait() != 0, "the evicted pod must fail, or its job would count as complete"
     # The controller then deletes the other pods of the failed job. Their torchrun waits 300 s for the one that has gone
-    # and answers no signal meanwhile, so it is killed when the grace period is over. Their ranks have ended long before.
+    # and answers no signal meanwhile, so it is killed when the grace period is over, long after its rank has ended.
     tiny.wait_until(lambda: not children(nodes[0]), "the end of the other node's rank")
     nodes[0].kill()
     nodes[0].wait()

@@ -101,6 +101,19 @@ def test_a_dry_run_prints_the_batch_script_and_leaves_nothing(corpus, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_dry_run_on_this_machine_prints_the_command_and_leaves_nothing(corpus, tmp_path):
+    arguments = [*corpus.arguments(tmp_path / "runs"), "--dry-run"]
+    answer = submitted(*arguments, "--cluster=local", "--tasks-per-node=2")
+    assert answer.returncode == 0, answer.stderr
+    remark, copies, directory, command = answer.stdout.splitlines()
+    assert remark.startswith("# on this machine, in the background, with its log in ")
+    assert copies.startswith("# ") and directory.startswith(f"cd {tmp_path}/runs/run/jobs/")
+    assert "-m ddp_asr.ranks.torchrun --standalone --nproc-per-node=2" in command and "-m ddp_asr.train" in command
+    answer = submitted(*arguments, "--cluster=debug")
+    assert "in this process" in answer.stdout and "-m ddp_asr.train --config" in answer.stdout.splitlines()[-1]
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.slow
 def test_a_run_on_this_machine_is_the_same_run(corpus, tmp_path):
     """Two processes of a frozen copy, started from a copy of the checkout that is gone before they have read it."""

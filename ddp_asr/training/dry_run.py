@@ -14,7 +14,7 @@ from ddp_asr.data.targets import REASONS, TOO_FEW_FRAMES, explain_left_out
 from ddp_asr.decoding import make_decoder
 from ddp_asr.model import AcousticModel, count_parameters, make_model
 from ddp_asr.runs.directory import read_status
-from ddp_asr.settings import describe
+from ddp_asr.settings import describe_changes
 from ddp_asr.text import UNITS, tokeniser_from_state
 from ddp_asr.training.first_weights import take_weights
 from ddp_asr.training.precision import autocast
@@ -55,7 +55,7 @@ def report(config: Config, world_size: int, resume: str = "auto") -> str:
         _plan_lines(config, corpus, world_size),
         _memory_lines(config, corpus, model, world_size),
         _left_out_lines(corpus),
-        [describe(config).rstrip()],
+        ["settings that differ from the defaults:", describe_changes(config).rstrip() or "none"],
     ]
     return "\n\n".join("\n".join(lines) for lines in sections)
 
