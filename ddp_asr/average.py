@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddp_asr.errors import UserError, run_entry_point
+from ddp_asr.errors import UserError, counted, run_entry_point
 from ddp_asr.files import check_writable, is_number
 
 if TYPE_CHECKING:
@@ -87,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}; free space or name another place") from None
     steps = ", ".join(map(str, state["averaged"]["steps"]))
-    print(f"{out}: mean of {len(paths)} checkpoint(s), {state['averaged']['weights']} weights of steps {steps}")
+    print(
+        f"{out}: mean of {counted(len(paths), 'checkpoint')}, {state['averaged']['weights']} weights of steps {steps}"
+    )
     return 0
 
 
@@ -101,8 +103,8 @@ def last(run: Path, number: int) -> list[Path]:
     paths = [path for _, path in numbered(run)]
     if len(paths) < number:
         raise UserError(
-            f"{run} holds {len(paths)} checkpoint(s) and --last asks for {number}: lower it, or train with a larger "
-            "train.keep_last"
+            f"{run} holds {counted(len(paths), 'checkpoint')} and --last asks for {number}: lower it, or train with a "
+            "larger train.keep_last"
         )
     return paths[-number:]
 
@@ -123,9 +125,9 @@ def best(run: Path, number: int) -> list[Path]:
     ranked = sorted(paths.keys() & scores.keys(), key=lambda step: (scores[step], step))
     if len(ranked) < number:
         raise UserError(
-            f"{run} holds {len(paths)} checkpoint(s), of which {len(ranked)} were evaluated, and --best asks for "
-            f"{number}: lower it, or train with train.save_every_steps equal to train.eval_every_steps and a larger "
-            "train.keep_last"
+            f"{run} holds {counted(len(paths), 'checkpoint')}, of which {len(ranked)} were evaluated, and --best "
+            f"asks for {number}: lower it, or train with train.save_every_steps equal to train.eval_every_steps and a "
+            "larger train.keep_last"
         )
     return [paths[step] for step in sorted(ranked[:number])]
 

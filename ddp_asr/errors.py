@@ -30,6 +30,12 @@ class UserError(Exception):
         super().__init__("".join(each if each.isprintable() or each == "\t" else "?" for each in sentence))
 
 
+def counted(number: int, noun: str) -> str:
+    """`number` with the noun in the singular or plural: "1 rank", "2 ranks", "1,000 processes"."""
+    plural = f"{noun}es" if noun.endswith(("s", "h")) else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
 _REMEDIES = {
     errno.ENOENT: "name a path that exists",
     errno.EACCES: "give yourself the permission, or name another path",

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ddp_asr.data.sources import FORMATS, SourceOptions, open_source
-from ddp_asr.errors import UserError, run_entry_point
+from ddp_asr.errors import UserError, counted, run_entry_point
 from ddp_asr.files import scheme_of
 
 UPLOADS = ("s3", "gs", "az")
@@ -130,7 +130,7 @@ def make(options: argparse.Namespace) -> None:
         bar.stop()
     print(
         f"{options.out}{' was complete already' * complete}: {dataset['utterances']:,} utterances, "
-        f"{dataset['hours']:.2f} h in {len(dataset['shards']):,} shard(s)"
+        f"{dataset['hours']:.2f} h in {counted(len(dataset['shards']), 'shard')}"
     )
     for reason, count in dataset["dropped"].items():
         print(f"dropped: {count:,} x {reason}")
@@ -157,7 +157,7 @@ def verify(options: argparse.Namespace) -> None:
     good = writer.verify(options.out, options.workers)
     for _ in track(good, "verifying", shards, console=console, disable=not console.is_terminal, transient=True):
         pass
-    print(f"{options.out}: {shards:,} shard(s) as written, all {utterances:,} utterances decode")
+    print(f"{options.out}: {counted(shards, 'shard')} as written, all {utterances:,} utterances decode")
 
 
 def send(options: argparse.Namespace) -> None:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ddp_asr.config import Config, load_config
-from ddp_asr.errors import UserError, run_entry_point
+from ddp_asr.errors import UserError, counted, run_entry_point
 from ddp_asr.files import read_json_lines, scheme_of
 
 from . import cluster, job
@@ -228,8 +228,9 @@ def too_few_nodes(request: Request, nodes: Sequence[Node]) -> str:
     if not broken or usable >= int(request.nodes.partition("-")[0]):
         return ""
     standing = "; ".join(f"{node.name} {_standing(node)}" for node in broken)
+    nodes_asked = f"{request.nodes} node" if request.nodes == "1" else f"{request.nodes} nodes"
     return (
-        f"the job cannot start: it asks for {request.nodes} node(s), and {usable} can be used ({standing}): "
+        f"the job cannot start: it asks for {nodes_asked}, and {usable} can be used ({standing}): "
         "repair these, or ask for fewer nodes"
     )
 
@@ -288,7 +289,7 @@ def _all_reduce(evidence: Evidence, reports: Sequence[Report], *, tried: bool) -
     if reports and len(reports) == len(evidence.hosts) and not any(any(report["links"].values()) for report in reports):
         tried = True  # else the nodes that are connected wait for the others and fail
         for node in sorted(errors, key=list(evidence.hosts).index)[:1]:
-            more = f" and {len(errors) - 1} other node(s)" if len(errors) > 1 else ""
+            more = f" and {counted(len(errors) - 1, 'other node')}" if len(errors) > 1 else ""
             yield f"the all-reduce failed on {node}{more} ({errors[node]}): {logs}"
     if tried and not measured and not errors:
         yield f"the all-reduce gave no result ({evidence.ended or 'the job ended'}): {logs}"
@@ -382,7 +383,7 @@ def _show(evidence: Evidence, sentences: Sequence[str]) -> None:
     for sentence in sentences:
         print(f"wrong: {sentence}")
     if not sentences:
-        print(f"nothing is wrong with {len(evidence.hosts)} node(s)")
+        print(f"nothing is wrong with {counted(len(evidence.hosts), 'node')}")
 
 
 def _cell(found: dict[str, Any]) -> str:

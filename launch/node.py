@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from ddp_asr.errors import counted
 from ddp_asr.ranks.signals import STOP_SIGNALS
 
 # Linux gives outgoing connections ports from 32768 up; well-known services listen below 20000.
@@ -155,7 +156,9 @@ def start(module: str, arguments: Sequence[str], ignored: Sequence[str] = ()) ->
     command = torchrun_command(os.environ, module, arguments, ignored=ignored)
     step, ranks = Step.of(os.environ), ranks_of_node(os.environ)
     if step.job_id and step.number == 0:
-        told = f"job {step.job_id}, attempt {step.attempt}: {len(step.hosts)} node(s) x {ranks} rank(s)"
+        told = (
+            f"job {step.job_id}, attempt {step.attempt}: {counted(len(step.hosts), 'node')} x {counted(ranks, 'rank')}"
+        )
         print(f"{time.strftime('%F %T')} {told}, the first node is {step.hosts[0]}", flush=True)
     os.execve(command[0], command, os.environ | rank_variables(os.environ))
 

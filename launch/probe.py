@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
+from ddp_asr.errors import counted
 from ddp_asr.files import parse_json_line, sha256_of
 
 from .node import Step, rank_variables, torchrun_command
@@ -100,8 +101,10 @@ class Probe:
             wrong += [checked.get(host, f"the name server does not answer for {host}: repair it") for host in names]
         gpus, gpu_error = nvidia_smi() if self.gpus_per_node else ([], "")
         if gpu_error or len(gpus) < self.gpus_per_node:
-            what = gpu_error or f"nvidia-smi shows {len(gpus)} GPU(s)"
-            wrong.append(f"{what}, and the job asked for {self.gpus_per_node} GPU(s): see 'nvidia-smi' and 'dmesg'")
+            what = gpu_error or f"nvidia-smi shows {counted(len(gpus), 'GPU')}"
+            wrong.append(
+                f"{what}, and the job asked for {counted(self.gpus_per_node, 'GPU')}: see 'nvidia-smi' and 'dmesg'"
+            )
         looked: dict[str, dict[str, Any]] = {}
         for directory in self.directories:  # one after the other: they may be on the same disk
             limit_s = DIRECTORIES * self.timeout_s / len(self.directories)

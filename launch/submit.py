@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ddp_asr.config import Config, Pieces, load_config, require_shards
-from ddp_asr.errors import UserError, run_entry_point
+from ddp_asr.errors import UserError, counted, run_entry_point
 from ddp_asr.files import Fields, is_text, is_time, read_json, replace_file, scheme_of
 from ddp_asr.runs.directory import read_status
 from ddp_asr.settings import describe, help_text
@@ -112,8 +112,8 @@ def check(config: Config, request: Request) -> None:
     require_shards(config)
     if request.max_ranks > config.batch.micro_batches:
         raise UserError(
-            f"{request.max_nodes} node(s) x {request.ranks_per_node} are {request.max_ranks} ranks, and a step has "
-            f"only batch.micro_batches = {config.batch.micro_batches}: ask for fewer, or raise it, which changes "
+            f"{counted(request.max_nodes, 'node')} x {request.ranks_per_node} are {request.max_ranks} ranks, and a "
+            f"step has only batch.micro_batches = {config.batch.micro_batches}: ask for fewer, or raise it, which changes "
             "the result"
         )
     read_corpus(config)
@@ -222,7 +222,7 @@ def _told(submission: Submission, request: Request, run: Path) -> str:
     job_id = submission.job_ids[0]
     cancel = f"scancel {job_id}" if request.executor == "slurm" else f"kill {job_id}"
     lines = [
-        f"job {job_id}: {request.nodes} node(s) x {request.ranks_per_node} rank(s), run {run}",
+        f"job {job_id}: nodes {request.nodes} x {counted(request.ranks_per_node, 'rank')}, run {run}",
         f"logs    {submission.log()} (and one for each other node beside it)",
         f"watch   ddp-asr status {run} --watch",
         f"cancel  {cancel}",

@@ -26,7 +26,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ddp_asr.errors import UserError, run_entry_point
+from ddp_asr.errors import UserError, counted, run_entry_point
 from ddp_asr.runs.directory import read_lines
 from ddp_asr.runs.display import number, percent
 
@@ -105,7 +105,10 @@ def train_here(trials: Sequence[Trial], due: Sequence[Trial], request: Request, 
                 return
             time.sleep(POLL_S)
     except KeyboardInterrupt:
-        print(f"stopping {len(running)} trial(s) at a checkpoint; the same command continues the sweep", flush=True)
+        print(
+            f"stopping {counted(len(running), 'trial')} at a checkpoint; the same command continues the sweep",
+            flush=True,
+        )
         _stop_here([trial for trial in trials if trial.name in running])
         raise
 
@@ -219,7 +222,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             configs, folder = [trial.config for trial in due], submit.submission_folder(due[0].run.parent.absolute())
             submission = submit.submit_training(configs, request, folder, name=sweep.name, parallel=parallel)
             limit = f", {parallel} at a time" if parallel else ""
-            print(f"submitted {len(due)} trial(s) as job {submission.job_ids[0].partition('_')[0]}{limit}", flush=True)
+            print(
+                f"submitted {counted(len(due), 'trial')} as job {submission.job_ids[0].partition('_')[0]}{limit}",
+                flush=True,
+            )
         runs = read_runs(trials, reader)
     show_ranking(trials, runs, request)
     if reader.slurm_error:

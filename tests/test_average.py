@@ -8,7 +8,7 @@ import torch
 
 from ddp_asr import evaluate
 from ddp_asr.average import main
-from ddp_asr.errors import UserError
+from ddp_asr.errors import UserError, counted
 from ddp_asr.recognition.recogniser import build_recogniser, read_trained
 from ddp_asr.runs import checkpoint
 from tests import tiny_training as tiny
@@ -71,8 +71,9 @@ def test_the_mean_is_that_of_the_checkpoints_that_were_asked_for(run, tmp_path, 
         assert weight.dtype == torch.float32 and np.abs(weight.numpy() - expected[name]).max() <= 1e-7
     assert (state["step"], state["averages"]) == (steps[-1], None)
     assert state["averaged"]["steps"] == steps and state["averaged"]["weights"] == (which or "ema")
-    assert f"mean of {len(steps)} checkpoint(s), {which or 'ema'} weights of steps {', '.join(map(str, steps))}" in (
-        capsys.readouterr().out
+    assert (
+        f"mean of {counted(len(steps), 'checkpoint')}, {which or 'ema'} weights of steps {', '.join(map(str, steps))}"
+        in (capsys.readouterr().out)
     )
 
 

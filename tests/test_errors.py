@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from ddp_asr.errors import UserError, run_entry_point
+from ddp_asr.errors import UserError, counted, run_entry_point
 from tests.conftest import REPOSITORY
 
 
@@ -70,3 +70,8 @@ def test_a_quoted_value_of_any_length_and_content_leaves_a_sentence_that_can_be_
     sentence = str(UserError(f"the name is {'x' * 9_000}\x00\x1b[2J\n\x7f, which is no name: name another"))
     assert len(sentence) < 3_000 and sentence.startswith("the name is xxx")
     assert sentence.endswith("x??[2J ?, which is no name: name another")
+
+
+def test_a_noun_is_in_the_singular_for_one_thing_alone():
+    assert [counted(number, "rank") for number in (0, 1, 2)] == ["0 ranks", "1 rank", "2 ranks"]
+    assert counted(1000, "process") == "1,000 processes" and counted(3, "epoch") == "3 epochs"

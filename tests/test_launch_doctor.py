@@ -252,7 +252,7 @@ def test_an_address_that_belongs_to_another_node(back, sentence, monkeypatch):
     "script, gpus, sentences",
     [
         ("echo 'NVIDIA H100, 550.54'; echo 'NVIDIA H100, 550.54'", ["NVIDIA H100, driver 550.54"] * 2, []),
-        ("echo 'NVIDIA H100, 550.54'", ["NVIDIA H100, driver 550.54"], ["nvidia-smi shows 1 GPU(s)"]),
+        ("echo 'NVIDIA H100, 550.54'", ["NVIDIA H100, driver 550.54"], ["nvidia-smi shows 1 GPU"]),
         ("echo 'NVIDIA-SMI has failed'; exit 9", [], ["NVIDIA-SMI has failed"]),
         (None, [], ["there is no nvidia-smi"]),
     ],
@@ -264,7 +264,7 @@ def test_gpus_by_nvidia_smi(script, gpus, sentences, tmp_path, monkeypatch):
     report = Probe((), 2, 60).examine(["here"], 0, free_port())
     assert report["gpus"] == gpus
     assert report["wrong"] == [
-        f"{text}, and the job asked for 2 GPU(s): see 'nvidia-smi' and 'dmesg'" for text in sentences
+        f"{text}, and the job asked for 2 GPUs: see 'nvidia-smi' and 'dmesg'" for text in sentences
     ]
 
 
@@ -366,7 +366,7 @@ def test_an_all_reduce_that_fails_or_gives_nothing():
     lost = {"error": "rank 3 is gone", "measured": None}
     failed = {"node3": {"error": "a peer is gone", "measured": None}, "node2": lost}
     assert found_wrong(healthy(), all_reduce=failed) == [
-        "the all-reduce failed on node2 and 1 other node(s) (rank 3 is gone): see the logs in /runs/.doctor-1"
+        "the all-reduce failed on node2 and 1 other node (rank 3 is gone): see the logs in /runs/.doctor-1"
     ]
     assert found_wrong(healthy(), ended="the job ended as FAILED") == [
         "the all-reduce gave no result (the job ended as FAILED): see the logs in /runs/.doctor-1"
@@ -400,7 +400,7 @@ def test_of_a_job_that_was_torn_down_only_the_lost_node_is_blamed():
 
 
 def test_a_job_that_never_started():
-    why = "the job cannot start: it asks for 4 node(s), and 3 can be used: node3 is drained for Slurm"
+    why = "the job cannot start: it asks for 4 nodes, and 3 can be used: node3 is drained for Slurm"
     assert found_wrong({}, hosts=[], ended=why) == [why]
     assert found_wrong({}, hosts=[], complaints=["Unable to create step"]) == [
         "the job ended without a report; Unable to create step"
@@ -468,7 +468,7 @@ def test_a_job_is_waited_for(slurm, capsys):
         ([RUNNING, JobState("NODE_FAIL")], "the job ended as NODE_FAIL"),
         (
             [PENDING],
-            "the job cannot start: it asks for 2 node(s), and 1 can be used (node2 is down* for Slurm (Not "
+            "the job cannot start: it asks for 2 nodes, and 1 can be used (node2 is down* for Slurm (Not "
             "responding)): repair these, or ask for fewer nodes",
         ),
     ],
@@ -589,7 +589,7 @@ def test_a_rank_that_never_comes_is_named_within_the_limit():
         text=True,
         check=False,
     )
-    assert "error: rank 0 could not meet the other 1 rank(s)" in answer.stderr and answer.returncode == 2
+    assert "error: rank 0 could not meet the other 1 rank" in answer.stderr and answer.returncode == 2
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------

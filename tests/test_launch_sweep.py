@@ -388,7 +388,7 @@ def test_all_that_is_due_goes_to_slurm_as_one_array(scheduler, tmp_path, capsys)
     assert slurm.main() == 0
     assert slurm.submitted == [([1, 4, 5], 2)]
     folder, told = tmp_path / "runs" / "search", capsys.readouterr().out.splitlines()
-    assert told[0] == "submitted 3 trial(s) as job 12, 2 at a time"
+    assert told[0] == "submitted 3 trials as job 12, 2 at a time"
     assert told[1] == f"{folder}: 1 of 6 trials finished (1 done, 4 PENDING, 1 failed)"
     assert told[-3] == f"watch   ddp-asr status {folder} --watch"
     assert told[-2:] == ["cancel  scancel 7", "rank    the same command again, at any time"]
@@ -600,7 +600,7 @@ def test_ctrl_c_stops_the_trials_with_a_checkpoint_and_the_same_command_continue
         os.write(screen, b"\x03")
         told = read_to_end(screen).decode()
         assert process.wait(60) == 130
-    assert "stopping 1 trial(s) at a checkpoint; the same command" in told and "Traceback" not in told
+    assert "stopping 1 trial at a checkpoint; the same command" in told and "Traceback" not in told
     stopped = tiny_training.status(run)
     assert (stopped["state"], stopped["reason"], stopped["retry"]) == ("stopped", "SIGTERM", True)
     assert checkpoint.step_path(run, stopped["step"]).is_file()

@@ -418,4 +418,4 @@ def test_the_rehearsal_leaves_no_trace_on_any_rank(tiny_corpus, tmp_path):
     ranks = tiny.start(tiny_corpus.arguments(tmp_path, "run", "--train.epochs=1"), 3, [leaving_no_trace])
     output = ranks.succeed()
     assert ranks.output.count("no trace") == 2 * 3
-    assert "rehearsed the longest utterance: 2 utterance(s) of up to 1.0 s" in output
+    assert "rehearsed the longest utterance: 2 utterances of up to 1.0 s" in output

@@ -28,7 +28,7 @@ def command(*arguments, **environment):
 def test_the_real_command_alone(tiny_corpus, tmp_path):
     done = command(*tiny_corpus.arguments(tmp_path, "run", "--train.epochs=1"))
     assert (done.returncode, done.stderr) == (0, "")
-    assert "done at step 4: all 1 epochs" in done.stdout and "1 process(es) on cpu, fp32" in done.stdout
+    assert "done at step 4: all 1 epoch" in done.stdout and "1 process on cpu, fp32" in done.stdout
     assert (tmp_path / "run" / "curves.png").is_file() and (tmp_path / "run" / "spectrogram.png").is_file()
 
 

@@ -425,7 +425,7 @@ def test_ranks_of_two_attempts_of_a_job_never_meet(tiny_corpus, tmp_path):
     assert ranks.wait(limit_s=60) == [2, 2], ranks.output
     for rank in (0, 1):
         (said,) = sentences(ranks.logs[rank])
-        assert said.startswith(f"rank {rank} could not meet the other 1 rank(s) at 127.0.0.1:")
+        assert said.startswith(f"rank {rank} could not meet the other 1 rank at 127.0.0.1:")
     assert not (tmp_path / "run").exists()
 
 

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from ddp_asr import config
-from ddp_asr.errors import UserError
+from ddp_asr.errors import UserError, counted
 from ddp_asr.ranks.environment import before_nccl
 from ddp_asr.ranks.watchdog import Watchdog
 from ddp_asr.ranks.world import World, backend_timeout
@@ -54,8 +54,8 @@ def join(settings: config.Distributed, run_directory: Path | None = None) -> Wor
             raise UserError(f"{address} is in use by another program: choose another MASTER_PORT") from None
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(
-            f"rank {rank} could not meet the other {world_size - 1} rank(s) at {address} ({reason[:200]}): check "
-            "MASTER_ADDR, MASTER_PORT and that all ranks were started"
+            f"rank {rank} could not meet the other {counted(world_size - 1, 'rank')} at {address} ({reason[:200]}): "
+            "check MASTER_ADDR, MASTER_PORT and that all ranks were started"
         ) from None
     if backend == "nccl" and run_directory is not None:
         watchdog.dump = lambda: _write_flight_record(run_directory / f"flight-rank-{rank}")

@@ -18,7 +18,7 @@ from typing import Any
 
 from ddp_asr.config import Config
 from ddp_asr.data.plan import micro_batches_of_rank
-from ddp_asr.errors import UserError
+from ddp_asr.errors import UserError, counted
 from ddp_asr.files import finite
 from ddp_asr.ranks.world import World
 from ddp_asr.runs import tracking
@@ -62,10 +62,12 @@ class Reached:
         """What happened in all attempts of the run."""
         parts = [f"{self.progress.trained_s / 60:.1f} min in training steps"]
         if self.progress.skipped:
-            parts.append(f"{self.progress.skipped} step(s) skipped, {self.progress.overflows} for an fp16 overflow")
+            parts.append(
+                f"{counted(self.progress.skipped, 'step')} skipped, {self.progress.overflows} for an fp16 overflow"
+            )
         if self.progress.bad_keys:
             bad = self.progress.bad_keys
-            parts.append(f"{len(bad)} utterance(s) no longer readable: {', '.join(bad)}")
+            parts.append(f"{counted(len(bad), 'utterance')} no longer readable: {', '.join(bad)}")
         return ", ".join(parts)
 
 

@@ -12,6 +12,7 @@ from ddp_asr.data.index import read_index
 from ddp_asr.data.plan import micro_batches_of_rank, speed_samples
 from ddp_asr.data.targets import REASONS, TOO_FEW_FRAMES, explain_left_out
 from ddp_asr.decoding import make_decoder
+from ddp_asr.errors import counted
 from ddp_asr.model import AcousticModel, count_parameters, make_model
 from ddp_asr.runs.directory import read_status
 from ddp_asr.settings import describe_changes
@@ -95,11 +96,11 @@ def _plan_lines(config: Config, corpus: Corpus, world_size: int) -> list[str]:
     audio_s = corpus.index.samples.sum() / SAMPLE_RATE_HZ / plan.steps_per_epoch
     sizes_of_world = [w for w in sorted({*_WORLD_SIZES, world_size}) if 1 < w <= config.batch.micro_batches]
     balance = ", ".join(f"{epoch.balance(w):.3f} on {w}" for w in sizes_of_world) or "1 process only"
-    advice = plan.advise()
+    advice, buckets = plan.advise(), counted(len(plan.buckets), "bucket")
     return [
         f"steps             {plan.steps_per_epoch:,} an epoch, {plan.steps_per_epoch * config.train.epochs:,} in all",
         f"a step            {config.batch.micro_batches} micro-batches, {audio_s:.0f} s of audio on average",
-        f"a micro-batch     {sizes.min()} to {sizes.max()} utterances, from {len(plan.buckets)} bucket(s) of duration",
+        f"a micro-batch     {sizes.min()} to {sizes.max()} utterances, from {buckets} of duration",
         f"padding           {epoch.padding:.1%} of what is computed (epoch 1)",
         f"balance           {balance} processes (share of the slowest rank's time that the average rank works)",
         f"processes         up to {config.batch.micro_batches}; the result is the same for any number",

@@ -28,7 +28,7 @@ from torch import Tensor
 from ddp_asr import SAMPLE_RATE_HZ
 from ddp_asr.data.loader import MicroBatch
 from ddp_asr.data.storage import CHECK_SHARDS
-from ddp_asr.errors import UserError
+from ddp_asr.errors import UserError, counted
 from ddp_asr.files import finite
 from ddp_asr.ranks.signals import StopRequest
 from ddp_asr.ranks.world import RaisedElsewhere, World
@@ -175,7 +175,7 @@ class Trainer:
                 return self._stopped()
         self._save()
         self._finish()
-        return Outcome("done", f"all {self.schedule.epochs} epochs")
+        return Outcome("done", f"all {counted(self.schedule.epochs, 'epoch')}")
 
     def _step(self, batches: Iterator[MicroBatch], share_of_step: range) -> bool:
         """One step; returns whether any rank has been asked to stop."""

@@ -27,7 +27,7 @@ from ddp_asr.data.corpus import Corpus
 from ddp_asr.data.loader import Recordings, Work
 from ddp_asr.data.storage import CHECK_SHARDS
 from ddp_asr.data.targets import explain_left_out
-from ddp_asr.errors import UserError
+from ddp_asr.errors import UserError, counted
 from ddp_asr.features import masks as augment
 from ddp_asr.files import finite, json_lines, read_json
 from ddp_asr.model import count_parameters
@@ -98,7 +98,7 @@ class Recorder:
         self._attempt.message(
             f"run {self._path}: {count_parameters(self._learner.plain_model):,} parameters, {corpus.hours:.2f} h in "
             f"{len(corpus.index):,} utterances, {left_out} left out, {schedule.steps_per_epoch} steps x "
-            f"{schedule.epochs} epochs, {world.world_size} process(es) on {world.device.type}, "
+            f"{counted(schedule.epochs, 'epoch')}, {counted(world.world_size, 'process')} on {world.device.type}, "
             f"{self._config.train.precision}"
             + (f", going on from step {self._attempt.reached.progress.step}" if resumed else "")
         )

@@ -27,7 +27,7 @@ from ddp_asr import SAMPLE_RATE_HZ
 from ddp_asr.data.corpus import Corpus
 from ddp_asr.data.loader import MicroBatch
 from ddp_asr.data.plan import speed_samples
-from ddp_asr.errors import UserError
+from ddp_asr.errors import UserError, counted
 from ddp_asr.ranks.world import no_sync
 from ddp_asr.training.learner import Learner
 
@@ -198,4 +198,5 @@ def _stand_in(corpus: Corpus, rows: np.ndarray, views: int) -> MicroBatch:
 
 def _describe(batch: MicroBatch) -> str:
     utterances, longest = batch.waveforms.shape
-    return f"{utterances} utterance(s) of up to {longest / SAMPLE_RATE_HZ:.1f} s, {batch.targets.shape[1]} targets"
+    length = f"{longest / SAMPLE_RATE_HZ:.1f} s, {batch.targets.shape[1]} targets"
+    return f"{counted(utterances, 'utterance')} of up to {length}"

@@ -25,7 +25,7 @@ from ddp_asr.data.loader import MicroBatch, eval_loader, on_device, train_loader
 from ddp_asr.data.plan import micro_batches_of_rank
 from ddp_asr.data.storage import cache_shards
 from ddp_asr.decoding import Decoder, make_decoder
-from ddp_asr.errors import UserError
+from ddp_asr.errors import UserError, counted
 from ddp_asr.features.log_mel import LogMel
 from ddp_asr.model import AcousticModel, count_parameters, make_model
 from ddp_asr.objective import Objective
@@ -133,7 +133,7 @@ def _rehearse(attempt: Attempt, corpus: Corpus, learner: Learner, recorder: Reco
         attempt.message(f"rehearsed {line}")
     everyones = world.all_gather_objects((rehearsed.fuse, rehearsed.peak_bytes))
     fused, peaks_bytes = zip(*everyones, strict=True)
-    ranks = ", ".join(f"{number} on {fused.count(number)} rank(s)" for number in sorted(set(fused)))
+    ranks = ", ".join(f"{number} on {counted(fused.count(number), 'rank')}" for number in sorted(set(fused)))
     memory = f"; at most {max(peaks_bytes) / 2**30:.1f} GiB of a GPU" if any(peaks_bytes) else ""
     attempt.message(f"micro-batches that run as one batch: {ranks}{memory}")
     world.run_on_rank_zero(lambda: recorder.rehearsed(fused) if recorder else None)

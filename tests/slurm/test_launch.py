@@ -16,7 +16,7 @@ TOLERANCE = 1e-4  # of property 2, in float32
 def test_two_nodes_train_what_one_process_does(undisturbed, tiny_corpus, tmp_path, by):
     job = harness.LAUNCHERS[by](tiny_corpus, tmp_path, Shape(ranks=2))
     job.succeed()
-    assert "4 process(es) on cpu" in job.output() and job.restarts == 0
+    assert "4 processes on cpu" in job.output() and job.restarts == 0
     hosts = {harness.rank_log(job.run, rank).split(", ")[1] for rank in range(4)}
     assert len(hosts) == 2
     tiny.assert_same_run(job.run, undisturbed(4))

@@ -94,7 +94,7 @@ def test_a_cancelled_job_stays_away_and_its_run_goes_on(undisturbed, tiny_corpus
         job.succeed()
         assert "going on from step 7" in job.output()
     tiny.assert_same_run(same.run, undisturbed(2))
-    assert "3 process(es)" in other.output()
+    assert "3 processes" in other.output()
     tiny.assert_close_runs(other.run, undisturbed(1), TOLERANCE)
     assert [job.accounted() for job in cancelled] == [["CANCELLED"], ["CANCELLED"]]
 
