@@ -113,8 +113,8 @@ def check(config: Config, request: Request) -> None:
     if request.max_ranks > config.batch.micro_batches:
         raise UserError(
             f"{counted(request.max_nodes, 'node')} x {request.ranks_per_node} are {request.max_ranks} ranks, and a "
-            f"step has only batch.micro_batches = {config.batch.micro_batches}: ask for fewer, or raise it, which changes "
-            "the result"
+            f"step has only batch.micro_batches = {config.batch.micro_batches}: ask for fewer, or raise it, which "
+            "changes the result"
         )
     read_corpus(config)
 

@@ -20,13 +20,14 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddp_asr.errors import UserError
+from ddp_asr.errors import UserError, counted
 
 FORMATS = {  # module -> what it reads; tried in this order
     "librispeech": "a LibriSpeech directory (audio files beside *.trans.txt)",
@@ -114,7 +115,10 @@ def open_source(name: str, options: SourceOptions) -> Source:
             return source
     except OSError as error:
         raise UserError(f"{error.filename or name} cannot be read: {error.strerror or error}") from None
-    raise UserError(f"no such source: {name} {_seen_at(Path(name))}; a source is {', or '.join(FORMATS.values())}")
+    formats = ", or ".join(re.sub(r" \([^)]*\)", "", meaning) for meaning in FORMATS.values())
+    raise UserError(
+        f"no such source: {name} {_seen_at(Path(name))}; a source is {formats}: ddp-asr shard --help has their files and names"
+    )
 
 
 def _seen_at(path: Path) -> str:
@@ -126,7 +130,7 @@ def _seen_at(path: Path) -> str:
         suffixes = collections.Counter(os.path.splitext(name)[1] or "without suffix" for name in names).most_common(4)
         seen = ", ".join(f"{count:,} {suffix}" for suffix, count in suffixes)
         examples = f" ({seen}), such as {' and '.join(sorted(names)[:2])}" if names else ""
-        return f"is in no known format, a directory with {len(names):,} file{'s' * (len(names) != 1)}{examples}"
+        return f"is in no known format, a directory with {counted(len(names), 'file')}{examples}"
     if path.is_file():
         with path.open("rb") as file:
             first = file.read(40)
