@@ -117,7 +117,8 @@ def open_source(name: str, options: SourceOptions) -> Source:
         raise UserError(f"{error.filename or name} cannot be read: {error.strerror or error}") from None
     formats = ", or ".join(re.sub(r" \([^)]*\)", "", meaning) for meaning in FORMATS.values())
     raise UserError(
-        f"no such source: {name} {_seen_at(Path(name))}; a source is {formats}: ddp-asr shard --help has their files and names"
+        f"no such source: {name} {_seen_at(Path(name))}; a source is {formats}: "
+        "ddp-asr shard --help has their files and names"
     )
 
 
