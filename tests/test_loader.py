@@ -242,6 +242,7 @@ def index_of_flacs(directory, flacs, samples):
         samples=np.array(samples, np.int64),
         keys=pyarrow.array(keys),
         texts=pyarrow.array(["a b"] * len(flacs)),
+        speakers=pyarrow.array([""] * len(flacs)),
         key_hash=np.arange(len(flacs), dtype=np.uint64),
     )
 

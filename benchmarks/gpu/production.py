@@ -76,6 +76,7 @@ def make_corpus(config: Config, *, small: bool, utterances: int = UTTERANCES, sc
         samples=samples,
         keys=pyarrow.array([f"noise-{n:06d}" for n in range(utterances)]),
         texts=pyarrow.array(texts),
+        speakers=pyarrow.array([""] * utterances),
         key_hash=key_hash,
     )
     with patch.object(corpora, "read_index", lambda directories: index):

@@ -66,6 +66,8 @@ class Index:
     """int64: length of the audio, at 16 kHz."""
     keys: pyarrow.Array
     texts: pyarrow.Array
+    speakers: pyarrow.Array
+    """"" where the source names none."""
     key_hash: np.ndarray
     """uint64: identifies the utterance in every random draw, whatever its row."""
 
@@ -85,12 +87,16 @@ class Index:
         """The utterance's transcript, as given."""
         return str(self.texts[int(row)].as_py())
 
+    def speaker(self, row: int) -> str:
+        """Who speaks in the utterance, as the source names them; "" where it names nobody."""
+        return str(self.speakers[int(row)].as_py())
+
     def take(self, rows: np.ndarray | Sequence[int]) -> Index:
         """The given rows in the given order; a boolean mask is taken too. Shards keep their numbers."""
         numbers = np.asarray(rows)
         numbers = np.flatnonzero(numbers) if numbers.dtype == bool else numbers.astype(np.int64)
         flat = {name: getattr(self, name)[numbers] for name in ("shard", "offset", "bytes", "samples", "key_hash")}
-        strings = {name: getattr(self, name).take(pyarrow.array(numbers)) for name in ("keys", "texts")}
+        strings = {name: getattr(self, name).take(pyarrow.array(numbers)) for name in ("keys", "texts", "speakers")}
         return Index(shards=self.shards, checksums=self.checksums, **flat, **strings)
 
     def fingerprint(self) -> str:
@@ -140,6 +146,7 @@ def read_index(directories: Sequence[str | Path]) -> Index:
         samples=_flat(table, "samples").to_numpy(),
         keys=keys,
         texts=_flat(table, "text"),
+        speakers=_flat(table, "speaker"),
         key_hash=key_hashes(keys.to_pylist()),
     )
 

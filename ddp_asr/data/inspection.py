@@ -32,7 +32,7 @@ from ddp_asr.data import flac
 from ddp_asr.data.audio import Packed, check_listed, pack
 from ddp_asr.data.index import key_hashes, read_dataset_json, read_index
 from ddp_asr.data.sources import DUPLICATE, MISSING_AUDIO, SourceOptions, Utterance, open_source
-from ddp_asr.data.storage import Shards, open_store, scheme_of
+from ddp_asr.data.storage import Shards, scheme_of
 from ddp_asr.data.threads import in_order
 from ddp_asr.errors import UserError
 from ddp_asr.text import make_tokeniser
@@ -135,16 +135,14 @@ def _open_source(name: str, options: SourceOptions) -> tuple[int, Iterator[Item]
 
 
 def _open_shards(directory: str) -> tuple[int, Iterator[Item]]:
-    index, store = read_index([directory]), open_store(directory)
-    shards, url = Shards(index.shards), f"{directory.rstrip('/')}/index.parquet"
-    table = pyarrow.BufferReader(store.read(url, 0, store.size(url)))
-    speakers = pyarrow.parquet.read_table(table, columns=["speaker"])["speaker"]
+    index = read_index([directory])
+    shards = Shards(index.shards)
 
     def items() -> Iterator[Item]:
-        for row, speaker in enumerate(speakers):
+        for row in range(len(index)):
             place = (int(index.shard[row]), int(index.offset[row]), int(index.bytes[row]))
             seconds, key = int(index.samples[row]) / SAMPLE_RATE_HZ, index.key(row)
-            utterance = Utterance(key, key, index.text(row), speaker.as_py(), duration_s=seconds, has_text=False)
+            utterance = Utterance(key, key, index.text(row), index.speaker(row), duration_s=seconds, has_text=False)
             yield utterance, functools.partial(shards.read, *place)
 
     return len(index), items()
