@@ -1,5 +1,7 @@
 """Counts against an independent edit distance, their sums, and the bootstrap against a plain loop."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -24,6 +26,7 @@ def total(references: list[str], hypotheses: list[str]) -> Counts:
     return Counts.from_array(score.count_each(references, hypotheses).sum(axis=0))
 
 
+UTTERANCES = score.units_of([""] * 60)
 texts = st.text(alphabet="ab ", max_size=12)
 corpora = st.lists(st.tuples(texts, texts), max_size=6)
 
@@ -75,7 +78,7 @@ def test_intervals_are_those_of_a_plain_bootstrap() -> None:
     references = ["a b c d e f g h"] * 60
     hypotheses = [" ".join(w if random.random() > 0.2 else "x" for w in r.split()) for r in references]
     each = score.count_each(references, hypotheses)
-    wer, cer = score.intervals(each, resamples=2000)
+    wer, cer = score.intervals(each, UTTERANCES, resamples=2000)
 
     draws = np.random.default_rng(2)
     plain = []
@@ -86,7 +89,7 @@ def test_intervals_are_those_of_a_plain_bootstrap() -> None:
     assert wer.high == pytest.approx(np.percentile(plain, 97.5), abs=0.01)
     assert wer.low < total(references, hypotheses).wer < wer.high
     assert 0 < cer.low < cer.high < wer.high
-    assert score.intervals(each, resamples=2000) == (wer, cer)  # a fixed seed
+    assert score.intervals(each, UTTERANCES, resamples=2000) == (wer, cer)  # a fixed seed
 
 
 def test_the_interval_of_a_difference_is_that_of_a_plain_paired_bootstrap() -> None:
@@ -97,7 +100,7 @@ def test_the_interval_of_a_difference_is_that_of_a_plain_paired_bootstrap() -> N
         " ".join(r if random.random() > 0.8 else w for w, r in zip(t.split(), "abcdefgh", strict=True)) for t in worse
     ]
     first, second = score.count_each(references, better), score.count_each(references, worse)
-    interval = score.paired_interval(first, second, resamples=2000)
+    interval = score.paired_interval(first, second, UTTERANCES, resamples=2000)
 
     draws = np.random.default_rng(2)
     plain = []
@@ -107,19 +110,77 @@ def test_the_interval_of_a_difference_is_that_of_a_plain_paired_bootstrap() -> N
     assert interval.low == pytest.approx(np.percentile(plain, 2.5), abs=0.01)
     assert interval.high == pytest.approx(np.percentile(plain, 97.5), abs=0.01)
     assert interval.low < interval.high < 0
-    swapped = score.paired_interval(second, first, resamples=2000)
+    swapped = score.paired_interval(second, first, UTTERANCES, resamples=2000)
     assert (swapped.low, swapped.high) == pytest.approx((-interval.high, -interval.low))
-    wer, other = score.intervals(first)[0], score.intervals(second)[0]
+    wer, other = score.intervals(first, UTTERANCES)[0], score.intervals(second, UTTERANCES)[0]
     assert interval.high - interval.low < (wer.high - wer.low) + (other.high - other.low)
-    assert score.paired_interval(first, first) == score.Interval(0.0, 0.0)
+    assert score.paired_interval(first, first, UTTERANCES) == score.Interval(0.0, 0.0)
 
 
 def test_intervals_in_blocks_and_of_nothing() -> None:
     each = np.zeros((5_000_000 // 2, 8), dtype=np.int64)  # one resample a block
     each[:, 3] = each[:, 0] = 1
-    wer, cer = score.intervals(each, resamples=2)
+    wer, cer = score.intervals(each, score.units_of([""] * len(each)), resamples=2)
     assert (wer.low, wer.high, cer.high) == (1.0, 1.0, 0.0)
-    assert score.intervals(np.zeros((0, 8), dtype=np.int64))[0].high == 0.0
+    assert score.intervals(np.zeros((0, 8), dtype=np.int64), score.units_of([]))[0].high == 0.0
+
+
+def spoken(random: np.random.Generator, speakers: int, mean: float = 0.12) -> np.ndarray:
+    """Counts of 13 utterances of 6 words by each speaker, who has an error rate of their own."""
+    rates = np.clip(random.normal(mean, 0.05, speakers), 0.005, 1).repeat(13)
+    each = np.zeros((len(rates), 8), dtype=np.int64)
+    each[:, 0], each[:, 3], each[:, 7] = random.binomial(6, rates), 6, 1
+    return each
+
+
+def test_speakers_are_drawn_where_there_are_five() -> None:
+    names = ["a", "b", "", "c", "a", ""]
+    assert score.units_of(names).kind == "utterances" and score.units_of(names).of.tolist() == [0, 1, 2, 3, 4, 5]
+    units = score.units_of([*names, "d", "e"])
+    assert (units.kind, units.number, units.of.tolist()) == ("speakers", 7, [0, 1, 2, 3, 0, 4, 5, 6])
+
+
+def test_intervals_over_speakers_hold_the_truth_where_those_over_utterances_do_not() -> None:
+    random, held = np.random.default_rng(0), [0, 0]
+    for _ in range(200):
+        each = spoken(random, 10)
+        for way, names in enumerate((np.arange(10).repeat(13).astype(str).tolist(), [""] * 130)):
+            wer, _ = score.intervals(each, score.units_of(names), resamples=1000)
+            held[way] += wer.low <= 0.12 <= wer.high
+    assert 180 <= held[0] <= 198 and held[1] < 170  # 95 % are 190; a plain percentile interval holds 180 at most
+
+
+def test_p_is_the_share_of_all_exchanges() -> None:
+    random = np.random.default_rng(0)
+    first, second, units = spoken(random, 7), spoken(random, 7), score.units_of([str(n // 13) for n in range(91)])
+    differences = [(first - second)[13 * n : 13 * n + 13, 0].sum() for n in range(7)]
+    sums = [abs(sum(s * d for s, d in zip(signs, differences, strict=True))) for signs in product((1, -1), repeat=7)]
+    assert score.paired_p(first, second, units) == np.mean([each >= abs(sum(differences)) for each in sums])
+    assert score.paired_p(first, second, units) == score.paired_p(second, first, units)
+    assert score.paired_p(first, first, units) == 1.0
+    drawn = score.paired_p(first, second, units, resamples=100)  # fewer than the 128 exchanges
+    assert drawn == pytest.approx(score.paired_p(first, second, units), abs=0.15)
+
+
+def test_chance_alone_is_rarely_a_significant_difference() -> None:
+    random, names = np.random.default_rng(0), np.arange(10).repeat(13).astype(str).tolist()
+    found = [score.paired_p(spoken(random, 10), spoken(random, 10), score.units_of(names)) for _ in range(200)]
+    assert 2 <= sum(p < 0.05 for p in found) <= 20
+    better = [
+        score.paired_p(spoken(random, 10, 0.08), spoken(random, 10, 0.25), score.units_of(names)) for _ in range(9)
+    ]
+    assert max(better) < 0.05
+
+
+@given(texts, texts)
+def test_an_alignment_spells_both_texts_and_has_the_errors_that_are_counted(reference: str, hypothesis: str) -> None:
+    aligned = score.align_words(reference, hypothesis)
+    assert [said for _, said, _ in aligned if said] == reference.split()
+    assert [heard for _, _, heard in aligned if heard] == hypothesis.split()
+    counts = total([reference], [hypothesis])
+    kinds = [kind for kind, _, _ in aligned]
+    assert kinds.count("s") == counts.word_substitutions and kinds.count("d") == counts.word_deletions
+    assert kinds.count("i") == counts.word_insertions and len(kinds) - kinds.count("i") == counts.words
 
 
 def test_the_worst_utterances_come_first_and_right_ones_not_at_all() -> None:

@@ -18,13 +18,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ddp_asr import SAMPLE_RATE_HZ
+from ddp_asr.data.audio import snr_db
 from ddp_asr.data.index import Index
 from ddp_asr.data.loader import MicroBatch
 from ddp_asr.decoding import Decoder
 from ddp_asr.objective import ctc_loss
 from ddp_asr.ranks.world import World
 from ddp_asr.recognition.recogniser import Recogniser
-from ddp_asr.text.score import Counts, Interval, count_each, intervals, paired_interval
+from ddp_asr.text.score import Counts, Interval, Units, count_each, intervals, paired_interval, units_of
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class Recognised:
     """Of the hypothesis (see its decoder)."""
     others: list[tuple[str, float]] = field(default_factory=list)
     """(text, score) of the next best hypotheses, if the decoder has any."""
+    speaker: str = ""
+    """"" where it is unknown."""
+    seconds: float = 0.0
+    snr_db: float = math.nan
+    """See `ddp_asr.data.audio.snr_db`; not a number where it was not asked for."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Beside:
 
     counts: Counts
     difference: Interval
-    """Of WER minus greedy WER; both are resampled with the same utterances."""
+    """Of WER minus greedy WER; both are resampled with the same speakers or utterances."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,8 @@ class Summary:
     each: np.ndarray
     """int64 (N, 8): counts of each utterance, aligned with `utterances`."""
     counts: Counts
+    units: Units
+    """What the intervals are over."""
     wer_interval: Interval
     cer_interval: Interval
     loss: float
@@ -99,6 +108,7 @@ def recognise(
     batches: Iterable[MicroBatch | None],
     should_stop: Callable[[], bool] = lambda: False,
     greedy: Decoder | None = None,
+    with_snr: bool = False,
 ) -> Results | None:
     """What is recognised in this rank's micro-batches; None where `should_stop` said yes.
 
@@ -106,6 +116,7 @@ def recognise(
         batches: the rank's `eval_loader`, equally many on every rank; None in a round without one.
         should_stop: asked after each round, on all ranks at the same one.
         greedy: a second decoder, whose texts `Recognised.greedy` gets.
+        with_snr: whether to estimate `Recognised.snr_db`.
     """
     results = Results()
     was_training = recogniser.model.training
@@ -113,7 +124,7 @@ def recognise(
     try:
         for batch in batches:
             if batch is not None:
-                results.utterances.extend(recognise_batch(recogniser, index, batch, greedy))
+                results.utterances.extend(recognise_batch(recogniser, index, batch, greedy, with_snr))
                 results.bad.extend(batch.bad)
             if should_stop():
                 return None
@@ -123,7 +134,7 @@ def recognise(
 
 
 def recognise_batch(
-    recogniser: Recogniser, index: Index, batch: MicroBatch, greedy: Decoder | None = None
+    recogniser: Recogniser, index: Index, batch: MicroBatch, greedy: Decoder | None = None, with_snr: bool = False
 ) -> list[Recognised]:
     """What is recognised in each utterance of a micro-batch; none for the silent stand-in of an empty one."""
     tokeniser = recogniser.tokeniser
@@ -131,16 +142,24 @@ def recognise_batch(
     hypotheses = recogniser.decoder(logits, frames)
     greedy_texts = [each.text for each in greedy(logits, frames)] if greedy else [""] * len(hypotheses)
     losses = ctc_loss(logits, frames, batch.targets.to(logits.device), batch.target_lengths).tolist()
+    snrs_db = [math.nan] * len(hypotheses)
+    if with_snr:
+        lengths = zip(batch.waveforms.numpy(), batch.samples.tolist(), strict=True)
+        snrs_db = [snr_db(waveform[:samples]) for waveform, samples in lengths]
+    heard = zip(hypotheses, greedy_texts, losses, snrs_db, strict=True)
     found = []
-    for row, key, hypothesis, greedy_text, loss, weight in zip(
-        batch.rows.tolist(), batch.keys, hypotheses, greedy_texts, losses, batch.weight.tolist(), strict=True
+    for row, key, weight, (hypothesis, greedy_text, loss, snr) in zip(
+        batch.rows.tolist(), batch.keys, batch.weight.tolist(), heard, strict=True
     ):
         if weight:
             reference = tokeniser.normalise(index.text(row))
             spelt = bool(reference) and not tokeniser.count([reference]).foreign[0]
             loss = loss if spelt else math.inf
             scored = hypothesis.score, hypothesis.others
-            found.append(Recognised(row, key, reference, hypothesis.text, loss, greedy_text, *scored))
+            speaker, seconds = index.speaker(row), float(index.samples[row]) / SAMPLE_RATE_HZ
+            found.append(
+                Recognised(row, key, reference, hypothesis.text, loss, greedy_text, *scored, speaker, seconds, snr)
+            )
     return found
 
 
@@ -158,16 +177,18 @@ def summarise(results: Results, beside_greedy: bool = False) -> Summary:
     in_order = sorted(results.utterances, key=lambda utterance: utterance.row)
     each = count_each([u.reference for u in in_order], [u.hypothesis for u in in_order])
     losses = [u.loss for u in in_order if u.loss != math.inf]
-    wer_interval, cer_interval = intervals(each)
+    units = units_of([u.speaker for u in in_order])
+    wer_interval, cer_interval = intervals(each, units)
     greedy = None
     if beside_greedy:
         greedy_each = count_each([u.reference for u in in_order], [u.greedy for u in in_order])
-        greedy = Beside(Counts.from_array(greedy_each.sum(axis=0)), paired_interval(each, greedy_each))
+        greedy = Beside(Counts.from_array(greedy_each.sum(axis=0)), paired_interval(each, greedy_each, units))
     return Summary(
         utterances=in_order,
         bad=sorted(results.bad),
         each=each,
         counts=Counts.from_array(each.sum(axis=0)),
+        units=units,
         wer_interval=wer_interval,
         cer_interval=cer_interval,
         loss=math.fsum(losses) / len(losses) if losses else math.nan,
