@@ -31,7 +31,7 @@ demo: $(STAMP)  ## synthesise a corpus, shard, train on two processes, evaluate 
 	$(BIN)/python -m ddp_asr.shard demo/corpus/train --out demo/shards/train
 	$(BIN)/python -m ddp_asr.shard demo/corpus/test --out demo/shards/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m ddp_asr train --processes 2 --config configs/demo.yaml
-	$(BIN)/python -m ddp_asr.evaluate $(DEMO_RUN) demo/shards/test
+	$(BIN)/python -m ddp_asr.evaluate $(DEMO_RUN) demo/shards/test --report demo/report
 	$(BIN)/python -m ddp_asr.lm --run $(DEMO_RUN) --out demo/lm.arpa.gz
 	@set -e; echo "With a beam search and this language model:"; \
 		table=$$($(BIN)/python -m ddp_asr.evaluate $(DEMO_RUN) demo/shards/test --decoder configs/decoders/demo.yaml); \
@@ -43,6 +43,7 @@ demo: $(STAMP)  ## synthesise a corpus, shard, train on two processes, evaluate 
 	@echo "The run       $(DEMO_RUN)"
 	@echo "Comet archive $$(ls $(DEMO_RUN)/comet/*.zip) (upload it with: $(BIN)/comet upload ARCHIVE)"
 	@echo "Curves        $(DEMO_RUN)/curves.png"
+	@echo "Report        demo/report/index.html (open it in a browser)"
 
 test: $(STAMP)  ## every test this machine can run, but for those on a cluster
 	$(BIN)/python -m pytest -n $(TESTS_AT_A_TIME) --dist loadfile --no-loadscope-reorder

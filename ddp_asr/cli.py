@@ -26,6 +26,7 @@ COMMANDS = {
     "shard": "turn recordings and transcripts into shards",
     "train": "train on shards, on all GPUs of this machine; the same command goes on with a stopped run",
     "evaluate": "word and character error rates of a trained model on shards",
+    "compare": "which of two evaluations of the same utterances is better, and how sure that is",
     "transcribe": "write down what is said in audio files",
     "align": "find when each word of known texts is said, and transcripts that may be wrong",
     "vocabulary": "learn word pieces of text or transcripts",

@@ -1,6 +1,7 @@
 """Error rates of a checkpoint: `python -m ddp_asr.evaluate CHECKPOINT SHARDS...`, alone or under torchrun.
 
-checkpoint --> Recogniser        shards --> recognition.evaluation, over all ranks --> Summary on rank 0 --> report
+checkpoint --> Recogniser        shards --> recognition.evaluation, over all ranks --> Summary on rank 0 --> what is
+printed, JSON lines (--out), one HTML file (--report)
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ EXAMPLES = """
 examples:
   python -m ddp_asr.evaluate runs/librispeech_100 shards/test-clean
   python -m ddp_asr.evaluate runs/an4/best.pt shards/an4-dev --out hyps.jsonl --json
+  python -m ddp_asr.evaluate runs/an4 shards/an4-dev --report report     then open report/index.html
   python -m ddp_asr.evaluate runs/an4 shards/an4-dev --decoder runs/an4/decoder.yaml
   ddp-asr evaluate --processes 8 runs/librispeech_960 shards/test-clean shards/test-other
 """
@@ -54,6 +56,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="write key, texts and error counts of every utterance (JSON lines)")
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    add_report_options(parser)
     parser.add_argument(
         "--precision",
         default="fp32",
@@ -74,6 +77,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         if (getattr(arguments, name) or 0) < 0:
             raise UserError(f"--{name} must be 0 or more, not {getattr(arguments, name)}")
     return arguments
+
+
+def add_report_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a report, those of `ddp_asr.compare`, too."""
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write a page to look at: DIR/index.html, DIR/audio")
+    parser.add_argument(
+        "--report-audio",
+        choices=("none", "worst", "all"),
+        default="worst",
+        help="recordings beside the report; worst, the default: up to 100 MB, those with the most errors first",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,7 +135,7 @@ def evaluate(arguments: argparse.Namespace, world: World) -> None:
     greedy = None
     if config.decoder.kind != "greedy":
         greedy = make_decoder(Greedy(), recogniser.tokeniser, config.frame_s)
-    results = recognise(recogniser, index, batches, greedy=greedy)
+    results = recognise(recogniser, index, batches, greedy=greedy, with_snr=True)
     assert results is not None, "nothing asked it to stop"
     summary = gather(world, results, beside_greedy=greedy is not None)
     wall_s = time.monotonic() - started  # of all ranks, since rank 0 has just waited for the last
@@ -132,6 +146,10 @@ def _prepare(arguments: argparse.Namespace) -> Trained:
     """The checkpoint, once it is sure that the result can be written."""
     if arguments.out is not None:
         check_writable(arguments.out)
+    if arguments.report is not None:
+        from ddp_asr.recognition.report import check_directory
+
+        check_directory(arguments.report)
     from ddp_asr.recognition.recogniser import read_trained
 
     return read_trained(arguments.checkpoint)
@@ -168,7 +186,10 @@ def _report(
     if arguments.out is not None:
         _write_utterances(arguments.out, summary)
     facts = {**_facts(trained, summary, index, wall_s), "decoder": asdict(config.decoder)}
+    page = None if arguments.report is None else _write_report(arguments, facts, summary, index)
     print(json.dumps(facts) if arguments.json else _table(facts, summary, arguments.worst))
+    if page and not arguments.json:
+        print(f"\nreport  {page}")
 
 
 def _facts(trained: Trained, summary: Summary, index: Index, wall_s: float) -> dict[str, Any]:
@@ -185,6 +206,8 @@ def _facts(trained: Trained, summary: Summary, index: Index, wall_s: float) -> d
         "wer_interval": [summary.wer_interval.low, summary.wer_interval.high],
         "cer": finite(summary.cer),
         "cer_interval": [summary.cer_interval.low, summary.cer_interval.high],
+        "intervals_over": summary.units.kind,
+        "speakers": len({u.speaker for u in summary.utterances} - {""}),
         **asdict(summary.counts),
         **({} if summary.greedy is None else _beside_greedy(summary.greedy)),
         "loss": finite(summary.loss),
@@ -219,6 +242,7 @@ def _table(facts: dict[str, Any], summary: Summary, worst_shown: int) -> str:
             f"{name}  {100 * value:6.2f} %   95 % interval {100 * interval.low:.2f} to {100 * interval.high:.2f} %   "
             f"{total} {unit}: {errors[0]} substituted, {errors[1]} deleted, {errors[2]} inserted"
         )
+    lines.append(f"intervals: bootstrap over {summary.units.number} {summary.units.kind}")
     if summary.greedy is not None:
         greedy, difference = summary.greedy.counts, summary.greedy.difference
         lines.append(
@@ -253,16 +277,39 @@ def _write_utterances(path: Path, summary: Summary) -> None:
     lines = []
     for utterance, counts in zip(summary.utterances, summary.each, strict=True):
         texts = {"key": utterance.key, "reference": utterance.reference, "hypothesis": utterance.hypothesis}
+        heard = {"speaker": utterance.speaker, "seconds": utterance.seconds, "snr_db": finite(utterance.snr_db)}
         if summary.greedy is not None:
             texts |= {"greedy": utterance.greedy}
         scored: dict[str, Any] = {"score": finite(utterance.score)}
         if utterance.others:
             scored["n_best"] = [[utterance.hypothesis, utterance.score], *map(list, utterance.others)]
-        lines.append({**texts, **scored, **asdict(Counts.from_array(counts))})
+        lines.append({**texts, **heard, **scored, **asdict(Counts.from_array(counts))})
     try:
         replace_file(path, json_lines(lines))
     except OSError as error:
         raise UserError(f"--out {path} cannot be written: {error.strerror}; free space or name another place") from None
+
+
+def _write_report(arguments: argparse.Namespace, facts: dict[str, Any], summary: Summary, index: Index) -> Path:
+    from ddp_asr.recognition import report
+
+    texts, found = [u.hypothesis for u in summary.utterances], summary.utterances
+    system = report.System(facts["checkpoint"], texts, summary.each, summary.wer_interval, summary.cer_interval)
+    utterances = [report.Utterance(u.key, u.reference, u.speaker, u.seconds, u.snr_db) for u in found]
+    order = [found[n].row for n in report.worst_first([system])]
+    audio = report.copy_audio(index, order, arguments.report, arguments.report_audio)
+    decoder = ", ".join(str(v) if k == "kind" else f"{k} {v}" for k, v in facts["decoder"].items() if v not in ("", 0))
+    shown = [
+        ("checkpoint", facts["checkpoint"]),
+        ("step", f"{facts['step']:,} (epoch {facts['epoch']})"),
+        ("decoder", decoder),
+        ("data", " ".join(arguments.shards)),
+        ("utterances", f"{facts['utterances']:,}, {facts['hours']:.2f} h"),
+        ("speakers", f"{facts['speakers']:,}" if facts["speakers"] else "unknown"),
+        *([("not scored, no longer decode", str(facts["bad_samples"]))] if facts["bad_samples"] else []),
+    ]
+    title = f"Error rates of {facts['checkpoint']}"
+    return report.write(arguments.report, report.page_data(title, shown, utterances, [system], summary.units, audio))
 
 
 def _warn(sentence: str) -> None:

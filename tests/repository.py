@@ -40,7 +40,7 @@ TOP_LEVEL = {
     "objective": "model objective",
     "doors": (
         "__main__ cli train evaluate transcribe align inspect shard vocabulary lm tune average tracking bandwidth "
-        "configs"
+        "configs compare"
     ),
 }
 MAY_IMPORT = {

@@ -17,6 +17,7 @@ ENTRY_POINTS = [
             "shard",
             "train",
             "evaluate",
+            "compare",
             "transcribe",
             "align",
             "vocabulary",

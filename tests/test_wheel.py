@@ -67,6 +67,7 @@ def test_it_has_one_name_and_every_file_of_the_program(wheel):
     assert {name.split("/")[0] for name in names} == {"ddp_asr"}
     wanted = {f"ddp_asr/{path.relative_to(REPOSITORY / 'ddp_asr')}" for path in (REPOSITORY / "ddp_asr").rglob("*.py")}
     wanted |= {f"ddp_asr/{path.relative_to(REPOSITORY)}" for path in (REPOSITORY / "launch").glob("*.py")}
+    wanted.add("ddp_asr/recognition/report.html")
     for pattern in ("configs/**/*.yaml", "slurm/*.sbatch"):
         wanted |= {f"ddp_asr/share/{path.relative_to(REPOSITORY)}" for path in REPOSITORY.glob(pattern)}
     assert {name for name in names if not name.endswith("/")} >= wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gzip
 import io
@@ -16,13 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddp_asr import config, lm
+from ddp_asr import compare, config, lm
 from ddp_asr.config import config_from_dict
 from ddp_asr.data.index import read_index
 from ddp_asr.decoding import make_decoder
 from ddp_asr.decoding.kneser_ney import estimate
 from ddp_asr.decoding.ngram import read_arpa, write_arpa
 from ddp_asr.features.log_mel import LogMel
+from ddp_asr.files import json_lines
 from ddp_asr.model import make_model
 from ddp_asr.objective import Objective
 from ddp_asr.ranks.world import World
@@ -310,6 +312,32 @@ class Text(Target):
             again = read_arpa(directory / "lm.arpa")
             if [len(order) for order in again.orders] != [len(order) for order in model.orders]:
                 raise Wrong("the model that was written reads back as another one")
+
+
+class Hypotheses(Target):
+    """What `evaluate --out` wrote, for `compare`"""
+
+    name = "hypotheses"
+    share = 20
+
+    def seeds(self) -> list[Tree]:
+        line = {"speaker": "s", "seconds": 1.5, "snr_db": 20.5, "score": -1.0}
+        texts = [("a b", "a b"), ("b a", "b"), ("", "a"), ("ß", "")]
+        files = [
+            json_lines({"key": f"k{n}", "reference": r, "hypothesis": h, **line} for n, (r, h) in enumerate(lines))
+            for lines in (texts, [(r, r) for r, _ in texts])
+        ]
+        return [{name: text.encode() for name, text in zip(("a.jsonl", "b.jsonl"), files, strict=True)}]
+
+    def read(self, directory: Path) -> None:
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            compare.main(
+                [*(str(directory / name) for name in ("a.jsonl", "b.jsonl")), "--report", str(directory / "r")]
+            )
+        page = (directory / "r" / "index.html").read_text(encoding="utf-8")
+        if page.count("</script>") != 2 or ("better" not in out.getvalue() and "significant" not in out.getvalue()):
+            raise Wrong("a text ends the page's data, or nothing is said")
 
 
 class Tokeniser(Target):
