@@ -175,6 +175,7 @@ def average(paths: Sequence[Path], which: str | None = None) -> dict[str, Any]:
         },
         "averages": None,
         **{"step": trained.step, "epoch": trained.epoch, "config": trained.config, "tokeniser": trained.tokeniser},
+        "longest_s": trained.longest_s,
         "averaged": {"weights": which, "files": list(map(str, paths)), "steps": steps},
     }
 

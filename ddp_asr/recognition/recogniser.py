@@ -9,6 +9,7 @@ moving average where the training kept one, as when it was evaluated along the w
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,17 @@ from ddp_asr.config import Config, DecoderSettings, config_from_dict
 from ddp_asr.decoding import Decoder, make_decoder
 from ddp_asr.errors import UserError, printable
 from ddp_asr.features.log_mel import LogMel
+from ddp_asr.files import is_number
 from ddp_asr.model import AcousticModel, make_model
 from ddp_asr.runs.checkpoint import DamagedCheckpoint, newest_good, read
 from ddp_asr.text import Tokeniser, tokeniser_from_state
 from ddp_asr.training.precision import autocast, resolve, set_matmul_precision
+
+USUAL_PIECE_S = 20.0  # where a checkpoint does not say how long its utterances were
+
+
+def print_warning(sentence: str) -> None:
+    print(f"warning: {sentence}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,8 @@ class Recogniser:
     decoder: Decoder
     device: torch.device
     precision: str
+    piece_s: float = USUAL_PIECE_S
+    """How long a piece of a longer recording is best: as long as the longest utterance that was trained on."""
 
     def logits(self, waveforms: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
         """Waveforms (B, S) int16 and samples (B,) -> logits (B, T', V) and, on the CPU, frames (B,); no gradients."""
@@ -57,17 +67,21 @@ class Trained:
     tokeniser: dict[str, Any]  # its state
     weights: dict[str, Tensor]  # their moving average where the training kept one
     plain_weights: dict[str, Tensor]  # the same dict where it kept none
+    longest_s: float | None = None  # of the utterances trained on; older checkpoints do not say it
 
 
-def read_trained(checkpoint: str | Path) -> Trained:
+def read_trained(checkpoint: str | Path, warn: Callable[[str], None] = print_warning) -> Trained:
     """Reads a checkpoint file, or a run directory's best.pt, else its newest good checkpoint.
+
+    Args:
+        warn: gets a sentence for each damaged checkpoint that is passed over.
 
     Raises:
         UserError: there is none, it is damaged, or it is not one of a training run.
     """
     path = Path(checkpoint)
     if path.is_dir():
-        return _read_run(path)
+        return _read_run(path, warn)
     if not path.exists():
         raise UserError(f"there is no {path}: name a run directory (runs/NAME) or a .pt file")
     try:
@@ -76,9 +90,9 @@ def read_trained(checkpoint: str | Path) -> Trained:
         raise UserError(f"checkpoint {path} is damaged ({error.reason}): name another one of its run") from None
 
 
-def _read_run(run_directory: Path) -> Trained:
+def _read_run(run_directory: Path, warn: Callable[[str], None]) -> Trained:
     def pass_over(path: Path, reason: str) -> None:
-        print(f"warning: {path} is damaged ({reason}) and passed over", file=sys.stderr, flush=True)
+        warn(f"{path} is damaged ({reason}) and passed over")
 
     best = run_directory / "best.pt"
     try:
@@ -102,7 +116,9 @@ def _trained(path: Path, state: dict[str, Any]) -> Trained:
         step, epoch, config, tokeniser = (state[name] for name in ("step", "epoch", "config", "tokeniser"))
         if not (isinstance(config, dict) and isinstance(tokeniser, dict)):
             raise TypeError("its config and tokeniser are not dicts")
-        return Trained(str(path), int(step), int(epoch), config, tokeniser, weights, plain)
+        longest_s = state.get("longest_s")
+        longest_s = float(longest_s) if is_number(longest_s) and longest_s > 0 else None
+        return Trained(str(path), int(step), int(epoch), config, tokeniser, weights, plain, longest_s)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{path} is no checkpoint of a training run ({error!r}): name one that python -m ddp_asr.train wrote"
@@ -136,12 +152,16 @@ def build_recogniser(
         decoder=make_decoder(config.decoder, tokeniser, config.frame_s),
         device=device,
         precision=precision,
+        piece_s=min(max(trained.longest_s or USUAL_PIECE_S, 1.0), 3600.0),
     )
 
 
 def load_recogniser(
-    checkpoint: str | Path, precision: str = "fp32", decoder: DecoderSettings | None = None
+    checkpoint: str | Path,
+    precision: str = "fp32",
+    decoder: DecoderSettings | None = None,
+    warn: Callable[[str], None] = print_warning,
 ) -> Recogniser:
     """The recogniser of a checkpoint or run directory, on the GPU if there is one; see `build_recogniser`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return build_recogniser(read_trained(checkpoint), device, precision, decoder)
+    return build_recogniser(read_trained(checkpoint, warn), device, precision, decoder)

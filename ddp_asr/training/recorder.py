@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ddp_asr import __version__
+from ddp_asr import SAMPLE_RATE_HZ, __version__
 from ddp_asr.data.corpus import Corpus
 from ddp_asr.data.loader import Recordings, Work
 from ddp_asr.data.storage import CHECK_SHARDS
@@ -59,6 +59,7 @@ class Recorder:
         self._config, self._path = attempt.config, attempt.path
         self._corpus, self._learner, self._schedule = corpus, learner, schedule
         self._fingerprint = corpus.whole.fingerprint()
+        self._longest_s = int(corpus.index.samples.max()) / SAMPLE_RATE_HZ  # `transcribe` cuts recordings so long
         self._clips = {name: index.fingerprint() for name, index in corpus.clips.items()}
         self._on_step = on_step
         self._writer = checkpoint.BackgroundWriter(files.check)
@@ -135,6 +136,7 @@ class Recorder:
             "config": asdict(self._config),
             "tokeniser": self._corpus.tokeniser.state(),
             "fingerprint": self._fingerprint,
+            "longest_s": self._longest_s,
             "clips": self._clips,
             "comet_key": comet.experiment_key(self._path),
             "versions": {
