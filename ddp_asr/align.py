@@ -1,4 +1,4 @@
-"""Texts aligned with recordings: `python -m ddp_asr.align RUN SHARDS|AUDIO... --format ctm|textgrid|jsonl|srt`
+"""Texts aligned with recordings: `python -m ddp_asr.align RUN SHARDS|AUDIO... --format json|ctm|textgrid|srt|vtt`
 
 checkpoint --> Recogniser    shards, or audio with texts --recognition.alignment--> Aligned, Unaligned --> file, report
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     # (row, result) of each utterance as it is done, how many there are, and files that could not be read till then
     Results = tuple[Iterator[tuple[int, Aligned | Unaligned]], int, list[str]]
 
-ONE_FILE_EACH = ("textgrid", "srt")
+ONE_FILE_EACH = ("textgrid", "srt", "vtt")
 UNALIGNED_SHOWN = 20
 LOG_EVERY = 1000  # utterances, where stderr is no terminal and shows no bar
 
@@ -58,14 +58,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--text", help="the text of the one audio file")
     add(
         "--format",
-        default="jsonl",
-        choices=("ctm", "textgrid", "jsonl", "srt"),
-        help="jsonl (the default) and ctm: all utterances in one file; textgrid and srt: a file for each",
+        default="json",
+        choices=("json", "ctm", *ONE_FILE_EACH),
+        help="json (JSON lines, the default) and ctm: all utterances in one file; textgrid, srt and vtt: a file for "
+        "each",
     )
     add(
         "--out",
         type=Path,
-        help="the file to write, stdout without it; a directory for textgrid and srt, except for one audio file",
+        help="the file to write, stdout without it; a directory for textgrid, srt and vtt, except for one audio file",
     )
     add(
         "--suspicious",
