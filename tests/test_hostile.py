@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from ddp_asr import shard
+from ddp_asr import shard, transcribe
 from ddp_asr.data.index import read_index
 from ddp_asr.data.storage import Shards, cache_shards
 from ddp_asr.errors import UserError
 from ddp_asr.files import sealed_json
 from tests import tiny_speech
 from tests.test_sources import HardLink, SymLink, tar_gz, unpack
+from tests.tiny_recogniser import write_checkpoint
 
 SECRET = b"a secret of the user's"
 STARTS = ("subprocess.", "os.exec", "os.system", "os.posix_spawn", "os.fork", "socket.connect", "urllib.", "pickle.")
@@ -153,6 +154,24 @@ def test_a_source_writes_into_its_output_only_and_starts_nothing(tmp_path, make)
                 assert member.isfile() and member.name == os.path.basename(member.name)
                 assert tarfile.data_filter(member, str(tmp_path)).name == member.name
     assert len(read_index([out])) >= 6
+
+
+@pytest.mark.parametrize("make", SOURCES)
+def test_a_source_that_is_transcribed_writes_into_its_output_only_and_starts_nothing(tmp_path, make, capfd):
+    checkpoint = write_checkpoint(tmp_path / "run" / "best.pt")
+    (tmp_path / "warm.flac").write_bytes(tiny_speech.encode(tiny_speech.noise()))
+    assert transcribe.main([str(checkpoint), str(tmp_path / "warm.flac")]) == 0  # imports
+    (tmp_path / "secret.flac").write_bytes(SECRET)
+    (tmp_path / "source").mkdir()
+    source, out = make(tmp_path / "source"), tmp_path / "out"
+    may_read = [tmp_path / "source", tmp_path / "run"]
+    for command in (["--out", str(out / "said.jsonl")], ["--format", "srt", "--out", str(out / "srt")]):
+        out.mkdir(exist_ok=True)
+        with watched(tmp_path, may_read=may_read, may_write=[out]):
+            assert transcribe.main([str(checkpoint), str(source), *command]) in (0, 2)
+    assert len((out / "said.jsonl").read_text().splitlines()) >= 6
+    assert len(list((out / "srt").iterdir())) >= 6
+    assert SECRET.decode() not in "".join(capfd.readouterr())
 
 
 def test_a_manifest_may_name_any_audio_of_the_users_and_shows_no_other_file(tmp_path):

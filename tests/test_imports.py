@@ -48,9 +48,10 @@ ONLY_IN = {
     "flashlight": {"decoding.lexicon"},
     "obstore": {"data.object_storage"},
     "sentencepiece": {"text.pieces"},
+    "silero_vad": {"recognition.voice"},
 }
 # where a package is imported by another name, or comes with another one (Triton with a torch for CUDA)
-DISTRIBUTIONS = {"yaml": "pyyaml", "triton": "torch", "flashlight": "flashlight-text"}
+DISTRIBUTIONS = {"yaml": "pyyaml", "triton": "torch", "flashlight": "flashlight-text", "silero_vad": "silero-vad"}
 
 
 def modules_of(package: str) -> list[str]:
@@ -152,7 +153,11 @@ def test_every_imported_package_is_declared():
     setup.read(REPOSITORY / "setup.cfg", encoding="utf-8")
     extras = setup["options.extras_require"]
     lines = (
-        setup["options"]["install_requires"] + extras["lexicon"] + extras["object-storage"] + extras["pieces"]
+        setup["options"]["install_requires"]
+        + extras["lexicon"]
+        + extras["object-storage"]
+        + extras["pieces"]
+        + extras["vad"]
     )  # the extras of ddp_asr
     declared = {re.match(r"[\w-]*", line).group() for line in lines.split("\n")}
     used = {

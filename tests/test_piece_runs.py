@@ -144,7 +144,7 @@ def test_every_command_works_with_a_run_of_pieces(run, tiny_corpus, tmp_path, ca
     decoder.write_text(yaml.safe_dump({"decoder": settings}))
     assert evaluate.main([str(run), str(tiny_corpus.test), "--decoder", str(decoder)]) == 0
     soundfile.write(audio, noises(1.5), 16_000)
-    assert transcribe.main([str(run), str(audio), "--decoder", str(decoder), "--json"]) == 0
+    assert transcribe.main([str(run), str(audio), "--decoder", str(decoder), "--format", "json"]) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert said["text"] == " ".join(word["word"] for word in said["words"])
     assert align.main([str(run), str(audio), "--text", "Ab a ba'b"]) == 0

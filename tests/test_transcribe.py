@@ -4,7 +4,9 @@ import io
 import json
 import re
 import sys
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,13 +15,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddp_asr import transcribe
+from ddp_asr import cli, evaluate, transcribe
 from ddp_asr.config import Beam
 from ddp_asr.data import audio
-from ddp_asr.errors import UserError
-from ddp_asr.recognition import transcription
+from ddp_asr.errors import UserError, run_entry_point
+from ddp_asr.recognition import transcription, voice
 from ddp_asr.recognition.recogniser import load_recogniser
-from tests.tiny_recogniser import noises, write_checkpoint
+from ddp_asr.recognition.transcription import Failure, Recording
+from tests import tiny_speech
+from tests.test_an4_page import blocks_of
+from tests.tiny_recogniser import noises, tiny_state, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +43,7 @@ def expected(recogniser, waveform):
 
 
 def read(path):
-    return transcription.read_audio(str(path))
+    return transcription.read_audio(path)
 
 
 def test_text_of_one_file_and_of_several(checkpoint, recogniser, tmp_path, capsys):
@@ -58,9 +63,9 @@ def test_text_of_one_file_and_of_several(checkpoint, recogniser, tmp_path, capsy
 
 def test_json_has_the_words_with_their_times(checkpoint, recogniser, tmp_path, capsys):
     soundfile.write(tmp_path / "a.flac", noises(3.0), 16_000)
-    assert transcribe.main([str(checkpoint), "--json", str(tmp_path / "a.flac")]) == 0
+    assert transcribe.main([str(checkpoint), "--format", "json", str(tmp_path / "a.flac")]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["file"].endswith("a.flac")
+    assert said["key"] == str(tmp_path / "a.flac")
     assert said["seconds"] == 3.0
     assert said["text"] == expected(recogniser, noises(3.0))
     assert [word["word"] for word in said["words"]] == said["text"].split()
@@ -73,7 +78,7 @@ def test_another_decoder_than_the_runs(checkpoint, tmp_path, capsys):
     soundfile.write(tmp_path / "a.wav", noises(3.0), 16_000)
     (tmp_path / "decoder.yaml").write_text("decoder: {kind: beam, size: 4, symbol_bonus: 5}")
     decoder = ["--decoder", str(tmp_path / "decoder.yaml")]
-    assert transcribe.main([str(checkpoint), "--json", *decoder, str(tmp_path / "a.wav")]) == 0
+    assert transcribe.main([str(checkpoint), "--format", "json", *decoder, str(tmp_path / "a.wav")]) == 0
     said = json.loads(capsys.readouterr().out)
     beam = load_recogniser(checkpoint, decoder=Beam(size=4, symbol_bonus=5.0))
     assert said["text"] == expected(beam, noises(3.0)) != expected(load_recogniser(checkpoint), noises(3.0))
@@ -185,7 +190,8 @@ def test_audio_shorter_than_a_window_says_nothing(checkpoint, tmp_path, capsys):
 def test_a_long_recording_is_heard_in_pieces_and_timed_as_a_whole(checkpoint, recogniser, tmp_path, capsys):
     waveform = noises(25.0)
     soundfile.write(tmp_path / "a.wav", waveform, 16_000)
-    assert transcribe.main([str(checkpoint), "--json", "--piece-seconds", "4", str(tmp_path / "a.wav")]) == 0
+    cuts = ["--piece-seconds", "4", "--cut", "pauses"]
+    assert transcribe.main([str(checkpoint), "--format", "json", *cuts, str(tmp_path / "a.wav")]) == 0
     said = json.loads(capsys.readouterr().out)
     pieces = transcription.cut_in_pauses(waveform, 4 * 16_000)
     assert len(pieces) >= 7
@@ -222,11 +228,9 @@ def test_cuts_fall_into_pauses():
 
 
 def test_batches_hold_every_piece_in_order_within_the_limit():
-    pieces = [slice(start, start + 20 * 16_000) for start in range(0, 300 * 16_000, 20 * 16_000)]
-    batches = list(transcription.batches_of(pieces))
-    assert [piece for batch in batches for piece in batch] == pieces
-    assert [len(batch) for batch in batches] == [6, 6, 3]
-    assert [len(batch) for batch in transcription.batches_of([slice(0, 500 * 16_000)] * 2)] == [1, 1]
+    assert list(transcription.batches_of([20 * 16_000] * 15)) == [slice(0, 6), slice(6, 12), slice(12, 15)]
+    assert list(transcription.batches_of([500 * 16_000] * 2)) == [slice(0, 1), slice(1, 2)]
+    assert list(transcription.batches_of([])) == []
 
 
 def test_nonsense_is_refused_in_one_sentence(checkpoint, tmp_path):
@@ -234,3 +238,265 @@ def test_nonsense_is_refused_in_one_sentence(checkpoint, tmp_path):
         transcribe.main([str(checkpoint), "--piece-seconds", "0", "a.wav"])
     with pytest.raises(UserError, match="holds no good checkpoint"):
         transcribe.main([str(tmp_path), "a.wav"])
+
+
+# ---- many recordings -----------------------------------------------------------------------------------------------
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """Recordings in a folder with texts, in one without, in a manifest, in shards and in files; and their waveforms."""
+    heard = {}
+
+    def write(path, seconds=1.0):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        heard[str(path)] = noises(seconds, seed=len(heard))
+        soundfile.write(path, heard[str(path)], 16_000)
+
+    for name in ("folder/x/one.wav", "folder/two.flac", "plain/three.wav", "four.wav"):
+        write(tmp_path / name, 0.5 + 0.3 * len(heard))
+    (tmp_path / "folder" / "x" / "one.txt").write_text("A b. ab\n")
+    write(tmp_path / "five.flac", 3.0)
+    entries = [
+        {"audio_filepath": "five.flac", "id": "whole", "text": "ab"},
+        {"audio_filepath": "five.flac", "id": "part", "offset": 0.5, "duration": 1.5},
+    ]
+    tiny_speech.manifest(tmp_path / "m.jsonl", entries)
+    five = heard.pop(str(tmp_path / "five.flac"))
+    heard |= {"whole": five, "part-500": five[8_000:32_000]}
+    write(tmp_path / "in shards.wav")
+    tiny_speech.manifest(tmp_path / "s.jsonl", [{"audio_filepath": "in shards.wav", "text": "ab ba", "id": "sharded"}])
+    tiny_speech.shard(tmp_path / "s.jsonl", tmp_path / "shards")
+    heard["sharded"] = heard.pop(str(tmp_path / "in shards.wav"))
+    names = ["folder", "plain", "four.wav", "m.jsonl", "shards"]
+    order = ["folder/two.flac", "folder/x/one.wav", "plain/three.wav", "four.wav"]
+    keys = [*(str(tmp_path / name) for name in order), "whole", "part-500", "sharded"]
+    return [str(tmp_path / name) for name in names], {key: heard[key] for key in keys}
+
+
+def test_files_folders_manifests_and_shards_in_their_order_with_error_rates(
+    checkpoint, recogniser, sources, tmp_path, capsys
+):
+    names, heard = sources
+    out = tmp_path / "said.jsonl"
+    assert transcribe.main([str(checkpoint), *names, "--out", str(out)]) == 0
+    said, err = capsys.readouterr()
+    lines = lines_of(out)
+    assert {line["key"]: line["text"] for line in lines} == {key: expected(recogniser, w) for key, w in heard.items()}
+    assert [line["key"] for line in lines] == list(heard)
+    assert [line.get("reference") for line in lines] == [None, "a b ab", None, None, "ab", None, "ab ba"]
+    assert "7 recordings transcribed, 0 failed; 0.00 h of audio, real-time factor " in said
+    assert "over the 3 recordings with a reference" in said
+    assert err == ""  # no terminal, so no progress
+
+    assert transcribe.main([str(checkpoint), names[-1], "--out", str(tmp_path / "shards.jsonl")]) == 0
+    rate = re.search(r"WER (\S+) %", capsys.readouterr().out)[1]
+    assert evaluate.main([str(checkpoint), names[-1], "--json"]) == 0
+    assert rate == f"{100 * json.loads(capsys.readouterr().out)['wer']:.2f}"
+
+
+def test_a_transcript_depends_neither_on_batches_nor_on_windows(checkpoint, sources, tmp_path, monkeypatch):
+    names, _ = sources
+    texts = []
+    for batch_s, window_s in ((120.0, 600.0), (0.1, 600.0), (6.0, 0.1), (6.0, 4.0)):
+        monkeypatch.setattr(transcription, "BATCH_SECONDS", batch_s)
+        monkeypatch.setattr(transcription, "WINDOW_SECONDS", window_s)
+        out = tmp_path / f"{batch_s}-{window_s}.jsonl"
+        assert transcribe.main([str(checkpoint), *names, "--out", str(out)]) == 0
+        texts.append([(line["key"], line["text"]) for line in lines_of(out)])
+    assert len(texts[0]) == 7 and texts.count(texts[0]) == 4
+
+
+def test_memory_holds_two_windows_of_any_number_of_recordings(recogniser, monkeypatch):
+    monkeypatch.setattr(transcription, "WINDOW_SECONDS", 1.0)  # of five recordings
+    read, returned = 0, 0
+
+    def one():
+        nonlocal read
+        read += 1
+        return noises(0.2)
+
+    def refuse():
+        raise UserError("no audio")
+
+    recordings = (Recording(str(n), refuse if n % 7 == 3 else one) for n in range(200))
+    for item in transcription.transcribe(
+        recogniser, recordings, partial(transcription.cut_in_pauses, longest_samples=99_999)
+    ):
+        assert item.key == str(returned) and isinstance(item, Failure) == (returned % 7 == 3)
+        returned += 1
+        assert read <= returned + 2 * 6
+    assert returned == 200
+
+
+def test_the_commands_of_the_page_work_as_they_stand(checkpoint, sources, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for old, new in (("shards", "shards/mine-test"), ("plain", "recordings"), ("m.jsonl", "more.jsonl")):
+        (tmp_path / old).rename(tmp_path / "moved")
+        (tmp_path / new).parent.mkdir(exist_ok=True)
+        (tmp_path / "moved").rename(tmp_path / new)
+    for name in ("hello.wav", "talk.flac"):
+        soundfile.write(tmp_path / name, noises(1.0), 16_000)
+    write_checkpoint(tmp_path / "runs" / "mine" / "best.pt")
+    commands = blocks_of("docs/transcribe.md")
+    assert len(commands) == 4
+    for line in commands:
+        program, *arguments = line.split()
+        assert program == "ddp-asr" and cli.main(arguments) == 0, line
+    keys = [line["key"] for line in lines_of(tmp_path / "all.jsonl")]
+    assert keys == ["sharded", "whole", "part-500", "hello.wav"]
+    assert [line["key"] for line in lines_of(tmp_path / "said.jsonl")] == ["recordings/three.wav"]
+
+
+# ---- a file that is continued --------------------------------------------------------------------------------------
+
+
+def test_a_second_call_continues_after_a_kill_in_the_middle_of_a_line(checkpoint, sources, tmp_path, capsys):
+    names, _ = sources
+    out, whole = tmp_path / "said.jsonl", tmp_path / "whole.jsonl"
+    assert transcribe.main([str(checkpoint), *names, "--out", str(whole)]) == 0
+    assert transcribe.main([str(checkpoint), *names[:2], "--out", str(out)]) == 0
+    first = out.read_bytes()
+    out.write_bytes(first[:-20])
+    capsys.readouterr()
+    assert transcribe.main([str(checkpoint), *names, "--out", str(out)]) == 0
+    assert out.read_bytes() == whole.read_bytes()
+    assert "7 recordings transcribed (2 of them before), 0 failed" in capsys.readouterr().out
+    assert transcribe.main([str(checkpoint), *names, "--out", str(out)]) == 0  # nothing is left
+    assert out.read_bytes() == whole.read_bytes()
+    assert "over the 3 recordings with a reference" in capsys.readouterr().out
+
+
+def test_ctrl_c_leaves_whole_lines_and_the_next_call_the_rest(checkpoint, sources, tmp_path, monkeypatch, capsys):
+    names, heard = sources
+    out = tmp_path / "said.jsonl"
+    monkeypatch.setattr(transcription, "WINDOW_SECONDS", 0.1)
+    logits_of, calls = transcription.logits_of, []
+
+    def stopped(recogniser, clips):
+        calls.append(clips)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return logits_of(recogniser, clips)
+
+    monkeypatch.setattr(transcription, "logits_of", stopped)
+    assert run_entry_point(lambda: transcribe.main([str(checkpoint), *names, "--out", str(out)])) == 130
+    assert [line["key"] for line in lines_of(out)] == list(heard)[:3]
+    assert transcribe.main([str(checkpoint), *names, "--out", str(out)]) == 0
+    assert [line["key"] for line in lines_of(out)] == list(heard)
+
+
+def test_what_is_no_file_to_continue_is_refused_and_stays(checkpoint, sources, tmp_path):
+    names, _ = sources
+    out = tmp_path / "said.jsonl"
+    command = [str(checkpoint), names[0], "--out", str(out)]
+    assert transcribe.main(command) == 0
+    other = write_checkpoint(tmp_path / "other.pt", tiny_state(seed=3))
+    content = out.read_bytes()
+    for arguments, reason in (
+        ([*command, "--piece-seconds", "5"], r"begun with other settings \(piece_seconds 20.0, now 5.0\)"),
+        ([*command, "--cut", "pauses"], r"begun with other settings \(cut voice, now pauses\)"),
+        ([str(other), *command[1:]], r"begun with other settings \(weights "),
+    ):
+        with pytest.raises(UserError, match=reason):
+            transcribe.main(arguments)
+    with out.open("r+b") as file:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="is being written by another process"):
+            transcribe.main(command)
+    assert out.read_bytes() == content
+    for wrong, reason in (
+        (b"mine\n" + content, "has no transcript in line 1"),
+        (content.replace(b'"text"', b'"said"', 1), "has no transcript in line 1"),
+    ):
+        out.write_bytes(wrong)
+        with pytest.raises(UserError, match=reason):
+            transcribe.main(command)
+        assert out.read_bytes() == wrong
+    out.with_name("said.jsonl.settings.json").unlink()
+    with pytest.raises(UserError, match=r"said\.jsonl\.settings\.json is not: it is not a file to continue"):
+        transcribe.main(command)
+
+
+# ---- formats -------------------------------------------------------------------------------------------------------
+
+
+def test_every_format_of_one_file_and_of_several(checkpoint, recogniser, sources, tmp_path, capsys):
+    names, heard = sources
+    one, key = names[2], list(heard)[3]
+    first = expected(recogniser, heard[key]).split()[0]
+    beginnings = {
+        "text": f"{first} ",
+        "json": f'{{"key": "{key}", "seconds": 1.4, ',
+        "ctm": f"{key} 1 ",
+        "textgrid": 'File type = "ooTextFile"',
+        "srt": "1\n00:00:0",
+        "vtt": "WEBVTT\n\n00:00:0",
+    }
+    for kind, beginning in beginnings.items():
+        assert transcribe.main([str(checkpoint), one, "--format", kind]) == 0
+        printed = capsys.readouterr().out
+        assert printed.startswith(beginning) and first in printed
+        out = tmp_path / f"out.{kind}"
+        assert transcribe.main([str(checkpoint), one, "--format", kind, "--out", str(out)]) == 0
+        assert out.read_text() == printed
+        several = tmp_path / f"several-{kind}"
+        status = transcribe.main([str(checkpoint), *names, "--format", kind, "--out", str(several)])
+        assert status == 0
+        if kind in transcribe.ONE_FILE_EACH:
+            assert sorted(path.stem for path in several.iterdir()) == sorted(Path(key).stem for key in heard)
+        else:
+            assert len([line for line in several.read_text().splitlines() if "three" in line]) >= 1
+        capsys.readouterr()
+    with pytest.raises(UserError, match="--format srt makes a file for each recording: name a directory with --out"):
+        transcribe.main([str(checkpoint), *names, "--format", "srt"])
+
+
+def test_of_two_recordings_with_one_name_the_second_is_left_out(checkpoint, sources, tmp_path, capsys):
+    names, _ = sources
+    assert transcribe.main([str(checkpoint), names[2], names[2]]) == 2
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 1 and f"{names[2]}: another recording has the name {names[2]}" in err
+
+
+# ---- cuts ----------------------------------------------------------------------------------------------------------
+
+
+def test_pieces_are_as_long_as_what_was_trained_on(tmp_path):
+    assert load_recogniser(write_checkpoint(tmp_path / "old.pt")).piece_s == 20.0
+    for longest_s, piece_s in ((6.5, 6.5), (0.3, 1.0), (1e9, 3600.0), ("9", 20.0), (float("nan"), 20.0), (-1.0, 20.0)):
+        path = write_checkpoint(tmp_path / "run" / "best.pt", tiny_state() | {"longest_s": longest_s})
+        assert load_recogniser(path).piece_s == piece_s
+
+
+@pytest.mark.slow
+def test_cuts_by_voice_lie_in_silences_and_leave_out_what_is_no_speech(dev_speech):
+    pytest.importorskip("silero_vad")
+    spoken = [transcription.read_audio(path) for path in sorted(dev_speech.rglob("*.flac"))[:3]]
+    hush = (np.random.default_rng(0).standard_normal(4 * 16_000) * 3).astype(np.int16)
+    waveform = np.concatenate([part for each in spoken for part in (hush, each)])
+    threads = torch.get_num_threads()
+    kind, cut = voice.choose_cut(None, 10 * 16_000)
+    assert kind == "voice"
+    pieces = cut(waveform)
+    assert torch.get_num_threads() == threads
+    assert all(before.stop <= after.start for before, after in pairwise(pieces))
+    assert max(piece.stop - piece.start for piece in pieces) <= 10 * 16_000
+    loud = np.abs(waveform) > 2_000
+    assert sum(loud[piece].sum() for piece in pieces) > 0.99 * loud.sum()
+    assert sum(piece.stop - piece.start for piece in pieces) < len(waveform) - 3 * 2 * 16_000
+    short = spoken[0][: 9 * 16_000]
+    assert cut(short) == [slice(0, len(short))]
+
+
+def test_without_silero_vad_cuts_are_in_pauses(checkpoint, monkeypatch):
+    monkeypatch.setattr(voice, "is_installed", lambda: False)
+    assert voice.choose_cut(None, 16_000)[0] == "pauses"
+    with pytest.raises(UserError, match=r"pip install 'ddp-asr\[vad\]'"):
+        transcribe.main([str(checkpoint), "a.wav", "--cut", "voice"])

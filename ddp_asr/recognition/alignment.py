@@ -23,7 +23,7 @@ from ddp_asr.decoding.align import Misfit, align_text, misfits
 from ddp_asr.decoding.formats import Aligned, Unaligned
 from ddp_asr.decoding.path import collapse
 from ddp_asr.recognition.recogniser import Recogniser
-from ddp_asr.recognition.transcription import batches_of, cut_in_pauses, logits_of_pieces
+from ddp_asr.recognition.transcription import batches_of, cut_in_pauses, logits_of
 
 
 def align_corpus(recogniser: Recogniser, index: Index) -> Iterator[tuple[int, Aligned | Unaligned]]:
@@ -57,8 +57,10 @@ def align_recording(
 ) -> Aligned | Unaligned:
     """The alignment of a recording (S,) of any length, which goes through the model in pieces."""
     parts, starts_s, ends_s = [], [], []
-    for pieces in batches_of(cut_in_pauses(waveform, longest_samples)):
-        logits, frames = logits_of_pieces(recogniser, waveform, pieces)
+    cut = cut_in_pauses(waveform, longest_samples)
+    for batch in batches_of([piece.stop - piece.start for piece in cut]):
+        pieces = cut[batch]
+        logits, frames = logits_of(recogniser, [waveform[piece] for piece in pieces])
         log_p = logits.float().log_softmax(-1).cpu()
         for row, (piece, length) in enumerate(zip(pieces, frames.tolist(), strict=True)):
             start_s, end_s = _frame_times(recogniser, piece, length)

@@ -105,6 +105,17 @@ class SourceOptions:
 
 def open_source(name: str, options: SourceOptions) -> Source:
     """The source that the user named, by the first format that recognises it."""
+    if source := find_source(name, options):
+        return source
+    formats = ", or ".join(re.sub(r" \([^)]*\)", "", meaning) for meaning in FORMATS.values())
+    raise UserError(
+        f"no such source: {name} {_seen_at(Path(name))}; a source is {formats}: "
+        "ddp-asr shard --help has their files and names"
+    )
+
+
+def find_source(name: str, options: SourceOptions) -> Source | None:
+    """The same; None where no format does."""
     try:
         for module in FORMATS:
             source: Source | None = importlib.import_module(f"{__name__}.{module}").try_open(name, options)
@@ -115,11 +126,7 @@ def open_source(name: str, options: SourceOptions) -> Source:
             return source
     except OSError as error:
         raise UserError(f"{error.filename or name} cannot be read: {error.strerror or error}") from None
-    formats = ", or ".join(re.sub(r" \([^)]*\)", "", meaning) for meaning in FORMATS.values())
-    raise UserError(
-        f"no such source: {name} {_seen_at(Path(name))}; a source is {formats}: "
-        "ddp-asr shard --help has their files and names"
-    )
+    return None
 
 
 def _seen_at(path: Path) -> str:
