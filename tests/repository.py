@@ -36,11 +36,11 @@ def help_of(module: str) -> str:
 
 ROOMS = ("text", "data", "features", "encoders", "decoding", "ranks", "runs", "recognition", "training")
 TOP_LEVEL = {
-    "ground": "__init__ errors settings config draws files",
+    "ground": "errors settings config draws files",
     "objective": "model objective",
     "doors": (
-        "__main__ cli train evaluate transcribe align inspect shard vocabulary lm tune average tracking bandwidth "
-        "configs compare"
+        "__init__ __main__ api cli train evaluate transcribe align inspect shard vocabulary lm tune average tracking "
+        "bandwidth configs compare"
     ),
 }
 MAY_IMPORT = {
