@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddp_asr import SAMPLE_RATE_HZ
-from ddp_asr.errors import UserError, run_entry_point
+from ddp_asr.errors import UserError, counted, run_entry_point
 from ddp_asr.files import check_writable, replace_file, writing_aside
 from ddp_asr.ranks.environment import before_torch
 
@@ -164,7 +164,7 @@ def _transcribe(
     def on_batch(seconds: float) -> None:
         nonlocal audio_s
         audio_s += seconds
-        bar.update(task, description=f"{len(texts) + failed:,} of {total:,} recordings, {speed()}")
+        bar.update(task, description=f"{len(texts) + failed:,} of {counted(total, 'recording')}, {speed()}")
 
     with Progress(*columns, console=console, disable=hidden, transient=True, redirect_stdout=False) as bar:
         task = bar.add_task("", total=total)
@@ -179,7 +179,7 @@ def _transcribe(
     where = sys.stderr if arguments.out is None else sys.stdout
     if arguments.out is not None or not hidden:
         before = f" ({len(done):,} of them before)" if done else ""
-        print(f"{len(texts):,} recordings transcribed{before}, {failed:,} failed; {speed()}", file=where)
+        print(f"{counted(len(texts), 'recording')} transcribed{before}, {failed:,} failed; {speed()}", file=where)
     if scored := [(reference, text) for text, reference in texts if reference is not None]:
         print(_error_rates(scored), file=where)
     return failed
@@ -209,8 +209,8 @@ def _error_rates(scored: list[tuple[str, str]]) -> str:
     wer, cer = intervals(each)
     return (
         f"WER {100 * counts.wer:.2f} % (95 % interval {100 * wer.low:.2f} to {100 * wer.high:.2f} %), CER "
-        f"{100 * counts.cer:.2f} % ({100 * cer.low:.2f} to {100 * cer.high:.2f} %), over the {len(scored):,} "
-        "recordings with a reference"
+        f"{100 * counts.cer:.2f} % ({100 * cer.low:.2f} to {100 * cer.high:.2f} %), over "
+        f"{counted(len(scored), 'recording')} with a reference"
     )
 
 
