@@ -30,10 +30,10 @@ _ROTARY_BASE = 10_000.0  # RoFormer's
 
 
 class Part(NamedTuple):
-    """Neighbouring rows of a batch whose chunks are of the same length: T' where a row is one chunk."""
+    """Neighbouring rows of a batch whose chunks are of the same length."""
 
     rows: int
-    chunk_frames: int
+    chunk_frames: int  # 0: the part is the whole batch, and each row is one chunk
     own: Tensor  # (rows x chunks, chunk_frames) True where a frame is the row's own
     seen: Tensor  # (rows x chunks, 1, 1, chunk_frames) True where attention looks at a frame
 
@@ -57,19 +57,23 @@ class Batch(NamedTuple):
 def cut_up(frames: Tensor, longest: int, device: torch.device, context: Sequence[int] | None) -> list[Part]:
     """The parts of a batch with so many frames in each row (B,), on the CPU; `context` as in the encoder's."""
     own, parts, start = frame_mask(frames, longest, device), [], 0
-    for limit, rows in itertools.groupby(context or [0] * len(frames)):
+    first = torch.arange(longest, device=device) == 0
+    if context is None:  # no number of this batch is used, so an export by tracing holds for any batch
+        return [Part(0, 0, own, (own | first)[:, None, None, :])]
+    for limit, rows in itertools.groupby(context):
         chunk_frames = min(limit or longest, longest)  # a longer chunk would be padding for the most part
         end = start + len(list(rows))
         chunks = cut(own[start:end], chunk_frames)
         # The first frame always: over no frame at all, as in a chunk of padding, softmax is 0 / 0 on some devices.
-        seen = chunks | (torch.arange(chunk_frames, device=device) == 0)
-        parts.append(Part(end - start, chunk_frames, chunks, seen[:, None, None, :]))
+        parts.append(Part(end - start, chunk_frames, chunks, (chunks | first[:chunk_frames])[:, None, None, :]))
         start = end
     return parts
 
 
 def in_chunks(run: Callable[..., Tensor], parts: list[Part], *tensors: Tensor) -> Tensor:
     """Tensors (B, T', ...) -> (B, T', D); `run` gets a part's chunks of each, (chunks, frames, ...), and the part."""
+    if not parts[0].chunk_frames:
+        return run(*tensors, parts[0])
     outputs, rows = [], [part.rows for part in parts]
     for part, *pieces in zip(parts, *(x.split(rows) for x in tensors), strict=True):
         output = run(*(cut(piece, part.chunk_frames) for piece in pieces), part)

@@ -33,7 +33,7 @@ def run_gru(gru: nn.GRU, x: Tensor) -> Tensor:
         if dtype != weights[0].dtype:
             weights = _cast_together(weights, dtype)
         x = x.to(dtype)
-        if device == "cpu":
+        if device == "cpu" and not torch.onnx.is_in_onnx_export():
             input_weight, recurrent_weight, input_bias, recurrent_bias = weights
             given = nn.functional.linear(x, input_weight, input_bias)
             return _GRURecurrence.apply(given, recurrent_weight, recurrent_bias)

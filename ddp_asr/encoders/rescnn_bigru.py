@@ -160,7 +160,7 @@ class ResCNNBiGRU(Encoder):
             x = block(x, own, seeds)
         x = self.bridge(x.transpose(1, 2).flatten(2))  # (B, T', rnn_size)
         x = x.transpose(0, 1)  # (T', B, rnn_size)
-        backwards, taps = reversal(frames, len(x), x.device), {}
+        backwards, taps = reversal(frames, x.shape[0], x.device), {}
         for number, layer in enumerate(self.rnn, start=1):
             x = layer(x, backwards, context, seeds)  # (T', B, 2 x rnn_size)
             taps[number] = x.transpose(0, 1)
