@@ -674,12 +674,23 @@ class Train:
     )
 
 
+TRACKERS = ("comet", "tensorboard")
+
+
 @dataclass(frozen=True)
 class Tracking:
-    """Tracking with Comet, from the run's own files (see runs/comet.py)."""
+    """Tracking with Comet and TensorBoard, from the run's own files (see runs/tracking.py)."""
 
+    to: list[str] = setting(
+        ["comet"],
+        "comet, tensorboard or both; tensorboard writes into the run directory",
+        choices=TRACKERS,
+        also_called="report_to loggers",
+    )
     mode: str = setting(
-        "auto", "auto: online when COMET_API_KEY is set, else offline", choices=("auto", "online", "offline", "off")
+        "auto",
+        "auto: Comet online when COMET_API_KEY is set, else offline; off: nothing is tracked",
+        choices=("auto", "online", "offline", "off"),
     )
     project: str = setting("ddp-asr", "Comet project")
     workspace: str = setting("", "Comet workspace; empty: the default of the account")
@@ -722,7 +733,7 @@ class Config:
     decoder: DecoderSettings = section(Greedy, also_called="decoding")
     optim: Optim = section(Optim, shapes_result=True, also_called="optimizer")
     train: Train = section(Train, also_called="trainer")
-    tracking: Tracking = section(Tracking, also_called="comet wandb")
+    tracking: Tracking = section(Tracking, also_called="comet wandb tensorboard")
     distributed: Distributed = section(Distributed)
 
     @property

@@ -1,7 +1,7 @@
 """Training on one rank: `python -m ddp_asr.train`, alone or under torchrun, which `ddp-asr train` starts.
 
     settings -> join the other ranks -> lease -> corpus and plan -> checkpoint to go on from -> learner
-      -> rehearsal -> Trainer.run -> status, curves, Comet
+      -> rehearsal -> Trainer.run -> status, curves, tracking
 
 An error that one rank finds before the first step is raised on all ranks, and one of them reports it. Only rank 0
 writes into the run directory, under the lease. However an attempt ends, `status.json` says how and why.
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from ddp_asr.config import Config, load_config, require_shards
 from ddp_asr.errors import UserError, run_entry_point, users_error
 from ddp_asr.ranks.environment import before_torch
+from ddp_asr.runs.tracking import require as require_trackers
 from ddp_asr.settings import help_text
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def read_settings(options: argparse.Namespace, settings: Sequence[str]) -> Confi
     """The settings of the command line that `parse` has split; the shards that they name exist."""
     config = load_config(_config_path(options.config), list(_joined(settings)))
     require_shards(config)
+    if config.tracking.mode != "off":
+        require_trackers(config.tracking.to)
     return config
 
 

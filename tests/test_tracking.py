@@ -20,8 +20,10 @@ from ddp_asr import tracking as command
 from ddp_asr.errors import UserError
 from ddp_asr.runs import comet as comet_module
 from ddp_asr.runs import records, tracking
+from ddp_asr.runs import tensorboard as tensorboard_module
 from ddp_asr.runs.checkout import git_checkout
 from ddp_asr.runs.comet import TrackingStatus
+from tests import tiny_training as tiny
 from tests.comet_archive import in_archive
 from tests.comet_stand_in import StandIn
 
@@ -575,3 +577,123 @@ def test_online_without_a_key_falls_back_to_the_archive(run, monkeypatch):
     monkeypatch.delenv("COMET_API_KEY", raising=False)
     report = tracking.start(run, "online").close(120)
     assert report.finished and comet_module.archive_path(run).exists() and "COMET_API_KEY" in report.last_error
+
+
+# ---- TensorBoard -----------------------------------------------------------------------------------------------------
+
+
+def events(run):
+    """{(tag, step): [value, ...]} of the scalars, as TensorBoard itself reads them, and the accumulator."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
+    found.Reload()
+    values = {}
+    for tag in found.Tags()["scalars"]:
+        for event in found.Scalars(tag):
+            values.setdefault((tag, event.step), []).append((event.value, event.wall_time))
+    return values, found
+
+
+def as_events(lines):
+    """What metrics.jsonl says, in the same form."""
+    return {
+        (f"{line['kind']}/{name}", line["step"]): [(pytest.approx(value), line["time_s"])]
+        for line in lines
+        for name, value in line.items()
+        if name not in records.PLACE and isinstance(value, int | float)
+    }
+
+
+def texts(accumulator, tag):
+    return {event.step: event.tensor_proto.string_val[0].decode() for event in accumulator.Tensors(tag)}
+
+
+def test_the_events_are_those_of_the_metrics_however_the_run_was_cut_back(run):
+    board = tensorboard_module.TensorBoard(run)
+    write_lines(run / "metrics.jsonl", metrics(60))
+    board.advance()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in metrics(120)[61:])
+    board.advance()
+    board.advance()
+    assert events(run)[0] == as_events(metrics(120))  # before it is closed, too: it is looked at while it grows
+
+    board.close()
+    again = [{**line, "loss": 7.0} if line["step"] > 70 else line for line in metrics(110)]
+    write_lines(run / "metrics.jsonl", again)  # an attempt that went on from step 70
+    board = tensorboard_module.TensorBoard(run)
+    board.close()
+    assert board.error == ""
+    assert events(run)[0] == as_events(again)
+    assert len(list((run / "tensorboard").iterdir())) == 1
+
+
+def test_texts_and_settings_are_in_the_events(run):
+    tensorboard_module.TensorBoard(run).close()
+    _, found = events(run)
+    shown = texts(found, "samples")
+    assert list(shown) == [50, 100] and "| a-1 | hello world | helo world |" in shown[50].splitlines()
+    assert "| optim.learning_rate | 0.0005 |" in texts(found, "settings")[0].splitlines()
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    content = found.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    hparams = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert hparams["optim.learning_rate"].number_value == 0.0005
+    assert hparams["encoder.time_strides"].string_value == "[2, 2]"
+
+
+def test_what_keeps_the_events_from_being_written_is_said_and_tried_again(run, monkeypatch):
+    (run / "tensorboard").write_text("in the way")
+    board = tensorboard_module.TensorBoard(run)
+    board.advance()
+    assert board.error.startswith("FileExistsError")
+    (run / "tensorboard").unlink()
+    board.advance()
+    assert board.error, "only after a pause"
+    board.close()
+    assert board.error == "" and events(run)[0] == as_events(metrics(120))
+
+
+def test_on_demand_the_events_are_written_anew(run):
+    said = track(run, "--to", "tensorboard")
+    assert f"tensorboard --logdir {run}" in said and "comet" not in said.lower()
+    first = list((run / "tensorboard").iterdir())
+    assert events(run)[0] == as_events(metrics(120))
+    with (run / "config.yaml").open("a") as file:
+        file.write("tracking: {to: [tensorboard]}\n")  # of equal sections the last one counts
+    track(run)
+    second = list((run / "tensorboard").iterdir())
+    assert len(second) == 1 and second != first and events(run)[0] == as_events(metrics(120))
+    assert not (run / "comet").exists()
+    assert comet_module.TrackingStatus.load(run).finished
+
+
+def test_an_unknown_tracker_is_refused(run):
+    with pytest.raises(UserError, match="--to has 'wandb'; name one or more of comet,tensorboard"):
+        command.main([str(run), "--to", "comet,wandb"])
+
+
+def test_a_missing_package_is_one_sentence_before_the_training(tiny_corpus, tmp_path, monkeypatch):
+    from ddp_asr import train
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    arguments = tiny_corpus.arguments(tmp_path, "run", "--tracking.to=comet,tensorboard", "--tracking.mode=offline")
+    with pytest.raises(UserError, match="the package tensorboard is not installed: install it with pip install"):
+        train.read_settings(*train.parse(arguments))
+    assert list(tmp_path.iterdir()) == []
+    train.read_settings(*train.parse([*arguments, "--tracking.mode=off"]))
+    train.read_settings(*train.parse([*arguments, "--tracking.to=comet"]))
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_and_resumed_has_each_step_once_in_its_events(tiny_corpus, tmp_path):
+    run, options = tmp_path / "run", ("--tracking.mode=offline", "--tracking.to=tensorboard", "--train.epochs=2")
+    arguments = tiny_corpus.arguments(tmp_path, "run", *options, "--train.save_every_steps=3")
+    tiny.train([*arguments, "--train.stop_at_step=5"])
+    (run / "checkpoints" / "step-00000005.pt").unlink()  # it falls back to an earlier one
+    tiny.train(arguments)
+    lines = [line for line in tiny.read_lines(run / "metrics.jsonl") if line["kind"] in ("train", "test")]
+    assert len({line["step"] for line in lines}) > 5
+    assert events(run)[0] == as_events(lines)
+    assert not (run / "comet").exists()

@@ -93,7 +93,8 @@ def _is_key(value: Any) -> bool:
 
 
 _TRACKING: Fields = {
-    **dict.fromkeys(("mode", "url", "last_error"), is_text),
+    **dict.fromkeys(("mode", "url", "last_error", "tensorboard_error"), is_text),
+    "to": lambda value: isinstance(value, list) and all(map(is_text, value)),
     "failures": is_count,
     "finished": is_flag,
     "sent": lambda value: isinstance(value, dict),
@@ -104,12 +105,14 @@ _TRACKING: Fields = {
 class TrackingStatus:
     """tracking.json: what Comet has of the run, and what went wrong."""
 
-    mode: str = "offline"
+    mode: str = "offline"  # of Comet
+    to: list[str] = field(default_factory=lambda: ["comet"])  # empty: not tracked
+    tensorboard_error: str = ""  # what keeps the events from being complete
     url: str = ""  # of the experiment at Comet; empty until Comet was reached
     sent: Sent = field(default_factory=Sent)
     failures: int = 0  # over all attempts of the run
     last_error: str = ""
-    finished: bool = False  # everything that the run's files hold is at Comet, or in the archive
+    finished: bool = False  # everything that the run's files hold is at Comet, or in the archive, and in the events
 
     @classmethod
     def load(cls, run_directory: Path) -> TrackingStatus:
@@ -133,9 +136,15 @@ class TrackingStatus:
     def summary(self, run_directory: Path) -> str:
         """Says in one line what became of the tracking, for the end of a run."""
         command = f"python -m ddp_asr.tracking {run_directory}"
-        if self.mode == "off":
-            text = "not tracked"
-        elif self.mode == "offline" and self.finished:
+        parts = [self._of_comet(run_directory, command)] if "comet" in self.to else []
+        if "tensorboard" in self.to and self.tensorboard_error:
+            parts += [f"TensorBoard lacks a part ({self.tensorboard_error}); write it with: {command} --to tensorboard"]
+        elif "tensorboard" in self.to:
+            parts += [f"look at the curves with: tensorboard --logdir {run_directory}"]
+        return "; ".join(parts) or "not tracked"
+
+    def _of_comet(self, run_directory: Path, command: str) -> str:
+        if self.mode == "offline" and self.finished:
             text = f"the Comet archive is made; upload it with: comet upload {archive_path(run_directory)}"
         elif self.mode == "offline":
             text = f"the Comet archive is not finished yet; if it stays unfinished, make it with: {command}"

@@ -1,7 +1,7 @@
 """A run as plain records for a tracker, read from the run's own files.
 
     config.yaml, environment.json, metrics.jsonl, samples.jsonl, *.png --RunReader.unsent(sent)--> records
-    records --one module for each tracker (comet.py)--> the tracker's own calls
+    records --one module for each tracker (comet.py, tensorboard.py)--> the tracker's own calls
 
 A tracker sends the records in the order given and notes in `Sent` what it has taken. A record of a step (`Metrics`,
 `Table`) is sent once. Any other record is sent again when its content has changed: a resumed run has a new
@@ -41,6 +41,7 @@ class Metrics:
     step: int
     epoch: int | None
     values: dict[str, float]
+    time_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class RunReader:
             values["minutes"] = (time_s - self._began_s) / 60
         if line["kind"] == "test" and "wer" in values:
             self._wers[line["step"]] = values["wer"], values.get("loss", float("inf"))
-        return Metrics(line["kind"], line["step"], line.get("epoch"), values)
+        return Metrics(line["kind"], line["step"], line.get("epoch"), values, time_s)
 
     def _summary(self) -> list[Record]:
         records: list[Record] = []

@@ -180,7 +180,7 @@ class Attempt:
         # tracking process continues by itself until its own deadline.
         patience_s = {"done": tracking.CLOSE_S + 10, "stopped": 5.0}.get(state, 0.0)
         tracked = self.tracking.close(timeout_s=patience_s)
-        if state != "failed" and self.tracking.mode != "off":
+        if state != "failed" and self.tracking.to:
             self.message(tracked.summary(self.path))
         if state == "done":
             self._show_results()

@@ -91,7 +91,7 @@ class Recorder:
         for line in read_lines(self._path / "metrics.jsonl"):
             if line.get("kind") == "test":
                 self._display.last_wer = line.get("wer")
-        attempt.tracking = tracking.start(self._path, self._config.tracking.mode)
+        attempt.tracking = tracking.start(self._path, self._config.tracking.mode, self._config.tracking.to)
         self._say_what_begins(len(left_out), resumed)
 
     def _say_what_begins(self, left_out: int, resumed: bool) -> None:

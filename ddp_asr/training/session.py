@@ -169,9 +169,10 @@ def make_schedule(config: Config, steps_per_epoch: int) -> Schedule:
 
 
 def _finish_tracking(attempt: Attempt) -> None:
-    """Sends what Comet still lacks of a finished run whose tracking process was killed."""
+    """Sends what a tracker still lacks of a finished run whose tracking process was killed."""
     if not comet.TrackingStatus.load(attempt.path).finished:
-        attempt.tracking = tracking.start(attempt.path, attempt.config.tracking.mode)
+        settings = attempt.config.tracking
+        attempt.tracking = tracking.start(attempt.path, settings.mode, settings.to)
 
 
 def make_learner(
