@@ -39,8 +39,8 @@ TOP_LEVEL = {
     "ground": "errors settings config draws files",
     "objective": "model objective",
     "doors": (
-        "__init__ __main__ api cli train evaluate transcribe align inspect shard vocabulary lm tune average tracking "
-        "bandwidth configs compare"
+        "__init__ __main__ api cli train evaluate transcribe align inspect shard vocabulary lm tune average export "
+        "tracking bandwidth configs compare"
     ),
 }
 MAY_IMPORT = {

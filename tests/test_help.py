@@ -24,6 +24,7 @@ ENTRY_POINTS = [
             "lm",
             "tune",
             "average",
+            "export",
             "tracking",
             "configs",
             "bandwidth",

@@ -26,6 +26,8 @@ from ddp_asr import SAMPLE_RATE_HZ, config
 # Added to the power before the logarithm: below the quantisation noise of 16 bits in a 25 ms window, so that digital
 # silence is a floor and not minus infinity.
 POWER_FLOOR = 1e-6
+# Of a band: one without variation (silence, one frame) has nothing to scale up, and rounding must not become signal.
+DEVIATION_FLOOR = 1e-2
 INT16_SCALE = 32768.0
 
 
@@ -103,6 +105,4 @@ def _normalise(log_mel: Tensor, frames: Tensor) -> Tensor:
     mean = (log_mel * own).sum(1, keepdim=True) / count  # (B, 1, F)
     centred = (log_mel - mean) * own
     deviation = (centred.square().sum(1, keepdim=True) / count).sqrt()
-    # A band without variation (silence, one frame) has nothing to scale up: the floor keeps rounding from becoming
-    # signal.
-    return centred / deviation.clamp(min=1e-2)
+    return centred / deviation.clamp(min=DEVIATION_FLOOR)
