@@ -164,16 +164,14 @@ def test_the_script_alone_writes_what_transcribe_writes(tmp_path, speech, vocabu
     write_checkpoint(tmp_path / "run" / "best.pt", state)
     assert export.main([str(tmp_path / "run"), "--out", str(tmp_path / "model")]) == 0
     waves = [write_wav(tmp_path / f"{number}.wav", samples) for number, samples in enumerate(speech)]
-    waves += [write_wav(tmp_path / "long.wav", noises(47.0)), write_wav(tmp_path / "short.wav", speech[0][:100])]
     capfd.readouterr()
-    longest = str(exporting.LONGEST_S)
-    assert transcribe_command.main([str(tmp_path / "run"), *waves, "--piece-seconds", longest]) == 0
+    assert transcribe_command.main([str(tmp_path / "run"), *waves]) == 0
     expected = capfd.readouterr().out
     command = [sys.executable, "-I", "-W", "error", "-c", ALONE, str(tmp_path / "model" / "transcribe.py"), *waves]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == expected
-    assert len(set(re.findall(r"\t(.+)", expected))) == 7, "texts to compare"
+    assert sorted(done.stdout.splitlines()) == sorted(expected.splitlines())
+    assert len(set(re.findall(r"\t(.+)", expected))) == len(waves), "texts to compare"
 
 
 def test_features_in_numpy_are_those_of_the_recogniser(speech):
@@ -222,10 +220,11 @@ def test_the_mean_of_channels_is_read_and_what_does_not_suit_is_one_sentence(tmp
 def test_a_file_that_cannot_be_read_does_not_keep_others_back(exported, tmp_path, capsys, speech):
     main = runpy.run_path(str(exported / "model" / "transcribe.py"))["main"]
     good = write_wav(tmp_path / "good.wav", speech[1])
-    assert main([str(tmp_path / "none.wav"), good]) == 2
+    short = write_wav(tmp_path / "short.wav", speech[0][:100])  # less than a window
+    assert main([str(tmp_path / "none.wav"), good, short]) == 2
     said = capsys.readouterr()
     assert said.err.startswith("error: ") and said.err.count("\n") == 1
-    assert said.out.startswith(f"{good}\t") and said.out.count("\n") == 1
+    assert re.fullmatch(f"{re.escape(good)}\t.+\n{re.escape(short)}\t\n", said.out)
     assert main([]) == 2 and capsys.readouterr().err.startswith("usage: ")
 
 
