@@ -687,6 +687,23 @@ def test_a_missing_package_is_one_sentence_before_the_training(tiny_corpus, tmp_
 
 
 @pytest.mark.slow
+def test_the_process_of_each_attempt_follows_the_run_and_writes_the_events_anew(run):
+    write_lines(run / "metrics.jsonl", metrics(60))
+    first = tracking.start(run, "offline", ["tensorboard"])
+    tiny.wait_until(lambda: list((run / "tensorboard").glob("events*")), "the events of the first steps")
+    write_lines(run / "metrics.jsonl", metrics(120))
+    status = first.close(timeout_s=120)
+    assert status.finished and status.summary(run) == f"look at the curves with: tensorboard --logdir {run}"
+    assert events(run)[0] == as_events(metrics(120))
+
+    again = [{**line, "loss": 7.0} if line["step"] > 70 else line for line in metrics(90)]
+    write_lines(run / "metrics.jsonl", again)  # a resume from step 70
+    assert tracking.start(run, "offline", ["tensorboard"]).close(timeout_s=120).finished
+    assert events(run)[0] == as_events(again)
+    assert not (run / "comet").exists()
+
+
+@pytest.mark.slow
 def test_a_run_that_was_killed_and_resumed_has_each_step_once_in_its_events(tiny_corpus, tmp_path):
     run, options = tmp_path / "run", ("--tracking.mode=offline", "--tracking.to=tensorboard", "--train.epochs=2")
     arguments = tiny_corpus.arguments(tmp_path, "run", *options, "--train.save_every_steps=3")
