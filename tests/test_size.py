@@ -5,7 +5,7 @@ import pytest
 from tests.conftest import REPOSITORY
 
 BOUNDS = {
-    "ddp_asr": 20_700,
+    "ddp_asr": 20_900,
     "launch": 2_940,
     "synthetic_speech": 330,
     "benchmarks": 3_280,
