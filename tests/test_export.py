@@ -164,8 +164,9 @@ def test_the_script_alone_writes_what_transcribe_writes(tmp_path, speech, vocabu
     write_checkpoint(tmp_path / "run" / "best.pt", state)
     assert export.main([str(tmp_path / "run"), "--out", str(tmp_path / "model")]) == 0
     waves = [write_wav(tmp_path / f"{number}.wav", samples) for number, samples in enumerate(speech)]
+    waves.append(write_wav(tmp_path / "long.wav", noises(47.0)))
     capfd.readouterr()
-    assert transcribe_command.main([str(tmp_path / "run"), *waves]) == 0
+    assert transcribe_command.main([str(tmp_path / "run"), *waves, "--cut", "pauses"]) == 0
     expected = capfd.readouterr().out
     command = [sys.executable, "-I", "-W", "error", "-c", ALONE, str(tmp_path / "model" / "transcribe.py"), *waves]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -178,7 +179,7 @@ def test_features_in_numpy_are_those_of_the_recogniser(speech):
     for tree in ({"mel_bands": 40, "n_fft": 512}, {"mel_bands": 16, "n_fft": 401, "hop_ms": 10.0}, {}):
         settings = config.config_from_dict({"features": tree}, "the test").features
         model = object.__new__(standalone.Model)
-        model.settings = exporting.script_settings(settings, [])
+        model.settings = exporting.script_settings(settings, [], 20.0)
         model.filters = standalone.mel_filters(model.settings)
         log_mel = LogMel(settings)
         np.testing.assert_allclose(model.filters, log_mel.filters, atol=5e-5)  # torchaudio computes in float32

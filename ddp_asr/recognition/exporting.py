@@ -31,7 +31,6 @@ from ddp_asr.recognition import standalone
 from ddp_asr.recognition.recogniser import Recogniser
 
 OPSET = 17
-LONGEST_S = 20.0  # of a piece that the script transcribes at once, as `ddp-asr transcribe` does
 # Of `largest_difference`. On noise and on speech 3e-5 was the most that was seen: float32 adds in another order.
 TOLERANCE = 1e-3
 NOT_EXPORTED = ("run", "tracking", "distributed")  # sections of no meaning elsewhere
@@ -55,7 +54,7 @@ def write_model(recogniser: Recogniser, directory: Path) -> None:
 
     tokeniser = recogniser.tokeniser
     _write_onnx(recogniser, directory / "model.onnx")
-    settings = script_settings(recogniser.config.features, tokeniser.symbols)
+    settings = script_settings(recogniser.config.features, tokeniser.symbols, recogniser.piece_s)
     (directory / "model.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     shutil.copyfile(standalone.__file__, directory / "transcribe.py")
     weights = save(recogniser.model.state_dict(), metadata={"format": "pt"})
@@ -67,7 +66,7 @@ def write_model(recogniser: Recogniser, directory: Path) -> None:
     (directory / "settings.yaml").write_text(text, encoding="utf-8")
 
 
-def script_settings(features: config.Features, symbols: Sequence[str]) -> dict[str, Any]:
+def script_settings(features: config.Features, symbols: Sequence[str], longest_s: float) -> dict[str, Any]:
     """What model.json says."""
     return {
         "sample_rate_hz": SAMPLE_RATE_HZ,
@@ -77,7 +76,7 @@ def script_settings(features: config.Features, symbols: Sequence[str]) -> dict[s
         "mel_bands": features.mel_bands,
         "power_floor": POWER_FLOOR,
         "deviation_floor": DEVIATION_FLOOR,
-        "longest_s": LONGEST_S,
+        "longest_s": longest_s,
         "symbols": list(symbols),
     }
 
