@@ -32,7 +32,7 @@ class UserError(Exception):
 
 def counted(number: int, noun: str) -> str:
     """`number` with the noun in the singular or plural: "1 rank", "2 ranks", "1,000 processes"."""
-    plural = f"{noun}es" if noun.endswith(("s", "h")) else f"{noun}s"
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
     return f"{number:,} {noun if number == 1 else plural}"
 
 

@@ -88,8 +88,8 @@ def test_what_cannot_be_averaged_is_refused_in_one_sentence(run, tmp_path):
     directory, _ = run
     small, out = write_checkpoint(tmp_path / "small.pt"), ["--out", str(tmp_path / "mean.pt")]
     cases = {
-        (directory, "--last", "6"): r"holds 5 checkpoint\(s\) and --last asks for 6: lower it, or train with a larger",
-        (directory, "--best", "6"): r"holds 6 checkpoint\(s\), of which 5 were evaluated, and --best asks for 6",
+        (directory, "--last", "6"): r"holds 5 checkpoints and --last asks for 6: lower it, or train with a larger",
+        (directory, "--best", "6"): r"holds 6 checkpoints, of which 5 were evaluated, and --best asks for 6",
         (directory, "--last", "0"): "--last must be 1 or more, not 0",
         (directory,): "which checkpoints of the run",
         (small, "--last", "2"): "--last and --best take one run directory",

@@ -119,6 +119,7 @@ LIMITS: list[tuple[str, list[str], list[str]]] = [
     ("run.name run.dir data.cache_dir data.test data.noise data.rooms", ["x"], []),
     ("vocabulary.drop vocabulary.model train.init_from", ["x"], []),
     ("decoder.lm decoder.lexicon decoder.hot_words", ["x"], []),
+    ("tracking.to", ["comet", "tensorboard", "comet,tensorboard"], ["wandb"]),
     ("tracking.project tracking.workspace tracking.tags", ["x"], []),
 ]
 BOUNDS = [(name, good, bad) for names, good, bad in LIMITS for name in names.split()]

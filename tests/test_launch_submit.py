@@ -37,7 +37,7 @@ def submitted(*arguments: str, cwd: Path = REPOSITORY) -> subprocess.CompletedPr
 
 
 def test_more_ranks_than_micro_batches_are_refused(config):
-    said = r"2 node\(s\) x 3 are 6 ranks, and a step has only batch.micro_batches = 4"
+    said = r"2 nodes x 3 are 6 ranks, and a step has only batch.micro_batches = 4"
     with pytest.raises(UserError, match=said):
         submit.check(config, Request(nodes="1-2", tasks_per_node=3))
     submit.check(config, Request(nodes="2", tasks_per_node=2))

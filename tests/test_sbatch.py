@@ -243,7 +243,7 @@ def test_sbatch_commands_name_what_exists(page):
 
 def test_the_slurm_page_is_tried():
     assert len(sbatch_commands("docs/slurm.md")) >= 3
-    assert set(cli.LAUNCH) <= {re.search(r"ddp-asr (\w+)", line)[1] for line in commands(text_of("docs/slurm.md"))}
+    assert set(cli.LAUNCH) <= set(re.findall(r"\bddp-asr (\w+)", "\n".join(commands(text_of("docs/slurm.md")))))
 
 
 def test_the_slurm_page_repeats_the_codes_numbers():
