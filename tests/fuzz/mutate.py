@@ -323,7 +323,7 @@ def mutate_value(value: Any, random: Random) -> Any:
         )
     elif change == 5 and isinstance(container[key], str):
         container[key] += random.choice(VALUES[-25:-11])
-    elif change == 6 and isinstance(container[key], int | float):
+    elif change == 6 and isinstance(container[key], int | float) and abs(container[key]) < 1e300:
         container[key] = random.choice(
             (-container[key], container[key] * 10**6, container[key] + 1, 0, float(container[key]))
         )

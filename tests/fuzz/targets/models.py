@@ -20,7 +20,7 @@ import torch
 from ddp_asr import compare, config, lm
 from ddp_asr.config import config_from_dict
 from ddp_asr.data.index import read_index
-from ddp_asr.decoding import make_decoder
+from ddp_asr.decoding import Word, make_decoder
 from ddp_asr.decoding.kneser_ney import estimate
 from ddp_asr.decoding.ngram import read_arpa, write_arpa
 from ddp_asr.features.log_mel import LogMel
@@ -29,6 +29,8 @@ from ddp_asr.model import make_model
 from ddp_asr.objective import Objective
 from ddp_asr.ranks.world import World
 from ddp_asr.recognition.recogniser import build_recogniser, read_trained
+from ddp_asr.recognition.transcription import Transcript
+from ddp_asr.recognition.transcripts import continued, render_json
 from ddp_asr.runs import checkpoint
 from ddp_asr.text import make_tokeniser, tokeniser_from_state
 from ddp_asr.text.score import count_each
@@ -338,6 +340,27 @@ class Hypotheses(Target):
         page = (directory / "r" / "index.html").read_text(encoding="utf-8")
         if page.count("</script>") != 2 or ("better" not in out.getvalue() and "significant" not in out.getvalue()):
             raise Wrong("a text ends the page's data, or nothing is said")
+
+
+class Transcripts(Target):
+    """A file of transcripts, and its settings, that a second `transcribe --out` continues"""
+
+    name = "transcripts"
+    share = 20
+
+    def seeds(self) -> list[Tree]:
+        said = [Word("a", 0.1, 0.5, 0.9), Word("b", 0.6, 1.0, 0.5)]
+        each = [Transcript("a.wav", 1.5, said, "a b"), Transcript("b/\u00df\udce9.wav", 0.0, [])]
+        lines = "".join(map(render_json, each)).encode(errors="backslashreplace")
+        return [{"said.jsonl": lines, "said.jsonl.settings.json": b'{"cut": "pauses"}'}]
+
+    def read(self, directory: Path) -> None:
+        path = directory / "said.jsonl"
+        with continued(path, {"cut": "pauses"}) as (append, done):
+            append(Transcript("c.wav", 2.0, []))
+        with continued(path, {"cut": "pauses"}) as (_, again):
+            if again != done | {"c.wav": ("", None)}:
+                raise Wrong(f"{sorted(again)} is there after c.wav was added to {sorted(done)}")
 
 
 class Tokeniser(Target):
