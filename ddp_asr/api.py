@@ -43,6 +43,11 @@ class Recogniser:
         cut: str | None = None,
         piece_seconds: float | None = None,
     ) -> None:
+        for name, value in {"checkpoint": checkpoint, "decoder": decoder}.items():
+            if not isinstance(value, str | Path) and (value is not None or name == "checkpoint"):
+                raise UserError(f"{name} must be a path, not {value!r}")
+        if piece_seconds is not None and not isinstance(piece_seconds, int | float):
+            raise UserError(f"piece_seconds must be a number, not {piece_seconds!r}")
         settings = load_decoder(Path(decoder)) if decoder is not None else None
         self._recogniser = recogniser.load_recogniser(checkpoint, decoder=settings, warn=_warn)
         piece_s = self._recogniser.piece_s if piece_seconds is None else piece_seconds

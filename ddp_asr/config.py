@@ -825,9 +825,9 @@ def require_shards(config: Config) -> None:
     # Whether a URL has shards is found out by reading them.
     missing = {Path(p): option for p, option in named.items() if not scheme_of(p) and not Path(p).is_dir()}
     if missing:
-        commands = "; ".join(f"python -m ddp_asr.shard {path.name} --out {path}{missing[path]}" for path in missing)
+        commands = "; ".join(f"python -m ddp_asr.shard SOURCE --out {path}{missing[path]}" for path in missing)
         names = ", ".join(map(str, missing))
         raise UserError(
-            f"there are no shards at {names}; make them with (the source is a LibriSpeech split, directory, .tar.gz "
-            f"or JSONL manifest): {commands}"
+            f"there are no shards at {names}; make them, with a SOURCE such as a folder or the name of a LibriSpeech "
+            f"split: {commands}"
         )

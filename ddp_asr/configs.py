@@ -44,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     there = {str(path.relative_to(SHARE)): path for part in ("configs", "slurm") for path in _files(SHARE / part)}
     names = list(there) if arguments.all else arguments.names
+    if arguments.all and arguments.names:
+        raise UserError(f"--all copies every file: leave {arguments.names[0]!r} out, or --all")
+    if not names and arguments.out != Path():
+        raise UserError(f"--out {arguments.out} is for copies: name the files, or give --all")
     if not names:
         width, columns = max(map(len, there)), shutil.get_terminal_size((160, 24)).columns
         for name, path in there.items():

@@ -14,6 +14,7 @@ import contextlib
 import importlib.util
 import os
 import secrets
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,8 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     out: Path = arguments.out
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise UserError(f"ddp-asr export needs {' and '.join(missing)}: install with pip install {' '.join(missing)}")
-    if (out.exists() or out.is_symlink()) and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"--out {out} exists and is not an empty directory: name another one, or remove it")
+    if out.exists() or out.is_symlink():
+        raise UserError(f"--out {out} exists: name another directory, or remove it")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out} cannot be made: {out.parent} is no directory; make it first")
     before_torch(os.environ)
     import torch
 
@@ -71,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if recogniser.config.decoder.kind != "greedy":
         print(f"the script decodes greedily, and not by the run's decoder of kind {recogniser.config.decoder.kind}")
     print(f"fill in licence and language in {out / 'README.md'} before you publish it")
-    print(f"next: python {out / 'transcribe.py'} hello.wav")
+    print(f"next: python {shlex.quote(str(out / 'transcribe.py'))} hello.wav")
     return 0
 
 
@@ -84,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="a run directory: its best.pt, else its newest checkpoint; or a checkpoint")
-    add("--out", type=Path, required=True, metavar="DIR", help="directory to make; it must not exist, or be empty")
+    add("--out", type=Path, required=True, metavar="DIR", help="directory to make; it must not exist")
     add(
         "--evaluation",
         type=Path,

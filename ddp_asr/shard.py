@@ -114,7 +114,7 @@ def make(options: argparse.Namespace) -> None:
         """A bar on a terminal; elsewhere a line for each finished shard."""
         nonlocal printed
         bar.start()  # not before: a download shows its own bar, and rich before 14.1 allows only one
-        figures = f"{len(output.keys):,} utterances, {output.hours:.2f} h"
+        figures = f"{counted(len(output.keys), 'utterance')}, {output.hours:.2f} h"
         bar.update(task, completed=output.consumed, total=total, description=figures)
         if len(output.finished) > printed and not console.is_terminal:
             print(f"{output.finished[-1]['name']}: {figures}", flush=True)
@@ -129,7 +129,7 @@ def make(options: argparse.Namespace) -> None:
     finally:
         bar.stop()
     print(
-        f"{options.out}{' was complete already' * complete}: {dataset['utterances']:,} utterances, "
+        f"{options.out}{' was complete already' * complete}: {counted(dataset['utterances'], 'utterance')}, "
         f"{dataset['hours']:.2f} h in {counted(len(dataset['shards']), 'shard')}"
     )
     for reason, count in dataset["dropped"].items():

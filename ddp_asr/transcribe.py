@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     Done = dict[str, tuple[str, str | None]]
 
 ONE_FILE_EACH = ("textgrid", "srt", "vtt")
+_CONTROL = re.compile(r"[\x00-\x1f]")
+_LONGEST_NAME = 200  # bytes of a file's name, of 255, because it is written under a longer one first
 
 EXAMPLES = """
 examples:
@@ -87,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ddp_asr.recognition.transcripts import settings_of
     from ddp_asr.recognition.voice import choose_cut
 
-    if arguments.out is not None and not arguments.out.is_dir():
-        check_writable(arguments.out)
+    if arguments.out is not None:
+        _check_out(arguments)
     decoder = load_decoder(arguments.decoder) if arguments.decoder else None
     recogniser = load_recogniser(arguments.checkpoint, decoder=decoder)
     piece_s = arguments.piece_seconds or recogniser.piece_s
@@ -96,6 +99,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     inputs = open_inputs(arguments.inputs, arguments.columns)
     with _writing(arguments, inputs, lambda: settings_of(recogniser, kind, piece_s)) as (write, done):
         return 2 if _transcribe(arguments, recogniser, cut, inputs, write, done) else 0
+
+
+def _check_out(arguments: argparse.Namespace) -> None:
+    """Raises a UserError for a place that cannot be written, or that holds something that must not be lost."""
+    from ddp_asr.recognition.transcripts import settings_beside
+
+    out: Path = arguments.out
+    for name in arguments.inputs:
+        if out.exists() and os.path.exists(name) and out.samefile(name):
+            raise UserError(f"--out {out} is one of the inputs, which it would replace: name another place")
+    if arguments.format == "json":
+        if "-" in arguments.inputs:
+            raise UserError("a file that is continued cannot hold stdin, which has no name: use --format json > FILE")
+    elif settings_beside(out).exists():
+        raise UserError(f"--out {out} holds transcripts as JSON lines, which are continued: name another file")
+    if arguments.format not in ONE_FILE_EACH:
+        check_writable(out)
 
 
 @contextlib.contextmanager
@@ -115,12 +135,16 @@ def _writing(
         with continued(out, settings()) as (append, done):
             yield append, done
     elif several and arguments.format in ONE_FILE_EACH:
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out {out} is a file: name a directory, which gets a file for each recording")
         out.mkdir(parents=True, exist_ok=True)
         yield (
             lambda transcript: replace_file(out / _file_name(transcript.key, arguments.format), render(transcript)),
             {},
         )
     else:
+        if out.is_dir():
+            raise UserError(f"--out {out} is a directory: name the file to write")
         with writing_aside(out) as file:  # whole, or as it was after an error and Ctrl-C
             yield lambda transcript: file.write(render(transcript).encode(errors="backslashreplace")), {}
 
@@ -130,16 +154,16 @@ def _renderer(format: str, several: bool) -> Callable[[Transcript], str]:
     from ddp_asr.recognition.transcripts import render_json
 
     if format == "text":
-        return lambda said: f"{said.key}\t{said.text}\n" if several else f"{said.text}\n"
+        return lambda said: f"{_CONTROL.sub('_', said.key)}\t{said.text}\n" if several else f"{said.text}\n"
     return {"json": render_json, "ctm": render_ctm}.get(format) or OF_ONE[format][0]
 
 
 def _file_name(key: str, format: str) -> str:
     """Of the file in the directory `--out`: the name of the audio file, or the key in its source."""
-    from ddp_asr.data.sources import make_key
     from ddp_asr.decoding.formats import OF_ONE
 
-    return make_key(Path(key).stem) + OF_ONE[format][1]
+    stem = _CONTROL.sub("_", Path(key).stem).encode(errors="replace")[:_LONGEST_NAME].decode(errors="ignore")
+    return stem + OF_ONE[format][1]
 
 
 def _transcribe(
@@ -159,6 +183,8 @@ def _transcribe(
 
     def speed() -> str:
         wall_s = time.monotonic() - started_s
+        if not audio_s:
+            return "0.00 h of audio"
         return f"{audio_s / 3600:.2f} h of audio, real-time factor {wall_s / max(audio_s, 1e-3):.4f}"
 
     def on_batch(seconds: float) -> None:
@@ -178,8 +204,9 @@ def _transcribe(
             bar.update(task, completed=len(texts) + failed)
     where = sys.stderr if arguments.out is None else sys.stdout
     if arguments.out is not None or not hidden:
-        before = f" ({len(done):,} of them before)" if done else ""
-        print(f"{counted(len(texts), 'recording')} transcribed{before}, {failed:,} failed; {speed()}", file=where)
+        before = f"; with the {len(done):,} that {arguments.out} held, {len(texts):,}" if done else ""
+        new = counted(len(texts) - len(done), "recording")
+        print(f"{new} transcribed, {failed:,} failed, {speed()}{before}", file=where)
     if scored := [(reference, text) for text, reference in texts if reference is not None]:
         print(_error_rates(scored), file=where)
     return failed

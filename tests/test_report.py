@@ -134,6 +134,10 @@ def test_recordings_are_copied_as_asked_and_old_ones_removed(corpus, tmp_path, m
     assert audio() == [first["audio"]]
     assert len(audio("--report-audio=all")) == UTTERANCES
     assert audio("--report-audio=none") == []
+    theirs = tmp_path / "audio" / "1272-128104-0000.flac"  # a name of LibriSpeech's
+    theirs.write_bytes(b"")
+    evaluate.main([str(corpus / "run-10"), str(corpus / "shards"), "--report", str(tmp_path), "--report-audio=none"])
+    assert theirs.exists()
 
 
 def test_places_that_cannot_hold_a_report_are_named_before_the_evaluation(corpus, tmp_path):

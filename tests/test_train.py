@@ -72,7 +72,7 @@ MISTAKES = [
     (["--batch.micro_batches=1"], r"^2 processes cannot share out 1 micro-batches a step: start at most 1, or train"),
     (["--batch.micro_batches=40"], r"^26 usable utterances cannot fill the 40 micro-batches of a step: set batch.mic"),
     (["--batch.max_seconds=0.1"], r"^0 usable utterances cannot fill"),
-    (["--data.train=DIR/none"], r"^there are no shards at .*none; make them with"),
+    (["--data.train=DIR/none"], r"^there are no shards at .*none; make them, with a SOURCE"),
     (["--data.train=DIR"], r"^.*DIR.*(is not complete|no shards|dataset.json|shard)"),
     (["--run.dir=DIR/a-file"], r"^the run directory .*a-file/run cannot be written \(Not a directory\): .*--run.dir=D"),
 ]
@@ -122,7 +122,7 @@ def test_the_commands_that_make_missing_shards_are_named(tiny_corpus, tmp_path):
     done = command(*tiny_corpus.arguments(tmp_path), "--data.train=no/train", "--data.test=no/test")
     assert done.returncode == 2 and done.stderr.startswith("error: there are no shards at no/train, no/test")
     for name in ("train", "test"):
-        assert f"python -m ddp_asr.shard {name} --out no/{name}" in done.stderr
+        assert f"python -m ddp_asr.shard SOURCE --out no/{name}" in done.stderr
 
 
 @pytest.mark.slow

@@ -289,7 +289,7 @@ def test_files_folders_manifests_and_shards_in_their_order_with_error_rates(
     assert {line["key"]: line["text"] for line in lines} == {key: expected(recogniser, w) for key, w in heard.items()}
     assert [line["key"] for line in lines] == list(heard)
     assert [line.get("reference") for line in lines] == [None, "a b ab", None, None, "ab", None, "ab ba"]
-    assert "7 recordings transcribed, 0 failed; 0.00 h of audio, real-time factor " in said
+    assert "7 recordings transcribed, 0 failed, 0.00 h of audio, real-time factor " in said
     assert "over 3 recordings with a reference" in said
     assert err == ""  # no terminal, so no progress
 
@@ -365,7 +365,8 @@ def test_a_second_call_continues_after_a_kill_in_the_middle_of_a_line(checkpoint
     capsys.readouterr()
     assert transcribe.main([str(checkpoint), *names, "--out", str(out)]) == 0
     assert out.read_bytes() == whole.read_bytes()
-    assert "7 recordings transcribed (2 of them before), 0 failed" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith("5 recordings transcribed, 0 failed, ") and f"with the 2 that {out} held, 7\n" in said
     assert transcribe.main([str(checkpoint), *names, "--out", str(out)]) == 0  # nothing is left
     assert out.read_bytes() == whole.read_bytes()
     assert "over 3 recordings with a reference" in capsys.readouterr().out
@@ -414,14 +415,73 @@ def test_what_is_no_file_to_continue_is_refused_and_stays(checkpoint, sources, t
     for wrong, reason in (
         (b"mine\n" + content, "has no transcript in line 1"),
         (content.replace(b'"text"', b'"said"', 1), "has no transcript in line 1"),
+        (content + b"mine\nmine\n", f"has no transcript in line {content.count(b'}]}') + 1}"),
     ):
         out.write_bytes(wrong)
         with pytest.raises(UserError, match=reason):
             transcribe.main(command)
         assert out.read_bytes() == wrong
+    with pytest.raises(UserError, match="holds transcripts as JSON lines, which are continued: name another file"):
+        transcribe.main([*command, "--format", "ctm"])
+    assert out.read_bytes() == wrong
     out.with_name("said.jsonl.settings.json").unlink()
     with pytest.raises(UserError, match=r"said\.jsonl\.settings\.json is not: it is not a file to continue"):
         transcribe.main(command)
+
+
+def test_a_changed_file_of_the_decoder_is_another_setting(checkpoint, sources, tmp_path):
+    (tmp_path / "hot.txt").write_text("ab\n")
+    (tmp_path / "hot.yaml").write_text(f"decoder: {{kind: beam, hot_words: {tmp_path}/hot.txt}}\n")
+    command = [str(checkpoint), sources[0][2], "--out", str(tmp_path / "said.jsonl")]
+    command += ["--decoder", str(tmp_path / "hot.yaml")]
+    assert transcribe.main(command) == 0
+    (tmp_path / "hot.txt").write_text("ba\n")
+    with pytest.raises(UserError, match=r"begun with other settings \(decoder_files \{'hot_words'"):
+        transcribe.main(command)
+
+
+def test_an_output_that_would_replace_what_it_reads_is_refused(checkpoint, sources, tmp_path):
+    recording = tmp_path / "y.wav"
+    soundfile.write(recording, noises(1.0), 16_000)
+    content = recording.read_bytes()
+    for more in (["--format=text"], []):
+        with pytest.raises(UserError, match=r"is one of the inputs, which it would replace: name another place"):
+            transcribe.main([str(checkpoint), str(recording), "--out", str(tmp_path / "." / "y.wav"), *more])
+    assert recording.read_bytes() == content
+    with pytest.raises(UserError, match="cannot hold stdin, which has no name: use --format json > FILE"):
+        transcribe.main([str(checkpoint), "-", "--out", str(tmp_path / "said.jsonl")])
+
+
+def test_what_a_folder_leaves_out_is_said(checkpoint, tmp_path, capsys):
+    (tmp_path / "both").mkdir()
+    soundfile.write(tmp_path / "both" / "x.wav", noises(0.5), 16_000)
+    (tmp_path / "both" / "y.M4A").write_bytes(b"\0\0\0 ftyp")
+    assert transcribe.main([str(checkpoint), str(tmp_path / "both")]) == 0
+    told = capsys.readouterr().err
+    assert "1 file in " in told and "such as y.M4A: convert them, as with: ffmpeg -i y.M4A converted.wav" in told
+    (tmp_path / "both" / "wav.scp").write_text("k x.wav\n")
+    (tmp_path / "both" / "text").write_text("k ab\n")
+    assert transcribe.main([str(checkpoint), str(tmp_path / "both")]) == 0
+    assert "is read as a source of kind kaldi: other files in it are not transcribed" in capsys.readouterr().err
+
+
+def test_a_wav_file_that_is_cut_off_is_said(checkpoint, tmp_path, capsys):
+    soundfile.write(tmp_path / "a.wav", noises(1.0), 16_000)
+    (tmp_path / "a.wav").write_bytes((tmp_path / "a.wav").read_bytes()[:-1000])
+    assert transcribe.main([str(checkpoint), str(tmp_path / "a.wav")]) == 0
+    assert "a.wav is cut off, 1,000 bytes before its end; what is there is transcribed" in capsys.readouterr().err
+
+
+def test_subtitles_of_a_long_name_have_a_shorter_one(checkpoint, tmp_path):
+    name = "\u00e9" * 120
+    for stem in (name, "my talk"):
+        soundfile.write(tmp_path / f"{stem}.wav", noises(0.5), 16_000)
+    command = [str(checkpoint), *map(str, tmp_path.glob("*.wav")), "--format=srt"]
+    assert transcribe.main([*command, "--out", str(tmp_path / "subtitles")]) == 0
+    assert {path.name for path in (tmp_path / "subtitles").iterdir()} == {f"{name[:100]}.srt", "my talk.srt"}
+    (tmp_path / "a-file").touch()
+    with pytest.raises(UserError, match="a-file is a file: name a directory, which gets a file for each recording"):
+        transcribe.main([*command, "--out", str(tmp_path / "a-file")])
 
 
 # ---- formats -------------------------------------------------------------------------------------------------------

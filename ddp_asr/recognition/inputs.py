@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -32,11 +33,13 @@ from ddp_asr.data.sources import (
     is_audio,
     open_source,
 )
+from ddp_asr.data.sources.librispeech import files_below
 from ddp_asr.data.storage import CHECK_SHARDS, Shards, Unreachable
-from ddp_asr.errors import UserError, users_error
+from ddp_asr.errors import UserError, counted, users_error
 from ddp_asr.files import scheme_of
 from ddp_asr.recognition.transcription import Recording, read_audio
 
+OTHER_AUDIO = (".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr", ".3gp", ".mkv", ".mov", ".avi")  # libsndfile cannot
 PATHS_ARE_KEYS = ("folder", "recordings")  # kinds of sources whose utterances are files with names of the user's
 
 
@@ -95,7 +98,10 @@ def _opened(name: str, columns: str) -> Input:
         source = find_source(name, SourceOptions(columns=columns)) or find_source(name, SourceOptions(no_text=True))
         if source is not None:
             total, utterances = source.open()
-            by_path = source.identity["kind"] in PATHS_ARE_KEYS
+            kind = source.identity["kind"]
+            by_path = kind in PATHS_ARE_KEYS
+            if os.path.isdir(name):
+                _say_what_is_left_out(name, kind)
             return Input(total, (_of_utterance(utterance, by_path) for utterance in utterances))
         if os.path.isdir(name):
             open_source(name, SourceOptions())  # says what lies there, and what a source is
@@ -103,6 +109,17 @@ def _opened(name: str, columns: str) -> Input:
         # Read here and not by the thread that reads files: Python cannot end while a thread waits for stdin.
         return Input(1, iter([Recording(name, partial(read_audio, _stdin(), "stdin"))]), is_file=True)
     return Input(1, iter([Recording(name, partial(read_audio, name))]), is_file=True)
+
+
+def _say_what_is_left_out(name: str, kind: str) -> None:
+    """On stderr: that a folder is read by its lists, or that it has audio of kinds that libsndfile does not read."""
+    if kind not in PATHS_ARE_KEYS:
+        print(f"{name} is read as a source of kind {kind}: other files in it are not transcribed", file=sys.stderr)
+        return
+    others = [path for path in files_below(Path(name)) if path.suffix.lower() in OTHER_AUDIO]
+    if others:
+        what = f"{counted(len(others), 'file')} in {name} cannot be read, such as {others[0].name}"
+        print(f"{what}: convert them, as with: ffmpeg -i {others[0].name} converted.wav", file=sys.stderr)
 
 
 def _stdin() -> io.BytesIO:

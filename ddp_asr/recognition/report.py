@@ -148,10 +148,13 @@ def write(directory: Path, data: Mapping[str, Any]) -> Path:
 def copy_audio(index: Index, rows: Sequence[int], directory: Path, which: str) -> dict[str, str]:
     """Copies recordings into directory/audio in the order of `rows`: {key: path relative to the page}.
 
-    "worst" ends at WORST_BYTES. Recordings of an earlier report in the same directory are removed.
+    "worst" ends at WORST_BYTES. Recordings of an earlier report in the same directory are removed, and nothing is
+    where there was none.
     """
-    for old in (directory / "audio").glob("[0-9]*-*.flac"):
-        old.unlink()
+    if (directory / "index.html").exists():  # which is ours: see check_directory
+        for old in (directory / "audio").iterdir():
+            if re.fullmatch(r"\d{6}-[A-Za-z0-9_-]{1,80}\.flac", old.name):
+                old.unlink()
     shards, copied, total = Shards(index.shards), {}, 0
     for row in rows if which != "none" else ():
         total += int(index.bytes[row])

@@ -95,6 +95,8 @@ def read_wav(path: str, rate_hz: int) -> np.ndarray:
     if (found_hz, bits) != (rate_hz, 16):
         raise ValueError(f"{path} has {found_hz} Hz and {bits} bits, the model needs {rate_hz} Hz and 16: {remedy}")
     samples = np.frombuffer(data[: len(data) // (2 * channels) * 2 * channels], "<i2").reshape(-1, channels)
+    if not len(samples):
+        raise ValueError(f"{path} holds no audio")
     return samples.mean(1, dtype=np.float32).round().astype(np.int16)
 
 

@@ -32,7 +32,7 @@ from ddp_asr import SAMPLE_RATE_HZ
 from ddp_asr.data import audio
 from ddp_asr.data.storage import Unreachable
 from ddp_asr.decoding import Word
-from ddp_asr.errors import UserError
+from ddp_asr.errors import UserError, counted
 from ddp_asr.files import open_input
 from ddp_asr.recognition.recogniser import Recogniser, print_warning
 
@@ -237,6 +237,8 @@ def read_audio(
             if file.frames < 1 << 62:  # libsndfile's way to say that a length is unknown is a huge one
                 audio.check_length(file.frames, file.samplerate, audio.MAX_RECORDING_S)
             waveform, frames = audio.read_mono(file, sys.maxsize, audio.MAX_RECORDING_S)
+            if missing := _missing_bytes(source):
+                warn(f"{name} is cut off, {counted(missing, 'byte')} before its end; what is there is transcribed")
             if frames < file.frames < 1 << 62:
                 promised_s, found_s = file.frames / file.samplerate, frames / file.samplerate
                 warn(
@@ -252,6 +254,17 @@ def read_audio(
     if not len(waveform):
         raise UserError(f"{name} holds no audio")
     return waveform
+
+
+def _missing_bytes(source: str | Path | io.BytesIO) -> int:
+    """How many bytes the header of a WAV file promises and the file has not; libsndfile says nothing of them."""
+    size = source.getbuffer().nbytes if isinstance(source, io.BytesIO) else Path(source).stat().st_size
+    with source if isinstance(source, io.BytesIO) else open_input(str(source)) as file:
+        file.seek(0)
+        head = file.read(12)
+    promised = int.from_bytes(head[4:8], "little") + 8
+    is_wav, is_stated = head[:4] == b"RIFF" and head[8:] == b"WAVE", promised < 0xFFFFFF00  # which a pipe writes
+    return max(0, promised - size) if is_wav and is_stated else 0
 
 
 def _seekable(source: str | Path | io.BytesIO) -> str | io.BytesIO:

@@ -22,9 +22,16 @@ from typing import Any
 
 from ddp_asr.decoding.formats import json_words
 from ddp_asr.errors import UserError
-from ddp_asr.files import check_writable, parse_json_line, read_json, replace_file
+from ddp_asr.files import check_writable, parse_json_line, read_json, replace_file, sha256_of
 from ddp_asr.recognition.recogniser import Recogniser
 from ddp_asr.recognition.transcription import Transcript
+
+DECODER_FILES = ("lm", "lexicon", "hot_words")
+
+
+def settings_beside(path: Path) -> Path:
+    """Where the settings of a file of transcripts lie."""
+    return path.with_name(f"{path.name}.settings.json")
 
 
 def render_json(transcript: Transcript) -> str:
@@ -36,14 +43,15 @@ def render_json(transcript: Transcript) -> str:
 
 
 def settings_of(recogniser: Recogniser, cut: str, piece_seconds: float) -> dict[str, Any]:
-    """What decides a transcript, as JSON has it: the weights by their checksum, decoder, cuts."""
-    digest = hashlib.sha256()
+    """What decides a transcript, as JSON has it: weights and files of the decoder by their checksums, cuts."""
+    digest, decoder = hashlib.sha256(), asdict(recogniser.config.decoder)
     for name, weight in sorted(recogniser.model.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.cpu().contiguous().numpy().tobytes())
     settings = {
         "weights": digest.hexdigest(),
-        "decoder": asdict(recogniser.config.decoder),
+        "decoder": decoder,
+        "decoder_files": {name: sha256_of(Path(path)) for name in DECODER_FILES if (path := decoder.get(name))},
         "cut": cut,
         "piece_seconds": piece_seconds,
     }
@@ -79,7 +87,7 @@ def continued(
 
 
 def _check_settings(path: Path, settings: dict[str, Any], is_new: bool) -> None:
-    beside = path.with_name(f"{path.name}.settings.json")
+    beside = settings_beside(path)
     if is_new:
         replace_file(beside, json.dumps(settings, indent=2) + "\n")
         return
@@ -94,18 +102,17 @@ def _check_settings(path: Path, settings: dict[str, Any], is_new: bool) -> None:
 
 
 def _read(path: Path) -> tuple[dict[str, tuple[str, str | None]], int]:
-    """What is done, and where the last whole line ends."""
+    """What is done, and where the last whole line ends. What a kill can leave behind it has no line feed."""
     done: dict[str, tuple[str, str | None]] = {}
-    end, torn = 0, 0
+    end = 0
     with path.open("rb") as file:
         for number, text in enumerate(file, 1):
+            if not text.endswith(b"\n"):
+                break
             line = parse_json_line(text) or {}
             key, said, reference = line.get("key"), line.get("text"), line.get("reference")
             if not (isinstance(key, str) and isinstance(said, str) and isinstance(reference, str | None)):
-                torn = torn or number
-                continue
-            if torn:
-                raise UserError(f"--out {path} has no transcript in line {torn}: mend it, or name another file")
+                raise UserError(f"--out {path} has no transcript in line {number}: mend it, or name another file")
             done[key] = said, reference
             end += len(text)
     return done, end
