@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run_directory: Path = arguments.run
     if not (run_directory / "config.yaml").exists():
         raise UserError(f"{run_directory} is not a run: it has no config.yaml; give a directory such as runs/an4")
+    if arguments.parent is None and not (run_directory / "metrics.jsonl").exists():
+        raise UserError(f"{run_directory} has no metrics.jsonl, so there is nothing to track: train it first")
     to = _trackers(run_directory, arguments.to)
     mode = resolve_mode(arguments.mode)
     if mode == "online" and "comet" in to and not os.environ.get("COMET_API_KEY"):

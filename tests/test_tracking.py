@@ -714,3 +714,9 @@ def test_a_run_that_was_killed_and_resumed_has_each_step_once_in_its_events(tiny
     assert len({line["step"] for line in lines}) > 5
     assert events(run)[0] == as_events(lines)
     assert not (run / "comet").exists()
+
+
+def test_a_run_without_metrics_has_nothing_to_track(tmp_path):
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(UserError, match=r"has no metrics\.jsonl, so there is nothing to track: train it first"):
+        command.main([str(tmp_path), "--to", "tensorboard"])

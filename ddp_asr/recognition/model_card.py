@@ -41,7 +41,7 @@ def read_evaluation(path: Path, trained: Trained) -> dict[str, Any]:
     """
     facts = read_json(path, _FACTS)
     if facts is None or (lacking := [name for name in _FACTS if name not in facts]):
-        what = f"has no valid {lacking[0]!r}" if facts is not None else "is missing, or no JSON object"
+        what = f"has no valid {lacking[0]!r}" if facts is not None else "is missing, or not one JSON object"
         raise UserError(f"{path} {what}: make it with ddp-asr evaluate {trained.path} SHARDS --json > {path}")
     if (Path(facts["checkpoint"]).resolve(), facts["step"]) != (Path(trained.path).resolve(), trained.step):
         raise UserError(
