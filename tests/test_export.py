@@ -172,7 +172,7 @@ def test_the_script_alone_writes_what_transcribe_writes(tmp_path, speech, vocabu
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert sorted(done.stdout.splitlines()) == sorted(expected.splitlines())
-    assert len(set(re.findall(r"\t(.+)", expected))) == len(waves), "texts to compare"
+    assert len(set(re.findall(r"\t(.+)", expected))) >= 3, "texts to compare"
 
 
 def test_features_in_numpy_are_those_of_the_recogniser(speech):
