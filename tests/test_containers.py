@@ -70,7 +70,6 @@ def children(process: subprocess.Popen) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
 def test_an_eviction_of_one_node_stops_all_and_the_restart_goes_on(tiny_corpus, tmp_path):
     straight = start_nodes(tmp_path / "runs", tiny_corpus.arguments(tmp_path / "runs", "straight"))
     assert [node.wait() for node in straight] == [0, 0]

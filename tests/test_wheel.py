@@ -98,7 +98,6 @@ def test_a_submitted_training_runs_from_its_copy_of_the_code(call, tiny_corpus, 
     assert "done" in call("ddp-asr", "status", str(runs))
 
 
-@pytest.mark.timeout(300)
 def test_a_training_on_two_processes(call, tiny_corpus, tmp_path):
     call("ddp-asr", "train", "--processes", "2", *tiny_corpus.arguments(tmp_path / "runs"), "--train.epochs=1")
     assert json.loads((tmp_path / "runs/run/status.json").read_text())["state"] == "done"
