@@ -86,7 +86,7 @@ def test_a_dry_run_says_what_is_mixed_in_and_what_is_missing(tiny_corpus, tmp_pa
     assert re.search(r"\nbackground +5 recordings, 0.00 h, for 50% of the utterances\nroom +4 recordings, ", said)
     shutil.rmtree(tmp_path / "shards" / "noise")
     with pytest.raises(
-        UserError, match=r"there are no shards at .*noise; make(.|\n)*shard noise --out .*/noise --no-text"
+        UserError, match=r"there are no shards at .*noise; make(.|\n)*shard SOURCE --out .*/noise --no-text"
     ):
         train_main([*tiny_corpus.arguments(tmp_path, "run", *mixed), "--dry-run"])
 

@@ -258,6 +258,8 @@ def read_audio(
 
 def _missing_bytes(source: str | Path | io.BytesIO) -> int:
     """How many bytes the header of a WAV file promises and the file has not; libsndfile says nothing of them."""
+    if not isinstance(source, io.BytesIO) and not Path(source).is_file():
+        return 0  # a pipe, which has no size
     size = source.getbuffer().nbytes if isinstance(source, io.BytesIO) else Path(source).stat().st_size
     with source if isinstance(source, io.BytesIO) else open_input(str(source)) as file:
         file.seek(0)
