@@ -59,7 +59,7 @@ def open_input(path: str | Path) -> io.BufferedReader:
             raise _not_regular(path)
         os.set_blocking(descriptor, True)
         return open(descriptor, "rb")
-    except BaseException:
+    except BaseException:  # Ctrl-C is one, too
         os.close(descriptor)
         raise
 

@@ -130,7 +130,7 @@ def _next_in_thread(windows: Iterator[list[Read]]) -> Future[list[Read] | None]:
     def work() -> None:
         try:
             future.set_result(next(windows, None))
-        except BaseException as error:
+        except BaseException as error:  # raised where the result is waited for
             future.set_exception(error)
 
     threading.Thread(target=work, name="reader", daemon=True).start()
